@@ -1,0 +1,57 @@
+# Everything that a person or CI runs here. Each target sets up what it needs first; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest
+# The wheels of pyright and node are complete; this keeps pyright from asking the network for news of itself.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check test-long test-v2 lint types fmt bench docs setup setup-demo clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: setup-demo ## run real programs in sandboxes and print a short report (examples/tour.py)
+	$(BIN)/python examples/tour.py
+
+test: lint types ## all checks and all tests, big counts at a tenth (under 10 minutes)
+	$(PYTEST) ./tests --pyargs unisandbox.conformance
+
+check: lint ## the quick part: format, lint, types, rooms, unit tests (under a minute)
+	$(PYTEST) -q tests/unit
+
+test-long: lint types ## the same with the big counts in full
+	$(PYTEST) --long --timeout 3600 ./tests --pyargs unisandbox.conformance
+
+test-v2: setup ## cgroups and conformance in a virtual machine with cgroup v2
+	tools/test_v2.sh
+
+lint: setup ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+types: setup ## the public names have complete types; the committed init is built from its source
+	$(BIN)/python tools/public_types.py
+	$(BIN)/python tools/build_init.py --check
+
+fmt: setup ## format, and fix what ruff can fix
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup ## measure against the bare tools; table, JSON and plot in bench-results/
+	$(BIN)/python -m benchmarks
+
+docs: setup ## run every example of README and docs
+	$(PYTEST) -q tests/integration/test_docs.py
+
+setup: ## prepare this working copy for development
+	@$(PYTHON) tools/setup.py dev
+
+setup-demo:
+	@$(PYTHON) tools/setup.py demo
+
+clean: ## remove what the targets above have made, .venv too
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist bench-results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""What a backend can do, as data, and whether it can do it on this host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+
+
+@attrs.frozen
+class Capabilities:
+    """What a backend can do. What it cannot raises UnsupportedError before any side effect.
+
+    Attributes:
+        isolation: the technology in one word: "namespaces", "user-space kernel", "micro VM", "wasm".
+        rootfs: kinds of root file systems: "host", "dir", "image".
+        networks: kinds of networks: "none", "host", "namespace".
+        containers: more than one container in a sandbox.
+        exec: more processes in a running container.
+        tty: a terminal for a process, with resize.
+        files: reading and writing the sandbox's files from outside.
+        userns: a user namespace of its own.
+        userns_host: running without one, by explicit word.
+        shared_pid: containers that see each other's processes.
+        host_mounts: directories and files of the host inside.
+        pause: stopping all processes and going on.
+        update: changing limits while it runs.
+        checkpoint: writing the state of a container to disk.
+        network_update: changing the network while it runs.
+        ttl: ending a sandbox after a time also when nobody is attached.
+        exact_exits: exit codes 0-255, signals and OOM are exact.
+        survives_host_crash: sandboxes outlive the caller's process under the keeper's policy "keep".
+        host_exceptions: names of what the backend leaves in the caller's process ("wasmtime runtime threads").
+        start_seconds: what one start costs about; test counts scale by it.
+    """
+
+    isolation: str
+    rootfs: frozenset[str] = frozenset()
+    networks: frozenset[str] = frozenset({"none"})
+    containers: bool = False
+    exec: bool = False
+    tty: bool = False
+    files: bool = False
+    userns: bool = False
+    userns_host: bool = False
+    shared_pid: bool = False
+    host_mounts: bool = False
+    pause: bool = False
+    update: bool = False
+    checkpoint: bool = False
+    network_update: bool = False
+    ttl: bool = False
+    exact_exits: bool = True
+    survives_host_crash: bool = False
+    host_exceptions: tuple[str, ...] = ()
+    start_seconds: float = 0.02
+
+
+@attrs.frozen
+class Probe:
+    """Whether a backend can run on this host.
+
+    Attributes:
+        backend: its name.
+        available: True when nothing that was looked at forbids it.
+        reason: why not, or what was found, in one sentence.
+        hint: what to do about it; empty when available.
+        facts: what was looked at: versions, paths, settings.
+        deep: True when something really ran; False when only cheap facts and a cached verdict were read.
+        warnings: what works less well than it could here, each with its remedy.
+    """
+
+    backend: str
+    available: bool
+    reason: str = ""
+    hint: str = ""
+    facts: Mapping[str, str] = attrs.field(factory=dict)
+    deep: bool = False
+    warnings: tuple[str, ...] = ()

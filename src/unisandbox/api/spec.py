@@ -1,0 +1,444 @@
+"""What a sandbox, a container and a process shall be like: frozen, checked when made."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final, Literal
+
+import attrs
+
+from unisandbox.api.errors import InvalidArgumentError
+from unisandbox.api.names import check_name
+from unisandbox.api.units import GIB, MIB, parse_size
+
+DEFAULT_CAPABILITIES: Final[frozenset[str]] = frozenset(
+    {
+        "CAP_CHOWN",
+        "CAP_DAC_OVERRIDE",
+        "CAP_FOWNER",
+        "CAP_FSETID",
+        "CAP_KILL",
+        "CAP_NET_BIND_SERVICE",
+        "CAP_SETFCAP",
+        "CAP_SETGID",
+        "CAP_SETPCAP",
+        "CAP_SETUID",
+        "CAP_SYS_CHROOT",
+    }
+)
+"""Docker's set without MKNOD, NET_RAW and AUDIT_WRITE. They count inside the sandbox's own user namespace."""
+
+_DEFAULT_MEMORY: Final = 512 * MIB
+_DEFAULT_PIDS: Final = 256
+_LARGEST_DEFAULT_DISK: Final = GIB
+
+
+def _words(values: Iterable[str]) -> tuple[str, ...]:
+    return (values,) if isinstance(values, str) else tuple(values)
+
+
+def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
+    return tuple(values)
+
+
+def _size(value: int | str | None) -> int | None:
+    return None if value is None else parse_size(value)
+
+
+def _positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise InvalidArgumentError(f"{attribute.name} must be > 0, got {value!r}")
+
+
+def _whole(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62):
+        raise InvalidArgumentError(f"{attribute.name} must be a whole number >= 0, got {value!r}")
+
+
+@attrs.frozen
+class Resources:
+    """Limits of a sandbox or of one container in it. None means: not limited.
+
+    Attributes:
+        memory: bytes of memory, or "512M". Page cache and files in tmpfs count.
+        swap: bytes of swap beyond `memory`, where the host counts swap; 0 is none.
+        cpu: cores; 0.5 is half of one.
+        pids: processes and threads at one time.
+        disk: bytes that the writable layer may hold. Default: half of the memory, at most 1 GiB. Up to half of the
+            memory it is a tmpfs (charged to `memory`), above that a sparse file system image.
+        nofile: open files of a process (RLIMIT_NOFILE).
+        core: bytes of a core dump (RLIMIT_CORE).
+    """
+
+    memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_size)
+    swap: int | None = attrs.field(default=0, validator=_whole)
+    cpu: float | None = attrs.field(default=None, validator=_positive)
+    pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive])
+    disk: int | None = attrs.field(converter=_size)
+    nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
+    core: int | None = attrs.field(default=0, validator=_whole)
+
+    @disk.default
+    def _half_of_the_memory(self) -> int:
+        return _LARGEST_DEFAULT_DISK if self.memory is None else min(max(self.memory // 2, 1), _LARGEST_DEFAULT_DISK)
+
+    @classmethod
+    def unlimited(cls) -> Resources:
+        """No limit at all: only for what you trust, or for hosts that cannot limit."""
+        return cls(memory=None, swap=None, cpu=None, pids=None, disk=None, nofile=None, core=None)
+
+
+@attrs.frozen
+class Rootfs:
+    """What a container sees as its files. Make it by `host()`, `dir()` or `image()`.
+
+    Attributes:
+        kind: "host", "dir" or "image".
+        path: the directory of kind "dir", absolute.
+        ref: the image's reference of kind "image".
+        readonly: nothing outside /tmp, /run, /home and the mounts can be written.
+        local: kind "host" shows /usr/local too.
+    """
+
+    kind: Literal["host", "dir", "image"]
+    path: str = ""
+    ref: str = ""
+    readonly: bool = False
+    local: bool = False
+
+    @classmethod
+    def host(cls, *, local: bool = False) -> Rootfs:
+        """A curated view of this machine's programs: /usr read-only, a synthesised /etc, nothing of the user's."""
+        return cls(kind="host", readonly=True, local=local)
+
+    @classmethod
+    def dir(cls, path: str | os.PathLike[str], *, readonly: bool = False) -> Rootfs:
+        """A directory: read-only, or with a private layer on top that takes the writes. It is never changed itself."""
+        absolute = os.path.abspath(os.fspath(path))
+        if absolute == "/":
+            raise InvalidArgumentError(
+                "'/' cannot be a sandbox's root directory",
+                hint="Use Rootfs.host() for this machine's programs without its data.",
+            )
+        return cls(kind="dir", path=absolute, readonly=readonly)
+
+    @classmethod
+    def image(cls, ref: str) -> Rootfs:
+        """An OCI image by reference. Reserved: backends that cannot unpack one raise UnsupportedError."""
+        return cls(kind="image", ref=ref)
+
+    @classmethod
+    def parse(cls, value: Rootfs | str | os.PathLike[str]) -> Rootfs:
+        """ "host", a path with a "/" in it, or a Rootfs. Other names are images."""
+        if isinstance(value, Rootfs):
+            return value
+        text = os.fspath(value)
+        if text == "host":
+            return cls.host()
+        if not text:
+            raise InvalidArgumentError("rootfs is empty", hint="Use 'host' or a path with a '/' in it.")
+        if "/" in text or not isinstance(value, str):
+            return cls.dir(text)
+        return cls.image(text)
+
+
+@attrs.frozen
+class Network:
+    """How a sandbox is connected.
+
+    Attributes:
+        kind: "none" (only a loopback of its own), "host" (the host's own network), "namespace" (a given one).
+        path: the network namespace of kind "namespace", e.g. /run/netns/blue.
+    """
+
+    kind: Literal["none", "host", "namespace"] = "none"
+    path: str = ""
+
+    @classmethod
+    def none(cls) -> Network:
+        """Only a loopback interface of its own."""
+        return cls()
+
+    @classmethod
+    def host(cls) -> Network:
+        """The host's network: no isolation of the network at all."""
+        return cls(kind="host")
+
+    @classmethod
+    def namespace(cls, path: str | os.PathLike[str]) -> Network:
+        """A network namespace that somebody else made and keeps."""
+        text = os.fspath(path)
+        if not os.path.isabs(text):
+            raise InvalidArgumentError(f"network namespace path must be absolute, got {text!r}")
+        return cls(kind="namespace", path=text)
+
+    @classmethod
+    def parse(cls, value: Network | str) -> Network:
+        """ "none", "host", or the absolute path of a network namespace."""
+        if isinstance(value, Network):
+            return value
+        if value == "none":
+            return cls.none()
+        if value == "host":
+            return cls.host()
+        if value.startswith("/"):
+            return cls.namespace(value)
+        raise InvalidArgumentError(f"network {value!r} is not known", hint="Use 'none', 'host' or a namespace's path.")
+
+
+def _inside(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+    if not value.startswith("/") or "\0" in value or ".." in value.split("/"):
+        raise InvalidArgumentError(f"{attribute.name} must be an absolute path without '..', got {value!r}")
+
+
+@attrs.frozen
+class Mount:
+    """A directory or file of the host, or a private tmpfs, inside. Always nosuid and nodev.
+
+    Attributes:
+        target: absolute path inside.
+        source: absolute path on the host; empty for a tmpfs. Opened once, when the sandbox is made.
+        readonly: cannot be written, nor anything mounted below it.
+        size: bytes of a tmpfs.
+        idmap: files of the host's root belong to the sandbox's root, and so on for all ids (one mount, not the disk).
+    """
+
+    target: str = attrs.field(validator=_inside)
+    source: str = ""
+    readonly: bool = True
+    size: int | None = attrs.field(default=None, converter=_size)
+    idmap: bool = True
+
+    def __attrs_post_init__(self) -> None:
+        if self.source and not os.path.isabs(self.source):
+            raise InvalidArgumentError(f"mount source must be absolute, got {self.source!r}")
+        if self.source and self.size is not None:
+            raise InvalidArgumentError(f"mount {self.target!r}: only a tmpfs (no source) has a size")
+        if self.target == "/":
+            raise InvalidArgumentError("nothing can be mounted on '/'", hint="That is what `rootfs` is for.")
+
+    @classmethod
+    def bind(cls, source: str | os.PathLike[str], target: str, *, readonly: bool = True, idmap: bool = True) -> Mount:
+        """A directory or file of the host."""
+        return cls(target=target, source=os.path.abspath(os.fspath(source)), readonly=readonly, idmap=idmap)
+
+    @classmethod
+    def tmpfs(cls, target: str, *, size: int | str = 64 * MIB) -> Mount:
+        """A private file system in memory."""
+        return cls(target=target, readonly=False, size=parse_size(size))
+
+
+@attrs.frozen
+class Dns:
+    """What /etc/resolv.conf says. Source: resolv.conf(5)."""
+
+    servers: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    search: tuple[str, ...] = attrs.field(default=(), converter=_words)
+    options: tuple[str, ...] = attrs.field(default=(), converter=_words)
+
+    def __attrs_post_init__(self) -> None:
+        for word in (*self.servers, *self.search, *self.options):
+            if not re.fullmatch(r"[A-Za-z0-9_.:%-]+", word):
+                raise InvalidArgumentError(f"{word!r} cannot stand in resolv.conf")
+
+
+def _capabilities(names: Iterable[str]) -> frozenset[str]:
+    wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in (n.upper() for n in names))
+    for name in wanted:
+        if not re.fullmatch(r"CAP_[A-Z_]+", name):
+            raise InvalidArgumentError(f"{name!r} is not a capability", hint="Source: capabilities(7).")
+    return wanted
+
+
+@attrs.frozen
+class Security:
+    """What holds processes inside, beyond the namespaces.
+
+    Attributes:
+        capabilities: the bounding set of every process; root inside has all of them, other users none.
+        seccomp: "default" (our profile) or "unconfined".
+        no_new_privileges: set-uid programs and file capabilities give nothing.
+    """
+
+    capabilities: frozenset[str] = attrs.field(default=DEFAULT_CAPABILITIES, converter=_capabilities)
+    seccomp: Literal["default", "unconfined"] = "default"
+    no_new_privileges: bool = True
+
+
+def _environment(value: Mapping[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise InvalidArgumentError(f"environment {name!r} must be text")
+        if not name or "=" in name or "\0" in name or "\0" in text:
+            raise InvalidArgumentError(f"environment name {name!r} must not be empty nor hold '=' or NUL")
+    return dict(value)
+
+
+def _argv(value: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(value, str):
+        raise InvalidArgumentError(
+            f"a command is a list of words, got the string {value!r}",
+            hint="Use ['sh', '-c', '...'] or sh('...') for a shell command.",
+        )
+    words = tuple(value)
+    if not words or not words[0]:
+        raise InvalidArgumentError("a command needs at least a program's name")
+    for word in words:
+        if not isinstance(word, str) or "\0" in word:
+            raise InvalidArgumentError(f"a command's words must be text without NUL, got {word!r}")
+    return words
+
+
+def _user(value: str | int | None) -> str | None:
+    if value is None:
+        return None
+    text = str(value)
+    if not re.fullmatch(r"[A-Za-z0-9_.$-]+(:[A-Za-z0-9_.$-]+)?", text) or text.startswith("-"):
+        raise InvalidArgumentError(
+            f"user {value!r} is not valid", hint="Use a name or number, and optionally ':' with a group."
+        )
+    return text
+
+
+def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and (not value.startswith("/") or "\0" in value):
+        raise InvalidArgumentError(f"{attribute.name} must be an absolute path, got {value!r}")
+
+
+@attrs.frozen
+class Terminal:
+    """A terminal's size in characters."""
+
+    rows: int = 24
+    columns: int = 80
+
+    def __attrs_post_init__(self) -> None:
+        if not (0 < self.rows < 1 << 16 and 0 < self.columns < 1 << 16):
+            raise InvalidArgumentError(f"a terminal has 1-65535 rows and columns, got {self.rows} x {self.columns}")
+
+
+@attrs.frozen
+class ProcessSpec:
+    """A program to run.
+
+    Attributes:
+        argv: the program and its arguments; a name without "/" is looked for in the PATH of `env`.
+        env: added to the container's environment.
+        cwd: absolute path inside; None is the container's.
+        user: name or number, optionally ":group"; None is the container's.
+        terminal: give it a terminal of this size instead of three streams.
+    """
+
+    argv: tuple[str, ...] = attrs.field(converter=_argv)
+    env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
+    cwd: str | None = attrs.field(default=None, validator=_cwd)
+    user: str | None = attrs.field(default=None, converter=_user)
+    terminal: Terminal | None = None
+
+
+def _container_name(_: object, __: attrs.Attribute[Any], value: Any) -> None:
+    check_name(value, "container name")
+
+
+@attrs.frozen
+class ContainerSpec:
+    """A container: a root file system and one main process; None as `process` is a container that only takes exec.
+
+    Attributes:
+        name: unique within the sandbox.
+        process: the main process; when it ends the container ends.
+        rootfs: None shares the sandbox's own root file system.
+        resources: limits of this container below the sandbox's; None: only the sandbox's count.
+        mounts: beside the sandbox's.
+        env, cwd, user: for every process in it that does not say otherwise.
+    """
+
+    name: str = attrs.field(validator=_container_name)
+    process: ProcessSpec | None = None
+    rootfs: Rootfs | None = None
+    resources: Resources | None = None
+    mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
+    env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
+    cwd: str = attrs.field(default="/", validator=_cwd)
+    user: str | None = attrs.field(default=None, converter=_user)
+
+
+def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
+    # 64 bytes: __NEW_UTS_LEN of the kernel.
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", value):
+        raise InvalidArgumentError(f"hostname {value!r} is not valid", hint="Letters, digits, '-' and '.', at most 64.")
+
+
+def _labels(value: Mapping[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        if not isinstance(name, str) or not isinstance(text, str) or not name:
+            raise InvalidArgumentError(f"label {name!r} must be text")
+    return dict(value)
+
+
+@attrs.frozen
+class SandboxSpec:
+    """What a sandbox shall be like.
+
+    Attributes:
+        isolation: a backend's name, or "auto".
+        name: the user's name for it, unique among the engine's living sandboxes; None: only its id.
+        rootfs: the files of the sandbox.
+        resources: limits for all that runs in it.
+        network: how it is connected.
+        mounts: of the host, in every container.
+        env, cwd, user: for every process that does not say otherwise.
+        userns: "private" (a user namespace of its own) or "host" (root inside is the host's root).
+        hostname: None: the first 12 characters of the id.
+        sysctls: namespaced kernel settings (an allow-list).
+        dns: /etc/resolv.conf; None: an empty one, or a copy of the host's for network "host".
+        hosts: more lines of /etc/hosts: name to address.
+        security: capabilities, seccomp, no_new_privileges.
+        share_pid: containers see each other's processes.
+        ttl: seconds after which it is removed.
+        labels: the user's own words, searchable.
+        annotations: for backends.
+    """
+
+    isolation: str = "auto"
+    name: str | None = attrs.field(default=None)
+    rootfs: Rootfs = attrs.field(factory=Rootfs.host)
+    resources: Resources = attrs.field(factory=Resources)
+    network: Network = attrs.field(factory=Network)
+    mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
+    env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
+    cwd: str = attrs.field(default="/", validator=_cwd)
+    user: str | None = attrs.field(default=None, converter=_user)
+    userns: Literal["private", "host"] = "private"
+    hostname: str | None = attrs.field(default=None, validator=_hostname)
+    sysctls: Mapping[str, str] = attrs.field(factory=dict)
+    dns: Dns | None = None
+    hosts: Mapping[str, str] = attrs.field(factory=dict)
+    security: Security = attrs.field(factory=Security)
+    share_pid: bool = False
+    ttl: float | None = attrs.field(default=None, validator=_positive)
+    labels: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
+    annotations: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
+
+    def __attrs_post_init__(self) -> None:
+        check_name(self.isolation, "isolation")
+        if self.name is not None:
+            check_name(self.name)
+        if self.userns not in {"private", "host"}:
+            raise InvalidArgumentError(f"userns must be 'private' or 'host', got {self.userns!r}")
+        for name, value in self.sysctls.items():
+            if not re.fullmatch(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):
+                raise InvalidArgumentError(
+                    f"sysctl {name!r} is not valid", hint="For example 'net.ipv4.ip_forward': '1'."
+                )
+        for host, address in self.hosts.items():
+            if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not re.fullmatch(r"[0-9A-Fa-f.:]+", address):
+                raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")
+        targets = [mount.target for mount in self.mounts]
+        if len(set(targets)) != len(targets):
+            raise InvalidArgumentError(f"two mounts have the same target: {sorted(targets)}")

@@ -1,0 +1,34 @@
+"""Sizes as people write them, parsed once at the door."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from unisandbox.api.errors import InvalidArgumentError
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FACTOR: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
+_LIMIT: Final = 1 << 62
+
+
+def parse_size(value: int | str, what: str = "size") -> int:
+    """Bytes of 4096, "512M", "1.5GiB". Factors are powers of 1024, as Docker's are.
+
+    Raises:
+        InvalidArgumentError: it is not a size, or not above 0.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise InvalidArgumentError(f"{what} must be bytes or a string like '512M', got {value!r}")
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if match is None:
+            raise InvalidArgumentError(f"{what} must be bytes or a string like '512M', got {value!r}")
+        value = int(float(match[1]) * _FACTOR[match[2].upper()])
+    if not 0 < value <= _LIMIT:
+        raise InvalidArgumentError(f"{what} must be > 0 and at most 2**62 bytes, got {value}")
+    return value

@@ -1,0 +1,520 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * init: the PID 1 of a container. It reaps, and it spawns what the host asks for. No libc, no allocation, no files.
+ *
+ * Started as   init         fd 3 = control socket (AF_UNIX SOCK_SEQPACKET), fd 4 may be its own ELF
+ *          or  init pause   reaps and does nothing else (PID 1 of a shared pid namespace)
+ *
+ * One request is one packet on fd 3: `struct request` and file descriptors by SCM_RIGHTS, in this order:
+ *   life   SOCK_SEQPACKET, ours until the process has ended: STARTED (with its pidfd) or FAILED, later ENDED
+ *   go     SOCK_SEQPACKET, the child's: one byte from the host says go, EOF says never mind. The child answers with
+ *          TTY (with the master) where a terminal was asked for, and FAILED where a step failed. EOF says that exec
+ *          has worked, since the fd is close-on-exec.
+ *   spec   memfd: groups, rlimits, cwd, argv, env. Only the child reads it, so that nothing of variable size ever
+ *          gets into PID 1.
+ *   stdin, stdout, stderr   unless a terminal was asked for
+ * A packet that is not a request is dropped with its fds: the host sees EOF on `life`.
+ * EOF on fd 3 (all hosts are gone) ends init, and the kernel ends its pid namespace with it.
+ *
+ * What holds an attacker who is root inside: a program that its user may execute but not read makes the kernel give
+ * the memory to the user namespace that owns the file (would_dump(), fs/exec.c), so CAP_SYS_PTRACE of an inner user
+ * namespace does not reach PID 1, nor a child before its exec: no /proc/1/{mem,fd,exe,root,ns}, no ptrace, no
+ * pidfd_getfd. Signals are ignored rather than blocked: the kernel queues blocked ones, ignored ones cost nothing.
+ *
+ * System calls used; a seccomp profile must allow them (clone and not clone3, which profiles answer with ENOSYS):
+ *   capset chdir clone close close_range dup3 execve exit_group getpid ioctl kill lseek mmap openat pidfd_open ppoll
+ *   prctl prlimit64 read recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait sendmsg setfsuid setgroups setresgid
+ *   setresuid setsid signalfd4 umask wait4
+ */
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long u64;
+
+#if defined(__x86_64__)
+enum { NR_read = 0, NR_close = 3, NR_lseek = 8, NR_mmap = 9, NR_rt_sigaction = 13, NR_rt_sigprocmask = 14,
+	NR_ioctl = 16, NR_getpid = 39, NR_sendmsg = 46, NR_recvmsg = 47, NR_clone = 56, NR_execve = 59, NR_wait4 = 61,
+	NR_kill = 62, NR_chdir = 80, NR_umask = 95, NR_setsid = 112, NR_setgroups = 116, NR_setresuid = 117,
+	NR_setresgid = 119, NR_setfsuid = 122, NR_capset = 126, NR_rt_sigtimedwait = 128,
+	NR_prctl = 157, NR_exit_group = 231, NR_openat = 257, NR_ppoll = 271, NR_signalfd4 = 289, NR_dup3 = 292,
+	NR_prlimit64 = 302, NR_pidfd_open = 434, NR_close_range = 436 };
+static long syscall6(long n, long a, long b, long c, long d, long e, long f)
+{
+	long ret;
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+	__asm__ volatile("syscall" : "=a"(ret) : "a"(n), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+	return ret;
+}
+__asm__(".text\n.global _start\n_start:\n\txor %ebp,%ebp\n\tmov %rsp,%rdi\n\tand $-16,%rsp\n\tcall start\n\thlt\n");
+#elif defined(__aarch64__)
+enum { NR_read = 63, NR_close = 57, NR_lseek = 62, NR_mmap = 222, NR_rt_sigaction = 134, NR_rt_sigprocmask = 135,
+	NR_ioctl = 29, NR_getpid = 172, NR_sendmsg = 211, NR_recvmsg = 212, NR_clone = 220, NR_execve = 221,
+	NR_wait4 = 260, NR_kill = 129, NR_chdir = 49, NR_umask = 166, NR_setsid = 157, NR_setgroups = 159,
+	NR_setresuid = 147, NR_setresgid = 149, NR_setfsuid = 151, NR_capset = 91,
+	NR_rt_sigtimedwait = 137, NR_prctl = 167, NR_exit_group = 94, NR_openat = 56, NR_ppoll = 73, NR_signalfd4 = 74,
+	NR_dup3 = 24, NR_prlimit64 = 261, NR_pidfd_open = 434,
+	NR_close_range = 436 };
+static long syscall6(long n, long a, long b, long c, long d, long e, long f)
+{
+	register long x8 __asm__("x8") = n;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	register long x3 __asm__("x3") = d;
+	register long x4 __asm__("x4") = e;
+	register long x5 __asm__("x5") = f;
+	__asm__ volatile("svc 0" : "+r"(x0) : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5) : "memory");
+	return x0;
+}
+__asm__(".text\n.global _start\n_start:\n\tmov x29,#0\n\tmov x30,#0\n\tmov x0,sp\n\tbl start\n\tbrk #0\n");
+#else
+#error "init knows x86_64 and aarch64"
+#endif
+
+#define CALL5(n, a, b, c, d, e) syscall6(NR_##n, (long)(a), (long)(b), (long)(c), (long)(d), (long)(e), 0)
+#define CALL4(n, a, b, c, d) CALL5(n, a, b, c, d, 0)
+#define CALL3(n, a, b, c) CALL5(n, a, b, c, 0, 0)
+#define CALL2(n, a, b) CALL5(n, a, b, 0, 0, 0)
+#define CALL1(n, a) CALL5(n, a, 0, 0, 0, 0)
+#define CALL0(n) CALL5(n, 0, 0, 0, 0, 0)
+
+/* gcc may call this one also in freestanding code. */
+void *memset(void *to, int byte, u64 size)
+{
+	volatile u8 *p = to;
+	while (size--)
+		*p++ = (u8)byte;
+	return to;
+}
+
+/* ---- the kernel's words (include/uapi/linux, asm-generic) ---- */
+enum { ENOENT = 2, EINTR = 4, EAGAIN = 11, ENOMEM = 12, EACCES = 13, ENOTDIR = 20, EINVAL = 22, ENAMETOOLONG = 36,
+	ECONNRESET = 104 };
+enum { POLLIN = 1, POLLERR = 8, POLLHUP = 16, POLLNVAL = 32, POLLRDHUP = 0x2000 };
+enum { SOL_SOCKET = 1, SCM_RIGHTS = 1, MSG_CTRUNC = 8, MSG_TRUNC = 0x20, MSG_DONTWAIT = 0x40, MSG_NOSIGNAL = 0x4000,
+	MSG_CMSG_CLOEXEC = 0x40000000 };
+enum { O_RDWR = 2, O_NOCTTY = 0400, O_CLOEXEC = 02000000, AT_FDCWD = -100, SEEK_END = 2 };
+enum { WNOHANG = 1, WALL = 0x40000000 };
+enum { SIGKILL = 9, SIGCHLD = 17, SIGSTOP = 19, NSIG = 64, SIG_BLOCK = 0, SIG_SETMASK = 2 };
+enum { PR_SET_DUMPABLE = 4, PR_SET_KEEPCAPS = 8, PR_SET_NAME = 15, PR_CAPBSET_READ = 23, PR_CAPBSET_DROP = 24,
+	PR_SET_CHILD_SUBREAPER = 36, PR_SET_NO_NEW_PRIVS = 38, PR_CAP_AMBIENT = 47, PR_CAP_AMBIENT_RAISE = 2,
+	PR_CAP_AMBIENT_CLEAR_ALL = 4 };
+enum { TIOCSPTLCK = 0x40045431, TIOCGPTPEER = 0x5441, TIOCSCTTY = 0x540e, TIOCSWINSZ = 0x5414 };
+enum { PROT_RW = 3, MAP_PRIVATE = 2, MAP_ANONYMOUS = 0x20, RLIMIT_NOFILE = 7, CAP_VERSION_3 = 0x20080522 };
+struct pollfd { int fd; u16 events, revents; };
+struct timespec { long sec, nsec; };
+struct iovec { void *base; u64 len; };
+struct msghdr { void *name; u32 namelen; struct iovec *iov; u64 iovlen; void *control; u64 controllen; u32 flags; };
+struct cmsghdr { u64 len; int level, type; };
+struct rlimit { u64 soft, hard; };
+struct kernel_sigaction { u64 handler, flags, restorer, mask; };
+struct cap_header { u32 version; int pid; };
+struct cap_data { u32 effective, permitted, inheritable; };
+struct winsize { u16 rows, cols, xpixel, ypixel; };
+static const u64 SIG_IGN = 1, SIG_DFL = 0;
+
+/* ---- the protocol; src/unisandbox/host/init/protocol.py says the same ---- */
+enum { MAGIC = 0x54494e55 /* "UNIT" */, VERSION = 1 };
+enum { CONTROL = 3, SIGNALS = 4, FIRST_FREE = 5, MAX_FDS = 253 /* SCM_MAX_FD */, MAX_LIVE = 4096 };
+enum { FLAG_TTY = 1, FLAG_NO_NEW_PRIVS = 2, FLAG_AMBIENT = 4, FLAGS = 7 };
+enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16 };
+enum { STARTED = 1, ENDED = 2, FAILED = 3, TTY = 4 };
+enum { STEP_TABLE = 1, STEP_CLONE, STEP_REPLY, STEP_FDS, STEP_SPEC, STEP_SETSID, STEP_TTY, STEP_RLIMITS, STEP_BOUNDING,
+	STEP_GROUPS, STEP_GID, STEP_UID, STEP_CAPABILITIES, STEP_AMBIENT, STEP_NO_NEW_PRIVS, STEP_CWD, STEP_SIGNALS,
+	STEP_EXEC };
+struct request {
+	u32 magic;
+	u16 version, flags;
+	u32 spec_size, ngroups, nrlimits, argc, envc;
+	u32 uid, gid, umask;
+	u16 rows, cols;
+	u32 reserved[3];
+	u64 capabilities;
+};
+_Static_assert(sizeof(struct request) == 64 && sizeof(long) == 8, "the layout is part of the protocol");
+struct answer { u32 kind; int a, b; };
+struct spec_rlimit { u32 resource, reserved; struct rlimit limit; };
+
+static struct live { int pid, life, ended, status; } live[MAX_LIVE];
+static u32 live_count, unsent;
+static u32 live_limit = MAX_LIVE;
+static struct rlimit first_nofile;
+
+static void close(int fd)
+{
+	CALL1(close, fd);
+}
+
+static void exit(int code)
+{
+	for (;;)
+		CALL1(exit_group, code);
+}
+
+/* Send an answer, with one fd unless it is negative. Never blocks. */
+static long answer(int to, u32 kind, int a, int b, int fd)
+{
+	struct answer body = {kind, a, b};
+	struct { struct cmsghdr head; int fd; u32 pad; } control = {{sizeof(struct cmsghdr) + sizeof(int), SOL_SOCKET, SCM_RIGHTS}, fd, 0};
+	struct iovec iov = {&body, sizeof body};
+	struct msghdr message = {0, 0, &iov, 1, fd < 0 ? 0 : &control, fd < 0 ? 0 : sizeof control, 0};
+	return CALL3(sendmsg, to, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+/* ---- the child: everything between clone and execve ---- */
+static void fail(int step, long error)
+{
+	answer(3, FAILED, step, (int)-error, -1);
+	exit(127);
+}
+
+static long must(int step, long result)
+{
+	if (result < 0)
+		fail(step, result);
+	return result;
+}
+
+static void child_tty(const struct request *r)
+{
+	static const char ptmx[] = "/dev/ptmx";
+	struct winsize size = {r->rows, r->cols, 0, 0};
+	int unlocked = 0;
+	/* devpts gives a new terminal to the fsuid of its opener, so that the user can open /dev/tty. */
+	CALL1(setfsuid, r->uid);
+	int master = (int)must(STEP_TTY, CALL4(openat, AT_FDCWD, ptmx, O_RDWR | O_NOCTTY | O_CLOEXEC, 0));
+	CALL1(setfsuid, 0);
+	must(STEP_TTY, CALL3(ioctl, master, TIOCSPTLCK, &unlocked));
+	int slave = (int)must(STEP_TTY, CALL3(ioctl, master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC));
+	must(STEP_TTY, CALL3(ioctl, slave, TIOCSWINSZ, &size));
+	must(STEP_TTY, CALL3(ioctl, slave, TIOCSCTTY, 0));
+	must(STEP_TTY, answer(3, TTY, 0, 0, master));
+	for (int i = 0; i < 3; i++)
+		must(STEP_TTY, CALL3(dup3, slave, i, 0));
+	must(STEP_TTY, CALL3(close_range, 4, ~0u, 0));
+}
+
+static void child_credentials(const struct request *r, const u32 *groups)
+{
+	for (int cap = 0; cap < 64; cap++) {
+		long has = CALL2(prctl, PR_CAPBSET_READ, cap);
+		if (has < 0)
+			break; /* past the kernel's last capability */
+		if (has && !(r->capabilities >> cap & 1))
+			must(STEP_BOUNDING, CALL2(prctl, PR_CAPBSET_DROP, cap));
+	}
+	must(STEP_CAPABILITIES, CALL2(prctl, PR_SET_KEEPCAPS, 1));
+	must(STEP_GROUPS, CALL2(setgroups, r->ngroups, groups));
+	must(STEP_GID, CALL3(setresgid, r->gid, r->gid, r->gid));
+	must(STEP_UID, CALL3(setresuid, r->uid, r->uid, r->uid));
+	struct cap_header head = {CAP_VERSION_3, 0};
+	struct cap_data data[2];
+	for (int i = 0; i < 2; i++) {
+		/* A user who is not root has none after exec, so let chdir and exec be judged without them too. */
+		u32 wanted = r->uid && !(r->flags & FLAG_AMBIENT) ? 0 : (u32)(r->capabilities >> (32 * i));
+		data[i].permitted = data[i].effective = wanted;
+		data[i].inheritable = r->flags & FLAG_AMBIENT ? wanted : 0;
+	}
+	must(STEP_CAPABILITIES, CALL2(capset, &head, data));
+	must(STEP_AMBIENT, CALL2(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL));
+	if (r->flags & FLAG_AMBIENT)
+		for (int cap = 0; cap < 64; cap++)
+			if (r->capabilities >> cap & 1)
+				must(STEP_AMBIENT, CALL3(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap));
+}
+
+static void child_signals(void)
+{
+	struct kernel_sigaction normal = {SIG_DFL, 0, 0, 0};
+	u64 none = 0;
+	for (int n = 1; n <= NSIG; n++)
+		if (n != SIGKILL && n != SIGSTOP)
+			must(STEP_SIGNALS, CALL4(rt_sigaction, n, &normal, 0, sizeof none));
+	must(STEP_SIGNALS, CALL4(rt_sigprocmask, SIG_SETMASK, &none, 0, sizeof none));
+}
+
+/* execvpe(3), without its shell for files that are no programs. */
+static long child_exec(char **argv, char **env)
+{
+	static char path[4096];
+	const char *dirs = "/bin:/usr/bin";
+	long refused = 0;
+	for (char *p = argv[0]; *p; p++)
+		if (*p == '/')
+			return CALL3(execve, argv[0], argv, env);
+	if (!argv[0][0])
+		return -ENOENT;
+	for (char **e = env; *e; e++)
+		if ((*e)[0] == 'P' && (*e)[1] == 'A' && (*e)[2] == 'T' && (*e)[3] == 'H' && (*e)[4] == '=') {
+			dirs = *e + 5;
+			break;
+		}
+	for (;;) {
+		u32 n = 0;
+		while (*dirs && *dirs != ':' && n < sizeof path - 1)
+			path[n++] = *dirs++;
+		if (n)
+			path[n++] = '/';
+		for (char *p = argv[0]; *p && n < sizeof path; p++)
+			path[n++] = *p;
+		long error = -ENAMETOOLONG;
+		if (n < sizeof path && (!*dirs || *dirs == ':')) {
+			path[n] = 0;
+			error = CALL3(execve, path, argv, env);
+		}
+		if (error == -EACCES)
+			refused = error;
+		else if (error != -ENOENT && error != -ENOTDIR && error != -ENAMETOOLONG)
+			return error;
+		while (*dirs && *dirs != ':')
+			dirs++;
+		if (!*dirs++)
+			return refused ? refused : -ENOENT;
+	}
+}
+
+/* fds 0-2 are in place (or will be the terminal), 3 is `go`, 4 is `spec`. */
+static void child(const struct request *r)
+{
+	u8 byte;
+	long n;
+	while ((n = CALL3(read, 3, &byte, 1)) == -EINTR)
+		;
+	if (n != 1)
+		exit(127);
+
+	u64 rlimits_at = ((u64)r->ngroups * sizeof(u32) + 7) & ~7ul;
+	u64 strings_at = rlimits_at + (u64)r->nrlimits * sizeof(struct spec_rlimit);
+	u64 pointers = ((u64)r->argc + r->envc + 2) * sizeof(char *);
+	if (must(STEP_SPEC, CALL3(lseek, 4, 0, SEEK_END)) != (long)r->spec_size || strings_at >= r->spec_size)
+		fail(STEP_SPEC, -EINVAL);
+	long at = syscall6(NR_mmap, 0, r->spec_size, PROT_RW, MAP_PRIVATE, 4, 0);
+	must(STEP_SPEC, at < 0 && at > -4096 ? at : 0);
+	char *spec = (char *)at;
+	at = syscall6(NR_mmap, 0, (long)pointers, PROT_RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	must(STEP_SPEC, at < 0 && at > -4096 ? at : 0);
+	char **argv = (char **)at, **env = argv + r->argc + 1;
+	close(4);
+
+	char *cwd = spec + strings_at, *p = cwd, *end = spec + r->spec_size;
+	if (end[-1])
+		fail(STEP_SPEC, -EINVAL);
+	for (u64 i = 0; i <= (u64)r->argc + r->envc; i++) {
+		if (p >= end)
+			fail(STEP_SPEC, -EINVAL);
+		if (i > r->argc)
+			env[i - r->argc - 1] = p;
+		else if (i)
+			argv[i - 1] = p;
+		while (*p++)
+			;
+	}
+	if (p != end)
+		fail(STEP_SPEC, -EINVAL);
+
+	must(STEP_SETSID, CALL0(setsid));
+	if (r->flags & FLAG_TTY)
+		child_tty(r);
+	must(STEP_RLIMITS, CALL4(prlimit64, 0, RLIMIT_NOFILE, &first_nofile, 0));
+	struct spec_rlimit *limits = (struct spec_rlimit *)(spec + rlimits_at);
+	for (u32 i = 0; i < r->nrlimits; i++)
+		must(STEP_RLIMITS, CALL4(prlimit64, 0, limits[i].resource, &limits[i].limit, 0));
+	CALL1(umask, r->umask);
+	child_credentials(r, (u32 *)spec);
+	if (r->flags & FLAG_NO_NEW_PRIVS)
+		must(STEP_NO_NEW_PRIVS, CALL5(prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+	must(STEP_CWD, CALL1(chdir, cwd));
+	child_signals();
+	fail(STEP_EXEC, child_exec(argv, env));
+}
+
+/* ---- PID 1 ---- */
+static void forget(struct live *l)
+{
+	close(l->life);
+	unsent -= (u32)l->ended;
+	*l = live[--live_count];
+}
+
+/* Tell the host that a process has ended. A `life` that takes nothing now is tried again by the main loop. */
+static int tell(struct live *l)
+{
+	long sent = answer(l->life, ENDED, l->status, 0, -1);
+	if (sent == -EAGAIN || sent == -ENOMEM || sent == -EINTR)
+		return 0;
+	forget(l); /* told, or nobody is left to tell */
+	return 1;
+}
+
+/* Reap what has ended. At most 256 at once: whoever makes zombies must not keep the host waiting. True if done. */
+static int reap(void)
+{
+	for (int budget = 256; budget; budget--) {
+		int status;
+		long pid = CALL4(wait4, -1, &status, WNOHANG | WALL, 0);
+		if (pid <= 0)
+			return 1;
+		for (u32 i = 0; i < live_count; i++)
+			if (live[i].pid == pid && !live[i].ended) {
+				live[i].ended = 1;
+				live[i].status = status;
+				unsent++;
+				tell(&live[i]);
+				break;
+			}
+	}
+	return 0;
+}
+
+static int valid(const struct request *r, long size, int nfds)
+{
+	return size == sizeof *r && r->magic == MAGIC && r->version == VERSION && !(r->flags & ~FLAGS) &&
+	       nfds == (r->flags & FLAG_TTY ? 3 : 6) && r->spec_size && r->spec_size <= MAX_SPEC &&
+	       r->ngroups <= MAX_GROUPS && r->nrlimits <= MAX_RLIMITS && r->argc && r->argc <= r->spec_size &&
+	       r->envc <= r->spec_size && r->umask <= 0777 && !(r->reserved[0] | r->reserved[1] | r->reserved[2]) &&
+	       r->uid != ~0u && r->gid != ~0u; /* -1 would mean "as it is" to setresuid: root */
+}
+
+static void spawn(const struct request *r, const int *fds)
+{
+	int life = fds[0];
+	if (live_count >= live_limit) {
+		answer(life, FAILED, STEP_TABLE, EAGAIN, -1);
+		close(life);
+		return;
+	}
+	long pid = CALL5(clone, SIGCHLD, 0, 0, 0, 0);
+	if (pid == 0) {
+		/* What came by SCM_RIGHTS lies above 4, so no order of these can overwrite one that is still needed.
+		 * From here on the child holds nothing of init's: no control socket, no life of another process. */
+		long bad = CALL3(dup3, fds[1], 3, O_CLOEXEC);
+		if (bad >= 0)
+			bad = CALL3(dup3, fds[2], 4, O_CLOEXEC);
+		for (int i = 0; i < 3 && bad >= 0 && !(r->flags & FLAG_TTY); i++)
+			bad = CALL3(dup3, fds[3 + i], i, 0);
+		if (bad >= 0)
+			bad = CALL3(close_range, FIRST_FREE, ~0u, 0);
+		must(STEP_FDS, bad);
+		child(r);
+	}
+	if (pid < 0) {
+		answer(life, FAILED, STEP_CLONE, (int)-pid, -1);
+		close(life);
+		return;
+	}
+	/* Not reaped yet, so this pid is still its. (No CLONE_PIDFD: qemu-user, which tests aarch64, does not know it.) */
+	long pidfd = CALL2(pidfd_open, pid, 0);
+	long sent = pidfd < 0 ? pidfd : answer(life, STARTED, (int)pid, 0, (int)pidfd);
+	if (pidfd >= 0)
+		close((int)pidfd);
+	if (sent < 0) {
+		CALL2(kill, pid, SIGKILL);
+		answer(life, FAILED, STEP_REPLY, (int)-sent, -1);
+		close(life);
+		return;
+	}
+	live[live_count++] = (struct live){(int)pid, life, 0, 0};
+}
+
+/* One packet. False when all hosts are gone. */
+static int receive(int hung_up)
+{
+	static union { struct request request; u8 bytes[sizeof(struct request) + 1]; } body;
+	static u64 control[(sizeof(struct cmsghdr) + MAX_FDS * sizeof(int) + 7) / 8 + 8];
+	struct iovec iov = {&body, sizeof body};
+	struct msghdr message = {0, 0, &iov, 1, control, sizeof control, 0};
+	int fds[MAX_FDS], nfds = 0;
+	long size = CALL3(recvmsg, CONTROL, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+	if (size == -EAGAIN || size == -EINTR || size == -ENOMEM || size == -ECONNRESET)
+		return 1;
+	if (size < 0)
+		return 0;
+	for (u64 at = 0; at + sizeof(struct cmsghdr) <= message.controllen;) {
+		struct cmsghdr *c = (struct cmsghdr *)((u8 *)control + at);
+		if (c->len < sizeof *c || c->len > message.controllen - at)
+			break;
+		if (c->level == SOL_SOCKET && c->type == SCM_RIGHTS)
+			for (u64 i = 0; i < (c->len - sizeof *c) / sizeof(int) && nfds < MAX_FDS; i++)
+				fds[nfds++] = ((int *)(c + 1))[i];
+		at += (c->len + 7) & ~7ul;
+	}
+	int kept = 0;
+	if (!(message.flags & (MSG_TRUNC | MSG_CTRUNC)) && valid(&body.request, size, nfds)) {
+		spawn(&body.request, fds);
+		kept = 1; /* `life` is spawn's */
+	}
+	for (int i = kept; i < nfds; i++)
+		close(fds[i]);
+	return size > 0 || nfds || !hung_up;
+}
+
+static void serve(void)
+{
+	struct pollfd polled[2] = {{CONTROL, POLLIN | POLLRDHUP, 0}, {SIGNALS, POLLIN, 0}};
+	int reaped = 1;
+	for (;;) {
+		struct timespec now = {0, 0}, soon = {0, 100000000};
+		struct timespec *wait = !reaped ? &now : unsent ? &soon : 0;
+		if (CALL5(ppoll, polled, 2, wait, 0, 8) < 0)
+			continue;
+		if (unsent)
+			for (u32 i = 0; i < live_count;)
+				i += !(live[i].ended && tell(&live[i]));
+		if (!reaped || polled[1].revents) {
+			static u8 info[128]; /* struct signalfd_siginfo */
+			if (polled[1].revents)
+				CALL3(read, SIGNALS, info, sizeof info);
+			reaped = reap();
+		}
+		if (polled[0].revents &&
+		    !receive(polled[0].revents & (POLLHUP | POLLRDHUP | POLLERR | POLLNVAL)))
+			return;
+	}
+}
+
+void start(long *stack)
+{
+	char **argv = (char **)(stack + 1);
+	u64 chld = 1ul << (SIGCHLD - 1);
+	struct kernel_sigaction ignore = {SIG_IGN, 0, 0, 0}, normal = {SIG_DFL, 0, 0, 0};
+	int pause = stack[0] > 1;
+	if (stack[0] > 2 || (pause && !(argv[1][0] == 'p' && argv[1][1] == 'a' && argv[1][2] == 'u')))
+		exit(64);
+	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0 || CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
+		exit(70);
+	CALL2(prctl, PR_SET_NAME, "init");
+	/* Where it is not PID 1 (shared pid namespace) the orphans of its container are its too. */
+	CALL2(prctl, PR_SET_CHILD_SUBREAPER, 1);
+	for (int n = 1; n <= NSIG; n++)
+		if (n != SIGKILL && n != SIGSTOP)
+			CALL4(rt_sigaction, n, n == SIGCHLD ? &normal : &ignore, 0, sizeof chld);
+	CALL4(rt_sigprocmask, SIG_SETMASK, &chld, 0, sizeof chld);
+	if (pause)
+		for (;;) {
+			CALL4(rt_sigtimedwait, &chld, 0, 0, sizeof chld);
+			while (!reap())
+				;
+		}
+
+	if (CALL4(signalfd4, -1, &chld, sizeof chld, O_CLOEXEC | 04000 /* SFD_NONBLOCK */) != SIGNALS)
+		exit(70);
+	for (int i = 0; i < 3; i++) /* taken, so that nothing received lands there; no path is opened for it */
+		if (CALL3(dup3, SIGNALS, i, O_CLOEXEC) < 0)
+			exit(70);
+	/* One `life` per process: use all that the hard limit gives; each child gets the first soft limit back. */
+	CALL4(prlimit64, 0, RLIMIT_NOFILE, 0, &first_nofile);
+	struct rlimit all = {first_nofile.hard, first_nofile.hard};
+	CALL4(prlimit64, 0, RLIMIT_NOFILE, &all, 0);
+	if (all.hard < MAX_LIVE + 32)
+		live_limit = all.hard > 64 ? (u32)all.hard - 32 : 16;
+	serve();
+	if (CALL0(getpid) != 1) /* nobody else ends them then */
+		for (u32 i = 0; i < live_count; i++)
+			if (!live[i].ended)
+				CALL2(kill, live[i].pid, SIGKILL);
+	exit(0);
+}

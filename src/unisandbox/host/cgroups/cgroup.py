@@ -1,0 +1,468 @@
+"""The cgroups of one engine: a tree of directories, one in every hierarchy that is needed.
+
+A cgroup of a sandbox or container has a directory for each controller; that of a process only what a process needs:
+its memory (the OOM count) and the tree that ends it. Everything here is a few system calls and never waits but where
+a timeout says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping, Sequence
+
+from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.api.names import check_name
+from unisandbox.host.cgroups import ending, files, hierarchy, v1, v2
+from unisandbox.host.cgroups.devices import DeviceRule
+from unisandbox.host.cgroups.hierarchy import Layout, Place, Version
+from unisandbox.host.cgroups.limits import Limits, Stats
+
+_NO_LIMITS = Limits()
+# What a process of its own needs a directory for.
+_FOR_PROCESS = frozenset({"memory", "freezer"})
+_MKDIR_TRIES = 10
+
+
+class Cgroups:
+    """Where one engine's cgroups are, and what can be done with them on this host."""
+
+    def __init__(self, name: str, layout: Layout) -> None:
+        """Use `detect`."""
+        self.name = check_name(name, "cgroup name")
+        self._layout = layout
+        self.version: Version = layout.version
+        self.missing: Mapping[str, str] = dict(layout.missing)
+        """For each controller that cannot be used: why, and what would help."""
+        self.controllers: frozenset[str] = frozenset(c for place in layout.places for c in place.controllers)
+
+    @classmethod
+    def detect(
+        cls, name: str, *, parent: str | None = None, make_room: bool = False, use_unified: bool = True
+    ) -> Cgroups:
+        """Look where an engine's cgroups can live. Changes nothing.
+
+        Args:
+            name: of the engine's own cgroup, below the parent.
+            parent: path of the parent cgroup from the top of each hierarchy. Default: on v1 and hybrid hosts our own
+                cgroup of each hierarchy; on v2 the nearest delegated cgroup above us that holds no processes, as root
+                /unisandbox.slice, else our own cgroup.
+            make_room: on v2, move the processes of a parent that holds some into a leaf below it (inside a container
+                there is no other way to limits).
+            use_unified: False pretends that a hybrid host has no cgroup2 tree.
+
+        Raises:
+            InvalidArgumentError: `name` or `parent` is not valid.
+            UnavailableError: no cgroup file system is here at all. Anything less is in `missing`.
+        """
+        return cls(name, hierarchy.detect(parent, use_unified=use_unified, make_room=make_room))
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The hierarchies in use, in the order in which directories are made."""
+        return self._layout.places
+
+    def reasons(self) -> list[str]:
+        """What cannot be done here and why, one sentence each; empty when all is well."""
+        grouped: dict[str, list[str]] = {}
+        for controller, why in self.missing.items():
+            grouped.setdefault(why, []).append(controller)
+        return [f"cgroup {', '.join(names)}: {why}" for why, names in grouped.items()]
+
+    def root(self) -> Cgroup:
+        """The engine's own cgroup, made when it is not there yet.
+
+        Raises:
+            UnavailableError: no hierarchy can be used, with the reasons.
+            OSError: the kernel refused.
+        """
+        if not self.places:
+            raise UnavailableError("cgroups cannot be used here", hint="; ".join(self.reasons()))
+        for place in self.places:
+            directory = f"{place.parent}/{self.name}"
+            if self.version == "v2":
+                self._make_v2(directory, [c for c in hierarchy.V2_CONTROLLERS if c in self.controllers])
+            else:
+                self._make_v1(directory, place)
+        return self._cgroup("", {place: f"{place.parent}/{self.name}" for place in self.places})
+
+    def find(self, path: str) -> Cgroup:
+        """The cgroup of this relative path ("s1/c1"; "" is the engine's), which may have been made by another process.
+
+        Raises:
+            FileNotFoundError: it is in no hierarchy.
+        """
+        for part in path.split("/") if path else ():
+            check_name(part, "cgroup name")
+        relative = f"{self.name}/{path}".rstrip("/")
+        there = {place: f"{place.parent}/{relative}" for place in self.places}
+        return self._existing(path, there)
+
+    def _existing(self, path: str, there: Mapping[Place, str]) -> Cgroup:
+        own = {place: directory for place, directory in there.items() if os.path.isdir(directory)}
+        if not own:
+            raise FileNotFoundError(errno.ENOENT, f"cgroup {self.name}/{path} does not exist")
+        inherited = {}
+        for place, directory in there.items():
+            above = os.path.dirname(directory)
+            if place not in own and path and os.path.isdir(above):
+                inherited[place] = above
+        return self._cgroup(path, own, inherited)
+
+    def _cgroup(self, path: str, own: Mapping[Place, str], inherited: Mapping[Place, str] | None = None) -> Cgroup:
+        return Cgroup(self, path, own, inherited or {})
+
+    def _make_v1(self, directory: str, place: Place) -> None:
+        os.makedirs(directory, mode=0o755, exist_ok=True)
+        v1.prepare_root(directory, place.controllers)
+
+    def _make_v2(self, directory: str, controllers: Sequence[str]) -> None:
+        """Make a directory that has `controllers`, with what is above it."""
+        above = os.path.dirname(directory)
+        for left in reversed(range(_MKDIR_TRIES)):
+            try:
+                if self._layout.occupied == above:
+                    _evacuate(above)
+                there = files.read_optional(above, "cgroup.controllers")
+                if there is None or not set(controllers) <= set(there.split()):
+                    self._make_v2(above, controllers)
+                v2.enable(above, controllers)
+                os.makedirs(directory, mode=0o755, exist_ok=True)
+            except FileNotFoundError:
+                # Another engine, which closed, removed the slice between two of our steps.
+                if not left:
+                    raise
+            else:
+                return
+
+    def _clean_up(self) -> None:
+        """Remove the slice that we made, unless somebody else is in it."""
+        for place in self.places:
+            if os.path.basename(place.parent) == hierarchy.SLICE:
+                ending.remove_leaf(place.parent)
+
+
+class Cgroup:
+    """One cgroup. Objects are handles: making one does not make the cgroup, and it outlives the object."""
+
+    __slots__ = ("_at", "_enabled", "_inherited", "_own", "_tree", "path")
+
+    def __init__(self, tree: Cgroups, path: str, own: Mapping[Place, str], inherited: Mapping[Place, str]) -> None:
+        """Use `Cgroups.root`, `Cgroups.find`, `Cgroup.child` or `open_existing`."""
+        self.path = path
+        """Relative to the engine's cgroup; "" is that itself."""
+        self._tree = tree
+        self._own = dict(own)
+        self._inherited = dict(inherited)
+        self._at = {controller: d for place, d in own.items() for controller in place.controllers}
+        for place, directory in own.items():
+            if place.mount.unified:
+                self._at["unified"] = directory
+        self._enabled: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        return f"Cgroup({self})"
+
+    def __str__(self) -> str:
+        """Its path below the engine's parent."""
+        return f"{self._tree.name}/{self.path}".rstrip("/")
+
+    @property
+    def dirs(self) -> tuple[str, ...]:
+        """The directories of this cgroup, absolute; `ending.kill` and `ending.remove` take them."""
+        return tuple(self._own.values())
+
+    @property
+    def procs(self) -> tuple[str, ...]:
+        """The cgroup.procs files into which a process's pid must be written for it to be wholly in here.
+
+        Where this cgroup has no directory of its own, it is that of the one above. A write takes 8 to 15 ms when no
+        process has been moved for a while, since the kernel waits for an RCU grace period; `entry` is quicker.
+        """
+        return tuple(f"{directory}/cgroup.procs" for directory in self._everywhere().values())
+
+    @property
+    def entry(self) -> tuple[str, ...]:
+        """The files into which a process with a single thread writes "0" to move itself in here.
+
+        The same as `procs` but for v1, where `tasks` has no such wait (0.05 ms). Only the v2 directory, when there is
+        one, is still slow: see `clone_into`.
+        """
+        return (*self.tasks, *(f"{directory}/cgroup.procs" for directory in (self.clone_into,) if directory))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The v1 part of `entry`: what is left to do for a process that was born in `clone_into`."""
+        return tuple(f"{d}/tasks" for place, d in self._everywhere().items() if not place.mount.unified)
+
+    @property
+    def clone_into(self) -> str | None:
+        """The v2 directory: a process born there (`syscalls.fork_into_cgroup`) need not wait. None on pure v1."""
+        return next((d for place, d in self._everywhere().items() if place.mount.unified), None)
+
+    def _everywhere(self) -> dict[Place, str]:
+        return {**self._own, **self._inherited}
+
+    def admit(self, uid: int) -> None:
+        """Let processes of user `uid` (as the host counts) clone themselves into this cgroup (CLONE_INTO_CGROUP).
+
+        The kernel wants that of the cgroup itself and of the nearest one above both it and the cloning process. It
+        gives away cgroup.procs alone: nothing of limits, and no cgroups can be made. For v1 there is nothing to do:
+        hand open files of `tasks` to the process.
+
+        Raises:
+            OSError: the kernel refused.
+        """
+        directory = self._at.get("unified")
+        if directory is not None:
+            os.chown(f"{directory}/cgroup.procs", uid, -1, follow_symlinks=False)
+
+    def predict(self, name: str, *, limits: Limits = _NO_LIMITS, for_process: bool = False) -> tuple[str, ...]:
+        """The `dirs` that `child` with the same arguments would have: to register the undo before the side effect."""
+        return tuple(self._plan(name, limits, for_process=for_process).values())
+
+    def child(self, name: str, *, limits: Limits = _NO_LIMITS, for_process: bool = False) -> Cgroup:
+        """Make a cgroup below this one, with its limits. On failure nothing is left.
+
+        Args:
+            name: valid for `api.names.check_name`.
+            limits: what it may use.
+            for_process: only what one process needs (its memory counters and its end); the rest is shared with this.
+
+        Raises:
+            FileExistsError: there is one of that name; it is not touched.
+            UnavailableError: a limit cannot be had on this host; says why. Nothing was made.
+            OSError: the kernel refused. On v2, EBUSY when this cgroup holds processes itself.
+        """
+        own = self._plan(name, limits, for_process=for_process)
+        self._require(limits, f"{self}/{name}")
+        if self._tree.version == "v2":
+            self._enable(limits, for_process=for_process)
+        _make(tuple(own.values()))
+        inherited = {place: d for place, d in self._everywhere().items() if place not in own}
+        child = Cgroup(self._tree, f"{self.path}/{name}".lstrip("/"), own, inherited)
+        try:
+            child._write_limits(limits, fresh=True)
+        except BaseException:
+            child.remove()
+            raise
+        return child
+
+    def _plan(self, name: str, limits: Limits, *, for_process: bool) -> dict[Place, str]:
+        check_name(name, "cgroup name")
+        if name.partition(".")[0] in (*hierarchy.CONTROLLERS, "cgroup"):
+            # Its directory would meet the kernel's files: cgroup.procs, memory.max.
+            raise InvalidArgumentError(f"cgroup name {name!r} begins like a file of the kernel's")
+        wanted = _FOR_PROCESS | set(limits.controllers()) if for_process else None
+        places = (place for place in self._own if wanted is None or wanted & set(place.controllers))
+        return {place: f"{self._own[place]}/{name}" for place in places}
+
+    def _enable(self, limits: Limits, *, for_process: bool) -> None:
+        wanted = {"memory", *limits.controllers()} if for_process else set(hierarchy.V2_CONTROLLERS)
+        controllers = [name for name in hierarchy.V2_CONTROLLERS if name in wanted & self._tree.controllers]
+        if not self._enabled.issuperset(controllers):
+            v2.enable(self._at["unified"], controllers)
+            self._enabled |= set(controllers)
+
+    def enter(self, pid: int) -> None:
+        """Move a process (all its threads) in here, and read back that it is.
+
+        Raises:
+            ProcessLookupError: there is no such process.
+            OSError: the kernel refused, or the process is elsewhere afterwards.
+        """
+        now = hierarchy.memberships(pid)
+        moves = [(place, d) for place, d in self._everywhere().items() if now.get(place.key) != place.mount.name(d)]
+        for _, directory in moves:
+            files.write(directory, "cgroup.procs", str(pid))
+        if not moves:
+            return
+        now = hierarchy.memberships(pid)
+        for place, directory in moves:
+            if now.get(place.key) != place.mount.name(directory):
+                message = f"process {pid} is in {place.key} cgroup {now.get(place.key)!r} and not in {directory}"
+                raise OSError(errno.EIO, message)
+
+    def set_limits(self, limits: Limits) -> None:
+        """Make these the limits, also while processes run; those that are None are taken away.
+
+        A memory limit below what is in use is refused, on v2 after an attempt to reclaim. On failure the limits are as
+        they were.
+
+        Raises:
+            UnavailableError: a limit cannot be had on this host; says why.
+            FailedPreconditionError: this is the cgroup of a process and has no such limit.
+            OSError: the kernel refused (EBUSY: more is in use).
+        """
+        self._require(limits, str(self))
+        before = self.limits()
+        try:
+            self._write_limits(limits, fresh=False)
+        except OSError:
+            self._write_limits(before, fresh=False)
+            raise
+
+    def _require(self, limits: Limits, what: str) -> None:
+        for controller, limit in limits.controllers().items():
+            if controller in self._tree.missing:
+                raise UnavailableError(
+                    f"a {limit} limit for cgroup {what} cannot be set", hint=self._tree.missing[controller]
+                )
+            if controller not in self._at:
+                raise FailedPreconditionError(f"cgroup {what} has no {limit} limit of its own, only the one above it")
+
+    def _write_limits(self, limits: Limits, *, fresh: bool) -> None:
+        version = v2 if self._tree.version == "v2" else v1
+        if limits.memory is not None and limits.swap and not version.counts_swap(self._at["memory"]):
+            raise UnavailableError(
+                f"a swap limit for {self._at['memory']} cannot be set: this kernel does not account for swap",
+                hint="Boot with swapaccount=1, or leave swap at 0.",
+            )
+        version.set_limits(self._at, limits, fresh=fresh)
+
+    def limits(self) -> Limits:
+        """The limits as the kernel has them (sizes rounded to pages)."""
+        return v2.get_limits(self._at) if self._tree.version == "v2" else v1.get_limits(self._at)
+
+    def stats(self) -> Stats:
+        """What this cgroup and everything below it uses."""
+        return v2.stats(self._at) if self._tree.version == "v2" else v1.stats(self._at)
+
+    def oom_kills(self) -> int:
+        """How many processes of this very cgroup the kernel killed for memory, whosever limit was hit.
+
+        Raises:
+            UnavailableError: the memory controller cannot be used on this host.
+            FileNotFoundError: the cgroup is gone: read it before it is removed.
+        """
+        if "memory" not in self._at:
+            hint = self._tree.missing.get("memory", "")
+            raise UnavailableError(f"OOM kills in cgroup {self} are not counted", hint=hint)
+        if not os.path.isdir(self._at["memory"]):
+            raise FileNotFoundError(errno.ENOENT, f"cgroup {self._at['memory']} does not exist")
+        return v2.oom_kills(self._at) if self._tree.version == "v2" else v1.oom_kills(self._at)
+
+    def pids(self) -> tuple[int, ...]:
+        """The processes in and below this cgroup, whichever hierarchy they are in."""
+        found: set[int] = set()
+        for directory in self.dirs:
+            found |= ending.pids(directory)
+        return tuple(sorted(found))
+
+    def kill(self) -> None:
+        """SIGKILL for every process in and below, at once; does not wait for their ends. None there is fine."""
+        ending.kill(self.dirs, 0)
+
+    def freeze(self, timeout: float = 10.0) -> None:
+        """Stop every process in and below.
+
+        Raises:
+            TimeoutError: one could not be stopped in `timeout` seconds; all run on.
+            UnavailableError: this host has no freezer for us.
+        """
+        self._need_freezer()
+        (v2 if self._tree.version == "v2" else v1).freeze(self._at, timeout)
+
+    def thaw(self) -> None:
+        """Let them run on; fine when they do."""
+        self._need_freezer()
+        (v2 if self._tree.version == "v2" else v1).thaw(self._at)
+
+    def _need_freezer(self) -> None:
+        if "freezer" not in self._at:
+            raise UnavailableError(f"cgroup {self} cannot be frozen", hint=self._tree.missing.get("freezer", ""))
+
+    def allow_devices(self, rules: Sequence[DeviceRule]) -> None:
+        """Deny making and opening every device but `rules`, in this cgroup and all below, from the next open on.
+
+        Call it before there are cgroups below (v1 demands it).
+
+        Raises:
+            UnavailableError: devices cannot be controlled on this host.
+            OSError: the kernel refused.
+        """
+        if "devices" not in self._at:
+            raise UnavailableError(
+                f"devices of cgroup {self} cannot be controlled",
+                hint=self._tree.missing.get("devices", ""),
+            )
+        (v2 if self._tree.version == "v2" else v1).allow_devices(self._at, rules)
+
+    def children(self) -> tuple[str, ...]:
+        """The names of the cgroups directly below, in any hierarchy."""
+        names: set[str] = set()
+        for directory in self.dirs:
+            if os.path.isdir(directory):
+                with os.scandir(directory) as entries:
+                    names.update(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
+        return tuple(sorted(names))
+
+    def exists(self) -> bool:
+        """Whether any of its directories is there."""
+        return any(os.path.isdir(directory) for directory in self.dirs)
+
+    def remove(self, timeout: float = 0.0) -> bool:
+        """Remove this cgroup and all below it; the kernel refuses while processes are there.
+
+        Args:
+            timeout: seconds to try for; 0 is one try.
+
+        Returns:
+            Whether it is gone; True also when it was gone before.
+        """
+        gone = ending.remove(self.dirs, timeout)
+        if gone and not self.path:
+            self._tree._clean_up()
+        return gone
+
+
+def open_existing(tree: Cgroups, dirs: Sequence[str]) -> Cgroup:
+    """The cgroup that has these directories (`Cgroup.dirs`), made by a process that may be gone; some may be missing.
+
+    Raises:
+        InvalidArgumentError: a directory is not below a parent of `tree`.
+        FileNotFoundError: none of them is there.
+    """
+    relative = set()
+    for directory in dirs:
+        place = next((p for p in tree.places if directory.startswith(f"{p.parent}/{tree.name}")), None)
+        if place is None:
+            raise InvalidArgumentError(f"{directory} is not a cgroup of {tree.name}")
+        relative.add(directory[len(f"{place.parent}/{tree.name}") :].strip("/"))
+    if len(relative) != 1:
+        raise InvalidArgumentError(f"{', '.join(dirs)} are not one cgroup")
+    return tree.find(relative.pop())
+
+
+def _make(dirs: Sequence[str]) -> None:
+    """mkdir in every hierarchy; the first decides which of two callers makes it."""
+    for index, directory in enumerate(dirs):
+        try:
+            try:
+                os.mkdir(directory, 0o755)
+            except FileExistsError:
+                # In the first it is somebody's. In a later one it is the rest of a removal that was cut short: only
+                # an empty one can be removed.
+                if index == 0 or not ending.remove((directory,)):
+                    raise
+                os.mkdir(directory, 0o755)
+        except OSError as error:
+            ending.remove(dirs[:index])
+            raise OSError(error.errno, f"cannot make cgroup {directory}: {error.strerror}") from None
+
+
+def _evacuate(directory: str) -> None:
+    """Move the processes of a v2 cgroup into a leaf below it."""
+    if not hierarchy.is_occupied(directory):
+        return
+    leaf = f"{directory}/{hierarchy.HOST_LEAF}"
+    os.makedirs(leaf, mode=0o755, exist_ok=True)
+    for _ in range(_MKDIR_TRIES):
+        for pid in files.read(directory, "cgroup.procs").split():
+            try:
+                files.write(leaf, "cgroup.procs", pid)
+            except ProcessLookupError:
+                continue  # it ended meanwhile
+        if not hierarchy.is_occupied(directory):
+            return
+    raise OSError(errno.EBUSY, f"cannot empty cgroup {directory}: processes keep coming into it")

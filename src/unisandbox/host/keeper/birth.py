@@ -1,0 +1,93 @@
+"""How the keeper begins: from whatever process started it to a clean one of its own. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import signal
+
+from unisandbox.host import syscalls
+from unisandbox.host.keeper import protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
+
+#: The limit of file descriptors that children get back: the keeper raises its own as far as it may.
+inherited_nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def leave_inheritance(keep: Sequence[int]) -> None:
+    """Close every fd but 0-2 and `keep`, set signals, umask, directory and name; become a subreaper.
+
+    Signal mask and handlers were reset by the spawn that started us. The starting process's other fds may be here if it
+    opened them inheritable: they must not live as long as we do.
+    """
+    low = 3
+    for fd in sorted(keep):
+        if fd > low:
+            syscalls.close_range(low, fd - 1)
+        low = fd + 1
+        os.set_inheritable(fd, False)
+    syscalls.close_range(low)
+    # A log on a full disk or a client gone while we write are errors to us, not deaths. Nobody has a terminal for us.
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    os.umask(0o077)
+    os.chdir("/")
+    soft, hard = inherited_nofile
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    with open("/proc/self/comm", "w", encoding="ascii") as comm:
+        comm.write(NAME)
+
+
+_hidden: dict[str, int] = {}
+"""What lies under the paths that were hidden, by path."""
+
+
+def reach(path: str) -> str:
+    """`path` of the host as we can open it, also below what is hidden from us."""
+    for hidden, fd in _hidden.items():
+        if path.startswith(hidden + "/"):
+            return f"/proc/self/fd/{fd}{path[len(hidden) :]}"
+    return path
+
+
+def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:
+    """Move to a mount namespace of our own, with `hide` hidden and a private tmpfs on `workdir` ("" for none).
+
+    Returns:
+        An fd of the mount namespace that we came from, None where we may not make one of our own: then nothing is
+        hidden and `workdir` is an ordinary directory.
+    """
+    former = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+    except PermissionError:
+        os.close(former)
+        return None
+    # Slave: what the host mounts later is seen here, what we mount is seen by nobody else.
+    syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
+    nosuid = syscalls.MS_NOSUID | syscalls.MS_NODEV
+    for path in hide:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Above the numbers that a program's descriptors are moved to before it enters its cgroups.
+        _hidden[path] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, protocol.FDS_LIMIT + 4)
+        os.close(fd)
+        # Over it, not umounted: crun would make directories under the mount point and leave them there.
+        syscalls.mount(
+            "none",
+            path,
+            "tmpfs",
+            nosuid | syscalls.MS_NOEXEC | syscalls.MS_RDONLY,
+            "mode=0555,size=4k,nr_inodes=2",
+        )
+    if workdir:
+        syscalls.mount("none", workdir, "tmpfs", nosuid, "mode=0711")
+    return former

@@ -1,0 +1,215 @@
+"""Children of the keeper: programs that it starts, and jobs, which are a forked keeper that runs a few steps.
+
+A child reports on a pipe (or socket) how its beginning went; the keeper reads that from its loop and never waits for a
+child: entering a cgroup or a directory may take long. Standard library only, and light: the keeper forks this code.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import sys
+
+from unisandbox.host import jobs, syscalls
+from unisandbox.host.keeper import birth, protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from unisandbox.host.keeper.protocol import Message
+
+# Python and we ignore these; an ignored signal stays so over exec.
+_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT)
+_ALL_SIGNALS = frozenset(signal.valid_signals())
+_UMASK = 0o022
+_CLOSE_RANGE_CLOEXEC = 4  # Linux 5.11, include/uapi/linux/close_range.h
+_LOST = 120  # exit code of a child that could not even report
+
+
+class Program:
+    """What `spawn` was asked to start."""
+
+    __slots__ = ("argv", "cgroup_procs", "cwd", "env")
+
+    def __init__(self, argv: list[str], env: dict[str, str], cwd: str, cgroup_procs: list[str]) -> None:
+        if not argv or "/" not in argv[0]:
+            raise OSError(errno.EINVAL, f"argv must begin with a path, got {argv[:1]!r}")
+        if not cwd.startswith("/"):
+            raise OSError(errno.EINVAL, f"cwd must be absolute, got {cwd!r}")
+        self.argv = argv
+        self.env = env
+        self.cwd = cwd
+        self.cgroup_procs = cgroup_procs
+
+
+def start(program: Program, fds: Sequence[int]) -> tuple[int, int]:
+    """Fork a child that becomes `program`, with `fds` as its 0..n-1.
+
+    Returns:
+        Its pid, and a pipe that ends when the program runs, or says before (see `begin_error`) why it could not.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid = _fork(lambda: _become(program, list(fds), writing))
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    os.set_blocking(reading, False)
+    return pid, reading
+
+
+def begin_error(report: bytes) -> tuple[str, int, str] | None:
+    """What the pipe of `start` said: stage ("fds", "cgroup", "cwd", "exec"), errno and message; None: it runs."""
+    if not report:
+        return None
+    stage, number, message = report.decode(errors="replace").split(" ", 2)
+    return stage, int(number), message
+
+
+def _become(program: Program, fds: list[int], report: int) -> None:
+    stage = "fds"
+    try:
+        os.setsid()
+        os.umask(_UMASK)
+        report = _place(fds, report)
+        stage = "cgroup"
+        for path in program.cgroup_procs:
+            # "0" is the writer himself. Source: cgroup_attach_task, Documentation/admin-guide/cgroup-v1/cgroups.rst.
+            fd = os.open(birth.reach(path), os.O_WRONLY | os.O_CLOEXEC)
+            os.write(fd, b"0")
+            os.close(fd)
+        stage = "cwd"
+        os.chdir(program.cwd)
+        stage = "exec"
+        resource.setrlimit(resource.RLIMIT_NOFILE, birth.inherited_nofile)
+        _reset_signals()
+        os.execve(program.argv[0], program.argv, program.env)  # noqa: S606 - no shell is the point
+    except OSError as error:
+        path = error.filename or {"cgroup": path, "cwd": program.cwd, "exec": program.argv[0]}.get(stage, "")
+        os.write(report, f"{stage} {error.errno} {path}: {error.strerror}"[:4000].encode(errors="replace"))
+    os._exit(_LOST)
+
+
+def _place(fds: list[int], report: int) -> int:
+    """Make `fds` our 0..n-1 (missing of 0-2: /dev/null); all else is close-on-exec. Returns the moved `report`."""
+    while len(fds) < 3:
+        fds.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+    # Out of the way first: a source may lie where another one goes.
+    report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, len(fds))
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) if fd < len(fds) else fd for fd in fds]
+    for number, fd in enumerate(high):
+        os.dup2(fd, number, inheritable=True)
+    # Ours are close-on-exec each; this holds it also for what a library may have opened without.
+    syscalls.close_range(len(fds), flags=_CLOSE_RANGE_CLOEXEC)
+    return report
+
+
+def start_job(steps: list[dict[str, object]], fds: list[int]) -> tuple[int, socket.socket]:
+    """Fork a child that runs `jobs.run(steps, fds)` and sends one packet: `result` with named fds, or `error`."""
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    keeper = os.getpid()
+    try:
+        pid = _fork(lambda: _job(steps, fds, far, keeper))
+    except BaseException:
+        near.close()
+        raise
+    finally:
+        far.close()
+    return pid, near
+
+
+def _job(steps: list[dict[str, object]], fds: list[int], answer: socket.socket, keeper: int) -> None:
+    _die_with(keeper)
+    os.umask(_UMASK)
+    _reset_signals()
+    message: Message
+    made: list[int] = []
+    try:
+        result, named = jobs.run(steps, fds)
+        made = list(named.values())
+        message = {"result": result, "names": list(named)}
+        data = protocol.encode(message, made)
+    except jobs.StepError as error:
+        made = []
+        message = {"errno": error.errno, "error": error.message, "index": error.index, "do": error.do}
+        data = protocol.encode(message)
+    except (OSError, ValueError, TypeError, KeyError, protocol.MessageTooLargeError) as error:
+        made = []
+        number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
+        data = protocol.encode({"errno": number, "error": f"{type(error).__name__}: {error}"[:4000]})
+    answer.setblocking(True)
+    answer.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(made))] if made else [])
+    os._exit(0)
+
+
+def start_guards(action: Callable[[int], None], keep: Sequence[int]) -> tuple[int, int]:
+    """Fork a child that runs `action(writing end of a pipe)` with no other fd of ours than `keep`.
+
+    It goes on when the keeper is killed. Returns its pid and the reading end.
+    """
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+
+    def child() -> None:
+        _reset_signals()
+        low = 3
+        for fd in sorted([*keep, writing]):
+            if fd > low:
+                syscalls.close_range(low, fd - 1)
+            low = fd + 1
+        syscalls.close_range(low)
+        action(writing)
+        os._exit(0)
+
+    try:
+        pid = _fork(child)
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    os.set_blocking(reading, False)
+    return pid, reading
+
+
+def _packed(fds: list[int]) -> bytes:
+    return b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
+
+
+def _fork(child: Callable[[], None]) -> int:
+    """Fork; `child` never returns. Signals are blocked until the child has put its own handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
+    pid = -1
+    try:
+        pid = os.fork()
+        if pid == 0:
+            child()
+    finally:
+        if pid == 0:
+            # An exception that nobody expected: its traceback goes to the keeper's log.
+            sys.excepthook(*sys.exc_info())
+            os._exit(_LOST)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _reset_signals() -> None:
+    signal.set_wakeup_fd(-1)
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGCHLD, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _die_with(keeper: int) -> None:
+    """A job must not outlive the keeper: it has copies of its sockets, and nobody waits for its result."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(_LOST)

@@ -1,0 +1,255 @@
+"""The keeper's clients: taking their requests, and sending never waiting for one. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+
+from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.loop import note
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from unisandbox.host.keeper.journal import Journal
+    from unisandbox.host.keeper.loop import Loop
+    from unisandbox.host.keeper.protocol import Message, Packet
+
+_CLIENTS_LIMIT = 64
+# Replies that wait for a client which does not read, and requests of it that are worked on. Our own client keeps well
+# below (protocol.IN_FLIGHT_LIMIT); from another one no request is read until it has read its replies.
+_BACKLOG_LIMIT = 2 * protocol.IN_FLIGHT_LIMIT
+# A busy client lets others have their turn after so many requests.
+_REQUESTS_PER_TURN = 64
+_EXITS_PER_MESSAGE = 1000
+
+
+class Client:
+    """One connection.
+
+    `cursor` is the last exit that it was told: a client that does not read falls behind there, and nowhere else; it is
+    told the rest from the journal when it reads again.
+    """
+
+    __slots__ = ("alive", "cursor", "events", "in_flight", "pid", "queue", "sock", "subscribed", "uid")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.pid, self.uid = peer(sock)
+        self.alive = True
+        self.queue: list[tuple[bytes, list[int]]] = []
+        self.in_flight = 0
+        self.cursor = 0
+        self.subscribed = False
+        self.events = select.EPOLLIN
+
+
+class Reply:
+    """The way back to whoever asked: used once, perhaps later; leads nowhere if no answer was asked for."""
+
+    __slots__ = ("_connections", "client", "id")
+
+    def __init__(self, connections: Connections, client: Client, request: int | None) -> None:
+        self._connections = connections
+        self.client = client
+        self.id = request
+        client.in_flight += 1
+
+    def __call__(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Answer. `fds` are the keeper's own; they are closed when they are sent, or cannot be."""
+        self.client.in_flight -= 1
+        if self.id is None:
+            protocol.close_all(fds)
+            if "error" in message:
+                note(f"a request without answer failed: {message['error']}")
+            return
+        message["id"] = self.id
+        self._connections.post(self.client, message, list(fds))
+
+    def fail(self, error: OSError, **more: object) -> None:
+        """Answer with an error."""
+        self({"error": str(error.strerror or error), "errno": error.errno or errno.EIO, **more})
+
+
+class Connections:
+    """All the clients of the keeper.
+
+    Args:
+        handle: acts on a request.
+        gone: hears of a client's end, after all that it had sent was handled.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        journal: Journal,
+        handle: Callable[[Client, Packet], None],
+        gone: Callable[[Client], None],
+    ) -> None:
+        self._loop = loop
+        self._journal = journal
+        self._handle = handle
+        self._gone = gone
+        self._clients: set[Client] = set()
+        self._buffer = protocol.new_buffer()
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept clients of our own user (and root)."""
+        listener.setblocking(False)
+        self._loop.watch(listener.fileno(), lambda _events: self._accept(listener))
+
+    def add(self, sock: socket.socket) -> Client:
+        """Take a connection."""
+        sock.setblocking(False)
+        client = Client(sock)
+        self._clients.add(client)
+        self._loop.watch(sock.fileno(), lambda events: self._ready(client, events))
+        return client
+
+    def post(self, client: Client, message: Message, fds: list[int]) -> None:
+        """Send now, or when the client has room. Closes `fds`."""
+        try:
+            data = protocol.encode(message, fds)
+        except protocol.MessageTooLargeError as error:
+            protocol.close_all(fds)
+            fds = []
+            data = protocol.encode(
+                {"id": message.get("id"), "error": f"the answer is {error}", "errno": errno.EMSGSIZE}
+            )
+        client.queue.append((data, fds))
+        self._flush(client)
+
+    def tell_exits(self) -> None:
+        """Something was added to the journal."""
+        for client in list(self._clients):
+            self._flush(client)
+
+    def drain(self, client: Client) -> None:
+        """Handle everything that this client has sent so far."""
+        while client.alive and self._receive(client):
+            pass
+
+    def drop(self, client: Client) -> None:
+        """End a connection."""
+        if not client.alive:
+            return
+        client.alive = False
+        self._clients.discard(client)
+        self._loop.unwatch(client.sock.fileno())
+        client.sock.close()
+        self._forget_queue(client)
+        self._gone(client)
+
+    # --- receiving ---
+
+    def _accept(self, listener: socket.socket) -> None:
+        def refuse() -> None:
+            listener.accept()[0].close()
+
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                raise
+            # It would stay in the queue and wake us for ever.
+            self._loop.with_spare(refuse)
+            return
+        uid = peer(sock)[1]
+        if uid not in {0, os.geteuid()} or len(self._clients) >= _CLIENTS_LIMIT:
+            sock.close()
+            return
+        self.add(sock)
+
+    def _ready(self, client: Client, events: int) -> None:
+        if events & (select.EPOLLHUP | select.EPOLLERR):
+            # The peer is gone; nobody will read, but what it had sent counts.
+            self._forget_queue(client)
+            client.subscribed = False
+            if events & select.EPOLLHUP:
+                self.drain(client)
+                return
+        if events & select.EPOLLOUT:
+            self._flush(client)
+        if events & select.EPOLLIN:
+            for _ in range(_REQUESTS_PER_TURN):
+                if not client.alive or _behind(client) or not self._receive(client):
+                    break
+            if client.alive:
+                self._update(client)
+
+    def _receive(self, client: Client) -> bool:
+        """Handle one request; False when there is none now, or the connection ended."""
+        try:
+            packet = protocol.receive(client.sock, self._buffer)
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            # Said once when the peer went with messages unread. Its own last messages can be read after it.
+            return True
+        except (protocol.ProtocolError, OSError) as error:
+            note(f"connection of process {client.pid} ends: {error}")
+            self.drop(client)
+            return False
+        if packet is None:
+            self.drop(client)
+            return False
+        try:
+            self._handle(client, packet)
+        finally:
+            packet.close()
+        return True
+
+    # --- sending ---
+
+    def _flush(self, client: Client) -> None:
+        if not client.alive:
+            self._forget_queue(client)
+            return
+        try:
+            while client.queue:
+                data, fds = client.queue[0]
+                protocol.send(client.sock, data, fds)
+                del client.queue[0]
+                protocol.close_all(fds)
+            while client.subscribed and client.cursor < self._journal.last:
+                records = self._journal.after(client.cursor, _EXITS_PER_MESSAGE)
+                message: Message = {"push": "exits", "exits": records, "gap": records[0][0] > client.cursor + 1}
+                protocol.send(client.sock, protocol.encode(message))
+                client.cursor = records[-1][0]
+        except BlockingIOError:
+            pass
+        except OSError:
+            # The peer is gone: its end arrives as an event of its own, behind what it had sent.
+            self._forget_queue(client)
+            client.subscribed = False
+        self._update(client)
+
+    def _update(self, client: Client) -> None:
+        unsent = client.queue or (client.subscribed and client.cursor < self._journal.last)
+        events = 0 if _behind(client) else select.EPOLLIN
+        if unsent:
+            events |= select.EPOLLOUT
+        if events != client.events:
+            client.events = events
+            self._loop.change(client.sock.fileno(), events)
+
+    def _forget_queue(self, client: Client) -> None:
+        for _, fds in client.queue:
+            protocol.close_all(fds)
+        client.queue = []
+
+
+def _behind(client: Client) -> bool:
+    return len(client.queue) + client.in_flight >= _BACKLOG_LIMIT
+
+
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Process and user at the other end, as they were when the connection was made."""
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid

@@ -1,0 +1,364 @@
+"""The keeper as a parent: spawns by key, jobs, and the reaping of every child and orphan. Standard library only."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import time
+
+from unisandbox.host import pidfd as pidfds
+from unisandbox.host.keeper import children, protocol
+from unisandbox.host.keeper.loop import note
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from unisandbox.host.keeper.connections import Reply
+    from unisandbox.host.keeper.holdings import Holdings
+    from unisandbox.host.keeper.journal import Journal
+    from unisandbox.host.keeper.loop import Loop, Timer
+    from unisandbox.host.keeper.protocol import Message, Packet
+
+# So many answers to spawns can be asked for again.
+_KEYS_KEPT = 4096
+_JOB_TIME_LIMIT = 3600.0
+
+
+class _Spawn:
+    """A spawn by its key, from the request on."""
+
+    __slots__ = ("answer", "living", "pid", "pidfd", "pipe", "start_time", "waiting")
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.start_time = 0
+        self.pidfd = -1
+        self.pipe = -1
+        #: None while the child is on its way to exec.
+        self.answer: Message | None = None
+        self.living = True
+        self.waiting: list[Reply] = []
+
+
+class _Job:
+    """A job, from its request to its child's end."""
+
+    __slots__ = ("cancelled", "hold", "pid", "reply", "sock", "timer")
+
+    def __init__(self, reply: Reply, hold: dict[str, str], pid: int, sock: socket.socket) -> None:
+        self.reply = reply
+        self.hold = hold
+        self.pid = pid
+        self.sock = sock
+        self.timer: Timer | None = None
+        self.cancelled = False
+
+
+class _Delayed:
+    """A job that waits for the death of a cancelled one."""
+
+    __slots__ = ("fds", "reply", "start")
+
+    def __init__(self, reply: Reply, fds: list[int], start: Callable[[], None]) -> None:
+        self.reply = reply
+        self.fds = fds
+        self.start = start
+
+
+class Family:
+    """Everything that the keeper is the parent of."""
+
+    def __init__(self, loop: Loop, journal: Journal, holdings: Holdings, tell_exits: Callable[[], None]) -> None:
+        self._loop = loop
+        self._journal = journal
+        self._holdings = holdings
+        self._tell_exits = tell_exits
+        self._spawns: dict[str, _Spawn] = {}
+        #: Children before their exec or not yet reaped, by pid.
+        self._living: dict[int, _Spawn] = {}
+        #: Children that are forks of the keeper itself; their exits are nobody's business.
+        self._own: set[int] = set()
+        self._jobs: dict[int, _Job] = {}
+        #: Jobs that came while a cancelled one was not yet dead.
+        self._delayed: list[_Delayed] = []
+        self._buffer = protocol.new_buffer()
+
+    # --- programs ---
+
+    def spawn(self, packet: Packet, reply: Reply) -> None:
+        """Start a program, or answer as before when the key was used before."""
+        message = packet.message
+        key = protocol.text(message, "key")
+        known = self._spawns.get(key)
+        if known is not None:
+            if known.answer is None:
+                known.waiting.append(reply)
+            else:
+                self._answer(known, reply)
+            return
+        program = children.Program(
+            protocol.texts(message, "argv"),
+            protocol.mapping(message, "env"),
+            protocol.text(message, "cwd"),
+            protocol.texts(message, "cgroup_procs"),
+        )
+        spawn = _Spawn()
+        spawn.pid, spawn.pipe = children.start(program, packet.fds)
+        self._living[spawn.pid] = spawn
+        try:
+            spawn.start_time = pidfds.start_time(spawn.pid)
+            spawn.pidfd = os.pidfd_open(spawn.pid)
+            self._loop.watch(spawn.pipe, lambda _events: self._begun(spawn))
+        except OSError:
+            # No fd left: it has not begun anything yet, or too late; it must not run without anybody knowing.
+            os.kill(spawn.pid, signal.SIGKILL)
+            self._own.add(spawn.pid)
+            del self._living[spawn.pid]
+            protocol.close_all([spawn.pidfd, spawn.pipe])
+            raise
+        spawn.waiting.append(reply)
+        self._remember(key, spawn)
+
+    def cancel_spawn(self, packet: Packet, reply: Reply) -> None:
+        """Whoever asked for this spawn does not want it any more: kill what it started."""
+        spawn = self._spawns.get(protocol.text(packet.message, "key"))
+        if spawn is not None and spawn.living:
+            os.kill(spawn.pid, signal.SIGKILL)  # our child and not reaped: the pid is its own
+        reply({})
+
+    def _begun(self, spawn: _Spawn) -> None:
+        """The child has become its program, or has said why not, or has died on the way."""
+        report = b""
+        try:
+            report = os.read(spawn.pipe, 8192)
+        except BlockingIOError:
+            return
+        self._loop.unwatch(spawn.pipe)
+        os.close(spawn.pipe)
+        spawn.pipe = -1
+        failure = children.begin_error(report)
+        if failure is None:
+            spawn.answer = {"pid": spawn.pid, "start_time": spawn.start_time}
+        else:
+            stage, number, text = failure
+            spawn.answer = {"error": text, "errno": number, "stage": stage}
+            # It ends by itself, at once, and is nobody's exit.
+            self._own.add(spawn.pid)
+            os.close(spawn.pidfd)
+            spawn.pidfd = -1
+        for reply in spawn.waiting:
+            self._answer(spawn, reply)
+        spawn.waiting = []
+        if spawn.pidfd >= 0:
+            os.close(spawn.pidfd)
+            spawn.pidfd = -1
+
+    def _answer(self, spawn: _Spawn, reply: Reply) -> None:
+        assert spawn.answer is not None  # noqa: S101 - callers have looked
+        answer = dict(spawn.answer)
+        if "error" in answer or not spawn.living:
+            reply(answer)
+            return
+        try:
+            # Not reaped: the pid is still its own.
+            fds = [os.pidfd_open(spawn.pid)] if spawn.pidfd < 0 else [os.dup(spawn.pidfd)]
+        except OSError as error:
+            reply.fail(error, stage="pidfd")
+            return
+        reply(answer, fds)
+
+    def _remember(self, key: str, spawn: _Spawn) -> None:
+        self._spawns[key] = spawn
+        if len(self._spawns) > _KEYS_KEPT:
+            oldest = next((known for known, spawn in self._spawns.items() if not spawn.living), key)
+            del self._spawns[oldest]
+
+    # --- jobs ---
+
+    def job(self, packet: Packet, reply: Reply) -> None:
+        """Run steps in a fork of the keeper, and hold the fds that they make."""
+        message = packet.message
+        steps = message.get("steps")
+        if type(steps) is not list or not all(type(step) is dict for step in steps):
+            raise OSError(errno.EINVAL, "steps must be a list of objects")
+        hold = protocol.mapping(message, "hold")
+        if len(set(hold.values())) != len(hold):
+            raise OSError(errno.EINVAL, "hold gives one name to two results")
+        for name in hold.values():
+            self._holdings.free(name)
+        timeout = protocol.seconds(message, "timeout", _JOB_TIME_LIMIT)
+        if any(job.cancelled for job in self._jobs.values()):
+            # What the cancelled one did must be over before another (that cleans up after it, perhaps) begins.
+            fds = [packet.claim(index) for index in range(len(packet.fds))]
+            self._delayed.append(_Delayed(reply, fds, lambda: self._start_job(steps, fds, hold, timeout, reply)))
+            return
+        self._start_job(steps, packet.fds, hold, timeout, reply)
+
+    def cancel_job(self, packet: Packet, reply: Reply) -> None:
+        """Kill the job that the same client asked for as request `job`; what it made is not held."""
+        number = protocol.integer(packet.message, "job", 0, 1 << 62)
+        for job in self._jobs.values():
+            if job.reply.client is reply.client and job.reply.id == number:
+                job.cancelled = True
+                os.kill(job.pid, signal.SIGKILL)
+                reply({})
+                return
+        for delayed in self._delayed:
+            if delayed.reply.client is reply.client and delayed.reply.id == number:
+                self._delayed.remove(delayed)
+                protocol.close_all(delayed.fds)
+                delayed.reply.fail(OSError(errno.ECANCELED, "the job was cancelled"))
+                reply({})
+                return
+        # Ended before: its answer is on its way to somebody who does not look any more.
+        for name in protocol.texts(packet.message, "names"):
+            self._holdings.forget(name)
+        reply({})
+
+    def _start_job(
+        self, steps: list[dict[str, object]], fds: list[int], hold: dict[str, str], timeout: float, reply: Reply
+    ) -> None:
+        pid, sock = children.start_job(steps, fds)
+        job = _Job(reply, hold, pid, sock)
+        self._jobs[pid] = job
+        self._own.add(pid)
+
+        def too_late() -> None:
+            os.kill(pid, signal.SIGKILL)
+            self._end_job(job, {"error": f"the job took more than {timeout:g} s", "errno": errno.ETIMEDOUT})
+
+        job.timer = self._loop.later(timeout, too_late)
+        self._loop.watch(sock.fileno(), lambda _events: self._job_said(job))
+
+    def _job_said(self, job: _Job) -> None:
+        try:
+            packet = protocol.receive(job.sock, self._buffer)
+        except BlockingIOError:
+            return
+        except (protocol.ProtocolError, OSError) as error:
+            self._end_job(job, {"error": f"the job's answer cannot be read: {error}", "errno": errno.EIO})
+            return
+        if packet is None:
+            self._end_job(job, {"error": "the job died without an answer; see keeper.log", "errno": errno.EIO})
+            return
+        try:
+            self._end_job(job, self._job_answer(job, packet))
+        finally:
+            packet.close()
+
+    def _job_answer(self, job: _Job, packet: Packet) -> Message:
+        message = packet.message
+        if "error" in message or job.cancelled:
+            return message
+        if packet.lost:
+            return {"error": "the keeper has no file descriptors left for the job's results", "errno": errno.EMFILE}
+        names = protocol.texts(message, "names")
+        missing = sorted(set(job.hold) - set(names))
+        if missing:
+            return {"error": f"the job made no {', '.join(missing)}", "errno": errno.EINVAL}
+        numbers: dict[str, int] = {}
+        try:
+            for index, name in enumerate(names):
+                if name in job.hold:
+                    held = self._holdings.free(job.hold[name])
+                    numbers[held] = self._holdings.put(held, packet.claim(index))
+        except OSError as error:  # another took the name meanwhile
+            for held in numbers:
+                self._holdings.forget(held)
+            return {"error": str(error.strerror), "errno": error.errno}
+        return {"result": message["result"], "held": numbers}
+
+    def _end_job(self, job: _Job, answer: Message) -> None:
+        """Answer. The child itself is reaped when it is dead."""
+        if job.sock.fileno() < 0:
+            return
+        self._loop.unwatch(job.sock.fileno())
+        job.sock.close()
+        if job.timer is not None:
+            job.timer.cancel()
+        job.reply(answer)
+
+    # --- the dead ---
+
+    def adopt(self, pid: int) -> None:
+        """A fork of the keeper that somebody else looks after: only to be reaped."""
+        self._own.add(pid)
+
+    def reap(self) -> None:
+        """Reap all who are dead, and write down how they ended."""
+        found = False
+        while True:
+            try:
+                # Look first, reap after: the start time can be read as long as the pid is not free.
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                break
+            if dead is None:
+                break
+            pid = dead.si_pid
+            start_time = self._start_time(pid)
+            spawn = self._living.pop(pid, None)
+            if spawn is not None:
+                if spawn.pipe >= 0:
+                    self._begun(spawn)
+                spawn.living = False
+            _, status = os.waitpid(pid, 0)
+            job = self._jobs.pop(pid, None)
+            if job is not None and job.sock.fileno() >= 0:
+                self._job_said(job)
+            if pid in self._own:
+                self._own.discard(pid)
+            else:
+                self._journal.add(pid, start_time, status, time.time())
+                found = True
+        if found:
+            self._tell_exits()
+        if self._delayed and not any(job.cancelled for job in self._jobs.values()):
+            delayed, self._delayed = self._delayed, []
+            for job_to_come in delayed:
+                try:
+                    job_to_come.start()
+                except OSError as error:
+                    job_to_come.reply.fail(error)
+                finally:
+                    protocol.close_all(job_to_come.fds)
+
+    def kill_all(self, spare: int = 0) -> bool:
+        """Send SIGKILL to every child but `spare`; whether there was any. Their orphans become our children in turn."""
+        found = False
+        for pid in self._loop.with_spare(_children):
+            if pid != spare:
+                found = True
+                os.kill(pid, signal.SIGKILL)
+        return found
+
+    def _start_time(self, pid: int) -> int:
+        try:
+            return self._loop.with_spare(lambda: pidfds.start_time(pid))
+        except OSError as error:
+            note(f"start time of process {pid} is lost: {error}")
+            return 0
+
+
+def _children() -> list[int]:
+    """The pids of our children, zombies included."""
+    me = os.getpid()
+    try:
+        with open(f"/proc/{me}/task/{me}/children", "rb") as file:
+            return [int(pid) for pid in file.read().split()]
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        pass
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if int(fields[1]) == me:
+                found.append(int(name))
+    return found

@@ -1,0 +1,138 @@
+"""Numbers shared out among all keepers of a host: number n is leased by a lock on byte n of `<directory>/ids`.
+
+The lock is an open file description lock: it belongs to the keeper's open file, so it ends with the keeper however that
+dies, and no file has to be cleaned up after it. Source: fcntl_locking(2).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+import time
+
+_NAME = "ids"
+# struct flock of every 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (must be 0 for F_OFD_*), padding.
+_FLOCK = struct.Struct("@hhqqi4x")
+# How often to look again while another keeper that gave back its last number is about to unlink the file, and the
+# pause in seconds: the other needs some microseconds for it.
+_TRIES = 50
+_PAUSE = 0.0002
+
+
+class Leases:
+    """The numbers that this keeper holds."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._held: dict[str, set[int]] = {}
+
+    def lease(self, directory: str, first: int, count: int) -> int:
+        """The first free number in [first, first + count), now ours.
+
+        Raises:
+            OSError: EAGAIN when all are taken; otherwise the directory cannot be used.
+        """
+        for _ in range(_TRIES):
+            fd = self._open(directory)
+            held = self._held[directory]
+            ending = False
+            for number in range(first, first + count):
+                if number in held:
+                    continue
+                if _try_lock(fd, fcntl.F_WRLCK, number, 1):
+                    if not _is_at(fd, directory):  # unlinked by its last user between our open and our lock
+                        ending = True
+                        self._close(directory)
+                        break
+                    held.add(number)
+                    return number
+                if _locked_whole(fd, number):
+                    ending = True
+                    break
+            if not ending:
+                self._end_if_unused(directory)
+                raise OSError(
+                    errno.EAGAIN, f"no free number from {first} to {first + count - 1} in {directory}/{_NAME}"
+                )
+            if directory in self._files and not held:
+                self._close(directory)
+            time.sleep(_PAUSE)
+        raise OSError(errno.EAGAIN, f"{directory}/{_NAME} stays locked as a whole by another process")
+
+    def release(self, directory: str, number: int) -> None:
+        """Give a number back. Raises OSError ENOENT when it is not ours."""
+        held = self._held.get(directory)
+        if held is None or number not in held:
+            raise OSError(errno.ENOENT, f"number {number} of {directory}/{_NAME} is not leased here")
+        held.discard(number)
+        _try_lock(self._files[directory], fcntl.F_UNLCK, number, 1)
+        self._end_if_unused(directory)
+
+    def release_all(self) -> None:
+        """Give everything back."""
+        for directory, held in list(self._held.items()):
+            held.clear()
+            _try_lock(self._files[directory], fcntl.F_UNLCK, 0, 0)
+            self._end_if_unused(directory)
+
+    def _open(self, directory: str) -> int:
+        fd = self._files.get(directory)
+        if fd is None:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            fd = os.open(f"{directory}/{_NAME}", flags, 0o600)
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                os.close(fd)
+                raise OSError(errno.EPERM, f"{directory}/{_NAME} is not a regular file of user {os.geteuid()}")
+            self._files[directory] = fd
+            self._held[directory] = set()
+        return fd
+
+    def _close(self, directory: str) -> None:
+        os.close(self._files.pop(directory))
+        del self._held[directory]
+
+    def _end_if_unused(self, directory: str) -> None:
+        """Unlink the file if nobody on this host has a number of it; close it if we have none."""
+        if self._held[directory]:
+            return
+        fd = self._files[directory]
+        try:
+            # Whoever opened the file before the unlink finds after his lock that it is not there, and begins anew.
+            if _try_lock(fd, fcntl.F_WRLCK, 0, 0) and _is_at(fd, directory):
+                os.unlink(f"{directory}/{_NAME}")
+        except FileNotFoundError:
+            pass  # the directory was removed: so was the file
+        finally:
+            self._close(directory)
+
+
+def _try_lock(fd: int, kind: int, start: int, length: int) -> bool:
+    """Lock or unlock a range (length 0: to the end of all offsets); False when another has a part of it."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+    except OSError as error:
+        if error.errno in {errno.EAGAIN, errno.EACCES}:
+            return False
+        raise
+    return True
+
+
+def _locked_whole(fd: int, number: int) -> bool:
+    """Whether the lock that keeps us from `number` is one of the whole file (or was: it is gone by now)."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+    kind, _, _, length, _ = _FLOCK.unpack(answer)
+    return bool(kind == fcntl.F_UNLCK or length == 0)
+
+
+def _is_at(fd: int, directory: str) -> bool:
+    """Whether the open file is still the one at its path."""
+    try:
+        there = os.stat(f"{directory}/{_NAME}", follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)

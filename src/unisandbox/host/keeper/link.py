@@ -1,0 +1,241 @@
+"""The client's end of the keeper's socket: requests with answers, without waiting for anybody else's.
+
+Whoever waits for an answer or a push reads the socket for all that wait (`host.turns`); no task, no thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import anyio
+
+from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.host.keeper import protocol, starting
+from unisandbox.host.keeper.protocol import Message, Packet
+from unisandbox.host.turns import Turns
+
+# Enough to be quick, little enough that one who waits sees his own soon.
+_PACKETS_PER_TURN = 64
+
+
+class Link:
+    """One connection of one event loop.
+
+    Args:
+        sock: connected.
+        state_dir: for messages, and for the keeper's log when it is dead.
+        on_push: hears what comes unasked.
+    """
+
+    def __init__(self, sock: socket.socket, state_dir: str, on_push: Callable[[Message], None]) -> None:
+        #: The keeper's process id, for messages; 0 while it is not known.
+        self.pid = 0
+        self.closed = False
+        self._sock = sock
+        self._state_dir = state_dir
+        self._on_push = on_push
+        self._process = os.getpid()
+        self._buffer = protocol.new_buffer()
+        self._turns = Turns()
+        self._ids = itertools.count(1)
+        self._in_flight = anyio.Semaphore(protocol.IN_FLIGHT_LIMIT, fast_acquire=True)
+        self._sending = anyio.Lock(fast_acquire=True)
+        #: Messages of `say` that the queue had no room for.
+        self._unsent: list[bytes] = []
+        self._waited: set[int] = set()
+        self._replies: dict[int, Packet] = {}
+        self._dead = ""
+
+    def number(self) -> int:
+        """A number for a request."""
+        return next(self._ids)
+
+    async def ask(self, op: str, fds: Sequence[int] = (), **fields: object) -> Packet:
+        """Ask and wait for the answer. Raises OSError (of the class that belongs to its errno) for an error."""
+        packet = await self.request(op, fds, fields)
+        error = error_of(packet)
+        if error is not None:
+            raise error
+        return packet
+
+    async def request(self, op: str, fds: Sequence[int], fields: Message, number: int = 0) -> Packet:
+        """Ask and wait for the answer, which may be an error."""
+        number = number or self.number()
+        async with self._in_flight:
+            self._waited.add(number)
+            try:
+                await self.tell({"op": op, "id": number, **fields}, fds)
+                await self._turns.until(lambda: self._answered(number), self._turn)
+                return self._replies.pop(number)
+            finally:
+                self._waited.discard(number)
+                late = self._replies.pop(number, None)
+                if late is not None:
+                    late.close()
+
+    async def tell(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send; waits only while the keeper's queue is full. Cancelled, nothing was sent."""
+        self.check()
+        try:
+            data = protocol.encode(message, fds)
+        except protocol.MessageTooLargeError as error:
+            raise InvalidArgumentError(
+                f"request {message['op']!r} to the keeper is {error}", hint="Pass what is large in a file."
+            ) from None
+        if not self._sending.locked() and self._try_send(data, fds):
+            return
+        async with self._sending:
+            while True:
+                self.check()
+                if self._try_send(data, fds):
+                    return
+                # Closed meanwhile: `check` says so.
+                with contextlib.suppress(anyio.ClosedResourceError):
+                    await anyio.wait_writable(self._sock)
+
+    def say(self, message: Message) -> None:
+        """Send without an await and without an answer: now, or before what is sent next."""
+        if not self.closed and not self._dead:
+            self._unsent.append(protocol.encode(message))
+            self._send_unsent()
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait until what was pushed makes `happened()` true."""
+
+        def ready() -> bool:
+            if happened():
+                return True
+            self.check()
+            return False
+
+        await self._turns.until(ready, self._turn)
+
+    def check(self) -> None:
+        """Raise what a request would meet now: closed, dead, or in a fork of the process that this belongs to."""
+        name = f"keeper {self.pid}" if self.pid else "the keeper"
+        if self.closed:
+            raise FailedPreconditionError(f"the connection to {name} of {self._state_dir} is closed")
+        if self._dead:
+            log = starting.log_tail(self._state_dir).strip()
+            hint = f"The end of its log ({protocol.LOG_NAME}): {log[-1000:]}" if log else ""
+            raise UnavailableError(f"{name} of {self._state_dir} {self._dead}", hint=hint)
+        if os.getpid() != self._process:
+            raise FailedPreconditionError(f"{name} belongs to process {self._process}, of which this is a fork")
+
+    def close(self) -> None:
+        """Close now. Whoever waits gets FailedPreconditionError."""
+        if self.closed:
+            return
+        self.closed = True
+        for packet in self._replies.values():
+            packet.close()
+        self._replies.clear()
+        if os.getpid() == self._process:
+            if self._turns.waiting or self._sending.locked():
+                anyio.notify_closing(self._sock)
+            # Not only closed: a forked child of ours may hold a copy open, and the keeper is to notice now.
+            with contextlib.suppress(OSError):  # it may be gone already
+                self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+        self._turns.notify()
+
+    # --- sending ---
+
+    def _send_unsent(self) -> bool:
+        while self._unsent:
+            if not self._send(self._unsent[0], ()):
+                return False
+            del self._unsent[0]
+        return True
+
+    def _try_send(self, data: bytes, fds: Sequence[int]) -> bool:
+        sent = self._send_unsent() and self._send(data, fds)
+        self.check()  # sending may have found the keeper dead
+        return sent
+
+    def _send(self, data: bytes, fds: Sequence[int]) -> bool:
+        """False when the queue is full now."""
+        try:
+            protocol.send(self._sock, data, fds)
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            while self._pump():  # its last words, and its end
+                pass
+            self._die()
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            raise InvalidArgumentError(
+                f"a request of {len(data)} bytes is more than this host's sockets take",
+                hint="Raise the sysctl net.core.wmem_default to 212992 or more.",
+            ) from None
+        return True
+
+    # --- receiving ---
+
+    async def _turn(self) -> None:
+        """Read for everybody; see `Turns`."""
+        self._send_unsent()
+        if self._pump() or self.closed or self._dead:
+            return
+        # Closed meanwhile: every waiter's `ready` says so.
+        with contextlib.suppress(anyio.ClosedResourceError):
+            await anyio.wait_readable(self._sock)
+            self._pump()
+
+    def _pump(self) -> int:
+        """Take what is there, or the first part of it; how many packets that were."""
+        taken = 0
+        while taken < _PACKETS_PER_TURN and not self.closed and not self._dead:
+            try:
+                packet = protocol.receive(self._sock, self._buffer)
+            except BlockingIOError:
+                break
+            except ConnectionResetError:
+                continue  # said once, before what can still be read
+            except protocol.ProtocolError as error:
+                self._die(f"said what cannot be understood ({error})")
+                break
+            if packet is None:
+                self._die()
+                break
+            taken += 1
+            self._dispatch(packet)
+        return taken
+
+    def _dispatch(self, packet: Packet) -> None:
+        number = packet.message.get("id")
+        if type(number) is int:
+            if number in self._waited:
+                self._replies[number] = packet
+            else:
+                packet.close()  # whoever asked was cancelled
+        elif packet.message.get("push") == "failed":
+            self._die(f"could not begin: {packet.message['error']}")
+        else:
+            self._on_push(packet.message)
+
+    def _answered(self, number: int) -> bool:
+        if number in self._replies:
+            return True
+        self.check()
+        return False
+
+    def _die(self, why: str = "has ended") -> None:
+        self._dead = self._dead or why
+
+
+def error_of(packet: Packet) -> OSError | None:
+    """The error that an answer brought, as the class that belongs to its errno."""
+    message = packet.message
+    if "error" not in message:
+        return None
+    packet.close()
+    return OSError(cast("int", message["errno"]), cast("str", message["error"]))

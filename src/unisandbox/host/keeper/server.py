@@ -1,0 +1,445 @@
+"""The keeper's process: its owner, what its clients may ask, and its end.
+
+One thread, one loop, no wait for any other process. It is the parent and reaper of everything that an engine starts,
+and holds what must outlive the engine's process. It knows nothing of sandboxes. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+
+from unisandbox.host import pidfd as pidfds
+from unisandbox.host import syscalls
+from unisandbox.host.keeper import birth, children, protocol, undo
+from unisandbox.host.keeper.connections import Connections, Reply
+from unisandbox.host.keeper.family import Family
+from unisandbox.host.keeper.holdings import Holdings
+from unisandbox.host.keeper.journal import Journal
+from unisandbox.host.keeper.leases import Leases
+from unisandbox.host.keeper.loop import Loop, note, note_exception
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from unisandbox.host.keeper.connections import Client
+    from unisandbox.host.keeper.loop import Timer
+    from unisandbox.host.keeper.protocol import Message, Packet
+    from unisandbox.host.keeper.undo import Guard
+
+# How long all guards together may take, and after them the deaths of children that were killed (seconds).
+_GUARDS_TIME = 10.0
+_DEATHS_TIME = 2.0
+_EXITS_PER_MESSAGE = 1000
+_GUARDS_LIMIT = 65536
+_REPORTED_LIMIT = 200
+
+
+class Server:
+    """The keeper.
+
+    Args:
+        state_dir: an open directory for the socket and the journal.
+        lock: the open lock file of the state directory, locked; held for the keeper's life.
+        policy: "stop" or "keep": what to do when the owner is gone.
+        host_mounts: an fd of the mount namespace of the host, None when we are in it.
+    """
+
+    def __init__(self, state_dir: int, lock: int, policy: str, host_mounts: int | None) -> None:
+        self._state_dir = state_dir
+        self._lock = lock
+        self._policy = policy
+        self._host_mounts = host_mounts
+        self._boot = protocol.boot_id()
+        self._loop = Loop()
+        self._journal = Journal(state_dir, protocol.EXITS_NAME, self._boot)
+        self._connections = Connections(self._loop, self._journal, self._handle, self._gone)
+        self._holdings = Holdings(self._loop)
+        self._family = Family(self._loop, self._journal, self._holdings, self._connections.tell_exits)
+        self._leases = Leases()
+        self._guards: dict[str, Guard] = {}
+        self._owner: Client | None = None
+        self._owner_pidfd = -1
+        self._ending: _Ending | None = None
+        self._ended = False
+        self._requests: dict[str, Callable[[Packet, Reply], None]] = {
+            "hello": self._hello,
+            "spawn": self._family.spawn,
+            "cancel_spawn": self._family.cancel_spawn,
+            "job": self._family.job,
+            "cancel_job": self._family.cancel_job,
+            "exits_after": self._exits_after,
+            "exit_of": self._exit_of,
+            "ack": self._ack,
+            "hold": self._holdings.hold,
+            "take": self._holdings.take,
+            "drop": self._holdings.drop,
+            "held": self._holdings.held,
+            "ring": self._holdings.ring,
+            "ring_read": self._holdings.ring_read,
+            "guard": self._guard,
+            "unguard": self._unguard,
+            "lease": self._lease,
+            "release": self._release,
+            "own": self._own,
+            "close": self._close,
+        }
+
+    def serve(self, owner: socket.socket, owner_pidfd: int) -> None:
+        """Work until the end."""
+        self._loop.on_signal(signal.SIGCHLD, self._family.reap)
+        # Whoever manages this machine wants everything of ours gone.
+        self._loop.on_signal(signal.SIGTERM, lambda: self._begin_end(run_guards=True, reply=None))
+        listener = self._listen()
+        self._connections.listen(listener)
+        self._set_owner(self._connections.add(owner), owner_pidfd)
+        gc.collect()
+        gc.freeze()  # a collection in a forked child would touch, and so copy, every page
+        while not self._ended:
+            self._loop.turn()
+
+    def _listen(self) -> socket.socket:
+        # By the open directory: a path may be longer than the 107 bytes that an address has room for.
+        address = f"/proc/self/fd/{self._state_dir}/{protocol.SOCKET_NAME}"
+        with contextlib.suppress(FileNotFoundError):  # there only if a former keeper was killed
+            os.unlink(address)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(address)
+        os.chmod(address, 0o600)
+        listener.listen(64)
+        return listener
+
+    # --- requests ---
+
+    def _handle(self, client: Client, packet: Packet) -> None:
+        message = packet.message
+        request = message.get("id")
+        if request is not None and type(request) is not int:
+            raise protocol.ProtocolError(f"id must be an integer, got {request!r:.80}")
+        reply = Reply(self._connections, client, request)
+        try:
+            if packet.lost:
+                raise OSError(errno.EMFILE, f"keeper {os.getpid()} has no room for {packet.lost} more file descriptors")
+            action = self._requests.get(protocol.text(message, "op"))
+            if action is None:
+                raise OSError(errno.ENOSYS, f"unknown request {message['op']!r:.80}")
+            action(packet, reply)
+        except OSError as error:
+            reply.fail(error)
+        except Exception as error:
+            note_exception()
+            reply.fail(
+                OSError(errno.EIO, f"the keeper failed at this request: {error!r:.500}; see {protocol.LOG_NAME}")
+            )
+
+    def _hello(self, packet: Packet, reply: Reply) -> None:
+        """Who we are; from `after` on the client is told every exit."""
+        client = reply.client
+        client.cursor = protocol.integer(packet.message, "after", 0, 1 << 62)
+        client.subscribed = True
+        reply(
+            {
+                "version": protocol.VERSION,
+                "pid": os.getpid(),
+                "boot_id": self._boot,
+                "policy": self._policy,
+                "owner": client is self._owner,
+                "private_mounts": self._host_mounts is not None,
+            },
+            [os.pidfd_open(os.getpid())],
+        )
+
+    def _own(self, packet: Packet, reply: Reply) -> None:
+        """Become the owner, when there is none; comes with the client's own pidfd."""
+        client = reply.client
+        if self._owner is not None and self._owner is not client:
+            raise OSError(errno.EBUSY, f"keeper {os.getpid()} is owned by process {self._owner.pid}")
+        if self._ending is not None:
+            raise OSError(errno.ESHUTDOWN, f"keeper {os.getpid()} is ending")
+        pidfd = packet.claim()
+        try:
+            self._set_owner(client, pidfd)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        reply({})
+
+    def _exits_after(self, packet: Packet, reply: Reply) -> None:
+        """A page of the journal."""
+        after = protocol.integer(packet.message, "after", 0, 1 << 62)
+        reply(
+            {
+                "exits": self._journal.after(after, _EXITS_PER_MESSAGE),
+                "first": self._journal.first,
+                "last": self._journal.last,
+            }
+        )
+
+    def _exit_of(self, packet: Packet, reply: Reply) -> None:
+        """How one process ended; null while it lives; ENOENT when that cannot be learned here."""
+        pid = protocol.integer(packet.message, "pid", 1, 1 << 31)
+        start_time = protocol.integer(packet.message, "start_time", 0, 1 << 62)
+        self._family.reap()
+        record = self._journal.find(pid, start_time)
+        if record is None:
+            try:
+                lives = self._loop.with_spare(lambda: pidfds.start_time(pid)) == start_time
+            except ProcessLookupError:
+                lives = False
+            if not lives:
+                raise OSError(
+                    errno.ENOENT, f"process {pid} (start time {start_time}) is gone, and no exit of it is known"
+                )
+        reply({"exit": record})
+
+    def _ack(self, packet: Packet, reply: Reply) -> None:
+        """The owner has all exits up to here in safety."""
+        self._must_own(reply.client)
+        self._journal.acknowledge(protocol.integer(packet.message, "seq", 0, 1 << 62))
+        reply({})
+
+    def _guard(self, packet: Packet, reply: Reply) -> None:
+        """Register guards, in order; a name that is there already keeps its place and gets the new meaning."""
+        entries = packet.message.get("guards")
+        if type(entries) is not list:
+            raise OSError(errno.EINVAL, "guards must be a list")
+        guards = [_guard_of(entry) for entry in entries]
+        if len(self._guards) + len(guards) > _GUARDS_LIMIT:
+            raise OSError(errno.ENOSPC, f"more than {_GUARDS_LIMIT} guards")
+        for guard in guards:
+            self._guards[guard[0]] = guard
+        reply({})
+
+    def _unguard(self, packet: Packet, reply: Reply) -> None:
+        """Forget guards; a name that is not there is no error."""
+        for name in protocol.texts(packet.message, "names"):
+            self._guards.pop(name, None)
+        reply({})
+
+    def _lease(self, packet: Packet, reply: Reply) -> None:
+        """Lease a number that no other keeper of this host has."""
+        directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
+        first = protocol.integer(packet.message, "first", 0, 1 << 40)
+        count = protocol.integer(packet.message, "count", 1, 1 << 20)
+        reply({"number": self._leases.lease(directory, first, count)})
+
+    def _release(self, packet: Packet, reply: Reply) -> None:
+        """Give a leased number back."""
+        directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
+        self._leases.release(directory, protocol.integer(packet.message, "number", 0, 1 << 41))
+        reply({})
+
+    def _close(self, packet: Packet, reply: Reply) -> None:
+        """End, and say how it went."""
+        self._must_own(reply.client)
+        if self._ending is not None:
+            raise OSError(errno.ESHUTDOWN, f"keeper {os.getpid()} is ending already")
+        self._begin_end(protocol.flag(packet.message, "run_guards"), reply)
+
+    def _must_own(self, client: Client) -> None:
+        if client is not self._owner:
+            raise OSError(errno.EPERM, f"only the owner of keeper {os.getpid()} may do this")
+
+    # --- the owner ---
+
+    def _set_owner(self, client: Client, pidfd: int) -> None:
+        if pidfds.host_pid(pidfd) != client.pid:
+            raise OSError(errno.EINVAL, f"the pidfd that came is not of process {client.pid}")
+        self._loop.watch(pidfd, lambda _events: self._owner_died())
+        if self._owner_pidfd >= 0:
+            self._loop.unwatch(self._owner_pidfd)
+            os.close(self._owner_pidfd)
+        self._owner = client
+        self._owner_pidfd = pidfd
+        self._write_lock()
+
+    def _write_lock(self) -> None:
+        """For people, and for whoever finds the lock taken. Source of its reader: client side, `state_lock`."""
+        owner = self._owner.pid if self._owner is not None else 0
+        started = pidfds.start_time(owner) if owner else 0
+        content = json.dumps({"owner": owner, "start_time": started, "keeper": os.getpid(), "policy": self._policy})
+        os.pwrite(self._lock, content.encode().ljust(200) + b"\n", 0)
+
+    def _gone(self, client: Client) -> None:
+        """A connection ended."""
+        if client is self._owner:
+            self._lose_owner()
+
+    def _owner_died(self) -> None:
+        """The owner's process is dead, though a child of it may hold its socket open."""
+        owner = self._owner
+        if owner is not None:
+            # Its last words count: guards that it registered before what they undo.
+            self._connections.drain(owner)
+            self._connections.drop(owner)  # leads to `_gone`, if draining has not
+
+    def _lose_owner(self) -> None:
+        self._loop.unwatch(self._owner_pidfd)
+        os.close(self._owner_pidfd)
+        self._owner_pidfd = -1
+        self._owner = None
+        if self._ending is None:
+            self._write_lock()
+        if self._policy == "stop":
+            self._begin_end(run_guards=True, reply=None)
+
+    # --- the end ---
+
+    def _begin_end(self, run_guards: bool, reply: Reply | None) -> None:
+        """Kill what we are the parent of, run the guards, and leave when they are done."""
+        if self._ending is not None:
+            return
+        self._ending = ending = _Ending(reply)
+        self._family.kill_all()
+        guards = list(self._guards.values()) if run_guards else []
+        if not guards:
+            self._finish_end()
+            return
+        ending.names = [guard[0] for guard in guards]
+        keep = [self._lock] if self._host_mounts is None else [self._lock, self._host_mounts]
+        try:
+            ending.pid, ending.pipe = children.start_guards(
+                lambda report: self._run_guards_in_child(guards, report), keep
+            )
+        except OSError as error:
+            note(f"cannot start a process for the guards, running them here: {error}")
+            self._run_guards(guards, ending.tell)
+            self._finish_end()
+            return
+        self._family.adopt(ending.pid)
+
+        def too_late() -> None:
+            os.kill(ending.pid, signal.SIGKILL)
+            ending.failed[""] = f"the guards took more than {_GUARDS_TIME:g} s"
+
+        ending.timer = self._loop.later(_GUARDS_TIME, too_late)
+        self._loop.watch(ending.pipe, lambda _events: self._guards_said())
+
+    def _run_guards_in_child(self, guards: list[Guard], report: int) -> None:
+        os.set_blocking(report, True)
+
+        def tell(name: str, error: OSError | None) -> None:
+            os.write(report, (json.dumps([name, None if error is None else str(error)]) + "\n").encode())
+
+        self._run_guards(guards, tell)
+
+    def _run_guards(self, guards: list[Guard], tell: Callable[[str, OSError | None], None]) -> None:
+        if self._host_mounts is not None:
+            # Out of our own view, where cgroups may be hidden and what the host mounts may be covered.
+            syscalls.setns(self._host_mounts, syscalls.CLONE_NEWNS)
+            os.chdir("/")
+        undo.run(guards, tell)
+
+    def _guards_said(self) -> None:
+        ending = self._ending
+        assert ending is not None  # noqa: S101 - it watches its own pipe
+        try:
+            data = os.read(ending.pipe, 1 << 16)
+        except BlockingIOError:
+            return
+        ending.buffer += data
+        *lines, ending.buffer = ending.buffer.split(b"\n")
+        for line in lines:
+            ending.tell(*json.loads(line))
+        if not data:
+            self._loop.unwatch(ending.pipe)
+            os.close(ending.pipe)
+            if ending.timer is not None:
+                ending.timer.cancel()
+            self._finish_end()
+
+    def _finish_end(self) -> None:
+        self._loop.later(_DEATHS_TIME, self._leave)
+        self._await_deaths()
+
+    def _await_deaths(self) -> None:
+        """Leave once nobody is left whose parent we are: an orphan comes to us only when its parent has died."""
+        self._family.reap()
+        if not self._family.kill_all():
+            self._leave()
+            return
+        self._loop.later(0.005, self._await_deaths)
+
+    def _leave(self) -> None:
+        ending = self._ending
+        assert ending is not None  # noqa: S101 - called by what began it
+        if self._ended:
+            return
+        self._ended = True
+        self._leases.release_all()
+        with contextlib.suppress(FileNotFoundError):  # a guard may have removed the state directory
+            os.unlink(protocol.SOCKET_NAME, dir_fd=self._state_dir)
+        if ending.reply is None:
+            return
+        self._journal.remove_file()
+        told = set(ending.done) | set(ending.failed)
+        for name in ending.names:
+            if name not in told:
+                ending.failed[name] = "not run"
+        shown = dict(list(ending.failed.items())[:_REPORTED_LIMIT])
+        ending.reply(
+            {
+                "done": len(ending.done),
+                "failed": {name[:200]: error[:500] for name, error in shown.items()},
+                "failures": len(ending.failed),
+            }
+        )
+
+
+class _Ending:
+    """What is known about the end while it goes on."""
+
+    def __init__(self, reply: Reply | None) -> None:
+        self.reply = reply
+        self.names: list[str] = []
+        self.done: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.buffer = b""
+        self.pid = 0
+        self.pipe = -1
+        self.timer: Timer | None = None
+
+    def tell(self, name: str, error: object) -> None:
+        """One guard has run; `error` is None when it has done its work."""
+        if error is None:
+            self.done.append(name)
+        else:
+            self.failed[name] = str(error)
+            note(f"guard {name!r} failed: {error}")
+
+
+def _guard_of(entry: object) -> Guard:
+    if type(entry) is not dict:
+        raise OSError(errno.EINVAL, "a guard must be an object")
+    message: Message = entry
+    name = protocol.text(message, "name")
+    kind = protocol.text(message, "kind")
+    if kind not in protocol.GUARD_KINDS:
+        raise OSError(
+            errno.EINVAL, f"guard {name!r}: kind must be one of {', '.join(protocol.GUARD_KINDS)}, got {kind!r}"
+        )
+    paths = protocol.texts(message, "paths")
+    return name, kind, [protocol.path(path, f"guard {name!r}: path") for path in paths]
+
+
+def main(argument: str) -> None:
+    """Run the keeper. `argument` is a JSON object that the client's `start` has written."""
+    arguments = json.loads(argument)
+    owner_fd, lock, pidfd, state_dir = arguments["fds"]
+    birth.leave_inheritance([owner_fd, lock, pidfd, state_dir])
+    owner = socket.socket(fileno=owner_fd)
+    try:
+        host_mounts = birth.own_mount_namespace(arguments["hide"], arguments["workdir"])
+        server = Server(state_dir, lock, arguments["policy"], host_mounts)
+    except OSError as error:
+        text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        protocol.send(owner, protocol.encode({"push": "failed", "error": text, "errno": error.errno or errno.EIO}))
+        sys.exit(1)
+    server.serve(owner, pidfd)

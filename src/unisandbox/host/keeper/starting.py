@@ -1,0 +1,270 @@
+"""Starting a keeper, or finding one: the state directory and its lock, the process, the socket. Client side."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import anyio
+import attrs
+
+import unisandbox.host
+from unisandbox.api.errors import FailedPreconditionError, UnavailableError
+from unisandbox.host import pidfd as pidfds
+from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.records import Policy
+
+# A former keeper of the same directory may be running guards (10 s) and waiting for deaths (2 s).
+_LOCK_WAIT: Final = 15.0
+_LOCK_POLL: Final = 0.01
+
+# Leaves the process that started it (and its session) before it loads anything: what it forks then is small. The path
+# comes last, so that the standard library wins.
+_PROGRAM: Final = """\
+import os, sys
+os.setsid()
+if os.fork(): os._exit(0)
+sys.path.append(sys.argv[1])
+from unisandbox.host.keeper.server import main
+main(sys.argv[2])
+"""
+
+
+@attrs.frozen
+class LockHolder:
+    """What the lock file of a state directory says about who holds it.
+
+    `owner` is 0 when the keeper has none any more; all is empty while it is being written.
+    """
+
+    owner: int = 0
+    start_time: int = 0
+    keeper: int = 0
+    policy: str = ""
+
+    @property
+    def is_leaving(self) -> bool:
+        """Its owner is dead and its keeper is undoing what that had done: the lock will be free soon."""
+        if self.policy == "keep":
+            return False
+        if not self.owner:
+            return True
+        try:
+            return pidfds.start_time(self.owner) != self.start_time
+        except ProcessLookupError:
+            return True
+
+
+@attrs.frozen
+class Started:
+    """A process that is becoming a keeper: our end of its socket, and the child that leaves it behind."""
+
+    sock: socket.socket
+    child: int
+    child_pidfd: int
+
+
+def absolute(path: str) -> str:
+    """An absolute path: the keeper has another working directory."""
+    return os.path.abspath(path)
+
+
+def open_state_dir(path: str) -> int:
+    """Make the state directory if it is missing (0700); an fd of it.
+
+    Raises:
+        FailedPreconditionError: it belongs to somebody else, or is not a directory.
+        OSError: it cannot be made.
+    """
+    with contextlib.suppress(FileExistsError):
+        os.makedirs(path, 0o700)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except NotADirectoryError:
+        raise FailedPreconditionError(f"state directory {path} is not a directory") from None
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        os.close(fd)
+        raise FailedPreconditionError(
+            f"state directory {path} is not ours alone (owner {status.st_uid}, mode {status.st_mode & 0o7777:04o})",
+            hint="Choose another one, or give it to this user and take write permission from others.",
+        )
+    return fd
+
+
+def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
+    """Try to lock the state directory: the locked fd, or who holds it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(protocol.LOCK_NAME, flags, 0o600, dir_fd=state_dir)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            said = json.loads(os.pread(fd, 4096, 0))
+            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"])
+        except (ValueError, KeyError, TypeError):
+            return LockHolder()  # it is being written
+        finally:
+            os.close(fd)
+    except BaseException:
+        os.close(fd)
+        raise
+    me = os.getpid()
+    content = json.dumps({"owner": me, "start_time": pidfds.start_time(me), "keeper": 0, "policy": policy})
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, content.encode(), 0)
+    return fd
+
+
+async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
+    """Lock the state directory, waiting for a former keeper that is about to end: the locked fd.
+
+    Raises:
+        FailedPreconditionError: somebody else has it; says who.
+    """
+    deadline = anyio.current_time() + _LOCK_WAIT
+    while True:
+        got = _try_state_lock(dirfd, policy)
+        if isinstance(got, int):
+            return got
+        if not got.is_leaving or anyio.current_time() > deadline:
+            raise _locked(state_dir, got)
+        # There is no event for it: a flock would have to be waited for in a thread.
+        await anyio.sleep(_LOCK_POLL)
+
+
+def _locked(state_dir: str, holder: LockHolder) -> FailedPreconditionError:
+    if holder.policy == "keep" and not holder.owner:
+        return FailedPreconditionError(
+            f"state directory {state_dir} is held by keeper {holder.keeper}, which waits for an owner",
+            hint="Attach to it instead of starting another.",
+        )
+    if holder.is_leaving:
+        return FailedPreconditionError(
+            f"state directory {state_dir} is still locked; its former owner {holder.owner} is gone, and its keeper "
+            f"{holder.keeper} has not finished within {_LOCK_WAIT:g} s",
+            hint=f"See {protocol.LOG_NAME} there.",
+        )
+    return FailedPreconditionError(
+        f"state directory {state_dir} is in use by process {holder.owner} (its keeper is {holder.keeper})",
+        hint="Use another directory, or close the engine there.",
+    )
+
+
+def spawn_keeper(path: str, state_dir: int, lock: int, *, workdir: str, hide: Sequence[str], policy: Policy) -> Started:
+    """Start the process. The caller waits for `child` (it exits at once) and says hello.
+
+    Raises:
+        UnavailableError: there is no Python interpreter to start.
+    """
+    executable = str(getattr(sys, "_base_executable", "") or sys.executable or "")
+    if not executable:
+        raise UnavailableError(
+            "cannot start the keeper: this program does not know its Python interpreter (sys.executable is empty)",
+            hint="Set sys.executable to a Python 3.11 or newer.",
+        )
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pidfd = -1
+    try:
+        near.setblocking(False)
+        pidfd = os.pidfd_open(os.getpid())
+        sources = [far.fileno(), lock, pidfd, state_dir]
+        # Numbers above all of them, so that no dup2 hits another one's source, also where 0-2 are among these.
+        base = max(3, *sources) + 1
+        numbers = list(range(base, base + len(sources)))
+        argument = json.dumps({"fds": numbers, "hide": list(hide), "workdir": workdir, "policy": policy})
+        log = os.path.join(path, protocol.LOG_NAME)
+        source_root = str(Path(unisandbox.host.__path__[0]).parent.parent)
+        argv = [executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, source_root, argument]
+        # Nothing of the caller's environment: it may hold secrets. A Python outside of the system's directories may
+        # need this one to find its own library.
+        env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        log_flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
+        actions: list[tuple[object, ...]] = [
+            *((os.POSIX_SPAWN_DUP2, source, number) for source, number in zip(sources, numbers, strict=True)),
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, log, log_flags, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ]
+        child = os.posix_spawn(
+            executable,
+            argv,
+            env,
+            file_actions=actions,
+            setsigmask=(),
+            setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+        )
+    except FileNotFoundError as error:
+        near.close()
+        raise UnavailableError(f"cannot start the keeper with {executable}: {error.strerror}") from error
+    except BaseException:
+        near.close()
+        raise
+    finally:
+        far.close()
+        if pidfd >= 0:
+            os.close(pidfd)
+    try:
+        child_pidfd = os.pidfd_open(child)
+    except ProcessLookupError:
+        child_pidfd = -1  # the host program reaps everything itself, and was quick
+    return Started(near, child, child_pidfd)
+
+
+def finish_child(started: Started, *, kill: bool) -> None:
+    """Reap the child that left the keeper behind; it has exited, or is killed now, or ends within microseconds."""
+    if started.child_pidfd < 0:
+        return
+    try:
+        if kill:
+            signal.pidfd_send_signal(started.child_pidfd, signal.SIGKILL)
+        os.waitid(os.P_PIDFD, started.child_pidfd, os.WEXITED)
+    except (ChildProcessError, ProcessLookupError):
+        pass  # the host program reaps everything itself
+    finally:
+        os.close(started.child_pidfd)
+
+
+def connect(state_dir: int, path: str) -> socket.socket:
+    """Connect to the keeper of a state directory.
+
+    Raises:
+        UnavailableError: none listens there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.setblocking(False)
+        # Unix connects do not wait, but for a full queue of the listener: then EAGAIN.
+        sock.connect(f"/proc/self/fd/{state_dir}/{protocol.SOCKET_NAME}")
+    except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+        sock.close()
+        why = "does not answer" if error.errno == errno.EAGAIN else "there is none"
+        raise UnavailableError(
+            f"cannot reach the keeper of {path}: {why}",
+            hint="Start one, if no engine is open on this directory.",
+        ) from error
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def log_tail(path: str) -> str:
+    """The end of the keeper's log."""
+    try:
+        with open(os.path.join(path, protocol.LOG_NAME), "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 4096))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""

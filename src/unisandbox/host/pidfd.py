@@ -1,0 +1,114 @@
+"""Process identity: pid plus start time, and a pidfd while it is held. Standard library only.
+
+A bare pid is never an identity: the kernel gives it to another process as soon as its owner was reaped.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+
+from unisandbox.host import syscalls
+
+
+class Identity:
+    """Which process: comparable also after a restart of everything but the kernel.
+
+    Attributes:
+        pid: as the mounted /proc says.
+        start_time: clock ticks after boot (field 22 of /proc/PID/stat).
+    """
+
+    __slots__ = ("pid", "start_time")
+
+    def __init__(self, pid: int, start_time: int) -> None:
+        self.pid = pid
+        self.start_time = start_time
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identity):
+            return NotImplemented
+        return (self.pid, self.start_time) == (other.pid, other.start_time)
+
+    def __hash__(self) -> int:
+        return hash((self.pid, self.start_time))
+
+    def __repr__(self) -> str:
+        return f"Identity(pid={self.pid}, start_time={self.start_time})"
+
+
+def start_time(pid: int) -> int:
+    """When process `pid` started, in clock ticks after boot.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+
+    Source: proc_pid_stat(5). The name in field 2 may hold spaces and brackets: fields are counted after the last ")".
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
+            text = file.read(4096)
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} does not exist") from None
+    return int(text[text.rindex(b")") + 2 :].split(maxsplit=20)[19])
+
+
+def identity(pid: int) -> Identity:
+    """The identity of the process which has this pid now."""
+    return Identity(pid, start_time(pid))
+
+
+def open_verified(pid: int, start_time: int) -> int:
+    """A pidfd of exactly the process `pid` that started at `start_time`; close-on-exec.
+
+    The start time is read after the pidfd was opened and the process is seen alive (or a zombie) after that, so a pid
+    that was given to another process in between is noticed.
+
+    Raises:
+        ProcessLookupError: it has ended and was reaped, or its pid belongs to another process now.
+    """
+    fd = os.pidfd_open(pid)
+    try:
+        found = identity(pid).start_time
+        if found != start_time:
+            message = f"pid {pid} is another process now (started at tick {found}, not {start_time})"
+            raise ProcessLookupError(errno.ESRCH, message)
+        signal.pidfd_send_signal(fd, 0)  # ESRCH: reaped meanwhile, and what was read may be a successor's
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def send_signal(pidfd: int, number: int) -> bool:
+    """Send a signal; False when the process was reaped before (a zombie takes any signal)."""
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def host_pid(pidfd: int) -> int:
+    """The pid of the process behind `pidfd`, as seen from the /proc that is mounted here.
+
+    Raises:
+        ProcessLookupError: it was reaped (the kernel says -1), or is in no pid namespace that we see (0).
+        OSError: EINVAL: this is no pidfd.
+
+    Source: "Pid:" in /proc/self/fdinfo, pidfd_open(2).
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb", buffering=0) as file:
+        for line in file.read(4096).splitlines():
+            if line.startswith(b"Pid:"):
+                pid = int(line[4:])
+                if pid > 0:
+                    return pid
+                raise ProcessLookupError(errno.ESRCH, f"the process of pidfd {pidfd} is gone or out of sight ({pid})")
+    raise OSError(errno.EINVAL, f"file descriptor {pidfd} is no pidfd")
+
+
+def exit_status(pidfd: int) -> int | None:
+    """The wait status of an ended and reaped process, also a stranger's child. None: alive, or not to be known."""
+    return syscalls.pidfd_exit_status(pidfd)

@@ -1,0 +1,34 @@
+"""What an engine lends to its backends: the keeper, the cgroups and the directories."""
+
+from __future__ import annotations
+
+import attrs
+
+from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.keeper import Keeper
+
+
+@attrs.frozen
+class Host:
+    """The mechanisms of one engine.
+
+    Attributes:
+        engine_id: part of the name of everything that the engine makes.
+        state_dir: survives the keeper; holds records.
+        work_dir: the keeper's private file system in memory; the same path in its mount namespace only.
+        keeper: the helper process.
+        cgroups: the engine's cgroup tree.
+    """
+
+    engine_id: str
+    state_dir: str
+    work_dir: str
+    keeper: Keeper
+    cgroups: Cgroups
+
+    def outside(self, path: str) -> str:
+        """`path` of the keeper's mount namespace as this process can reach it.
+
+        Source: proc(5), /proc/PID/root is the process's view of the file system, mount namespace included.
+        """
+        return f"/proc/{self.keeper.pid}/root{path}"

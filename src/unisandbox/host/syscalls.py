@@ -1,0 +1,393 @@
+"""System calls that Python's standard library does not have, as plain functions that raise OSError.
+
+Standard library only: the keeper and its jobs import this module too. Flags keep the kernel's names.
+Source: man-pages 6.x, include/uapi/linux/{mount,sched,openat2,pidfd}.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import signal
+import struct
+
+TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
+if TYPE_CHECKING:
+    from typing import Final
+
+CLONE_NEWNS: Final = 0x00020000
+CLONE_NEWCGROUP: Final = 0x02000000
+CLONE_NEWUTS: Final = 0x04000000
+CLONE_NEWIPC: Final = 0x08000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
+CLONE_NEWNET: Final = 0x40000000
+
+MS_RDONLY: Final = 1
+MS_NOSUID: Final = 2
+MS_NODEV: Final = 4
+MS_NOEXEC: Final = 8
+MS_REMOUNT: Final = 32
+MS_NOSYMFOLLOW: Final = 256
+MS_BIND: Final = 4096
+MS_MOVE: Final = 8192
+MS_REC: Final = 16384
+MS_PRIVATE: Final = 1 << 18
+MS_SLAVE: Final = 1 << 19
+MS_STRICTATIME: Final = 1 << 24
+
+MNT_DETACH: Final = 2
+UMOUNT_NOFOLLOW: Final = 8
+
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+AT_FDCWD: Final = -100
+
+OPEN_TREE_CLONE: Final = 1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+
+MOUNT_ATTR_RDONLY: Final = 0x1
+MOUNT_ATTR_NOSUID: Final = 0x2
+MOUNT_ATTR_NODEV: Final = 0x4
+MOUNT_ATTR_NOEXEC: Final = 0x8
+MOUNT_ATTR_IDMAP: Final = 0x00100000
+MOUNT_ATTR_NOSYMFOLLOW: Final = 0x00200000
+
+FSOPEN_CLOEXEC: Final = 1
+FSMOUNT_CLOEXEC: Final = 1
+FSCONFIG_SET_FLAG: Final = 0
+FSCONFIG_SET_STRING: Final = 1
+FSCONFIG_CMD_CREATE: Final = 6
+
+NS_GET_USERNS: Final = 0xB701
+NS_GET_NSTYPE: Final = 0xB703
+
+RESOLVE_NO_XDEV: Final = 0x01
+RESOLVE_NO_MAGICLINKS: Final = 0x02
+RESOLVE_NO_SYMLINKS: Final = 0x04
+RESOLVE_BENEATH: Final = 0x08
+RESOLVE_IN_ROOT: Final = 0x10
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
+PR_SET_NAME: Final = 15
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_SET_NO_NEW_PRIVS: Final = 38
+
+PIDFD_INFO_PID: Final = 1 << 0
+PIDFD_INFO_EXIT: Final = 1 << 3
+
+_CLONE_INTO_CGROUP: Final = 1 << 33
+
+# These calls are newer than the unification of system call numbers: one number on every architecture.
+_NR_OPEN_TREE: Final = 428
+_NR_MOVE_MOUNT: Final = 429
+_NR_FSOPEN: Final = 430
+_NR_FSCONFIG: Final = 431
+_NR_FSMOUNT: Final = 432
+_NR_CLONE3: Final = 435
+_NR_CLOSE_RANGE: Final = 436
+_NR_OPENAT2: Final = 437
+_NR_MOUNT_SETATTR: Final = 442
+# These are not.
+_NR_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
+_NR_BPF: Final = {"x86_64": 321, "aarch64": 280}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+
+def _check(result: int, what: str, path: str | bytes | None = None) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno()
+    message = f"{what}: {os.strerror(number)}"
+    raise OSError(number, message, path) if path is not None else OSError(number, message)
+
+
+def unshare(flags: int) -> None:
+    """Leave the namespaces in `flags` (CLONE_NEW*). Only ever in a process of one's own, never in a pool thread."""
+    _check(_libc.unshare(flags), f"unshare({flags:#x})")
+
+
+def setns(fd: int, nstype: int = 0) -> None:
+    """Enter the namespace behind `fd`, which must be of kind `nstype` (0: any)."""
+    _check(_libc.setns(fd, nstype), f"setns({fd})")
+
+
+def mount(source: str, target: str, fstype: str | None = None, flags: int = 0, data: str | None = None) -> None:
+    """mount(2)."""
+    _check(
+        _libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            fstype.encode() if fstype else None,
+            ctypes.c_ulong(flags),
+            data.encode() if data is not None else None,
+        ),
+        f"mount {fstype or 'bind'} on {target}",
+        target,
+    )
+
+
+def umount(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), flags), f"umount {target}", target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    number = _NR_PIVOT_ROOT[os.uname().machine]
+    _check(_syscall(ctypes.c_long(number), os.fsencode(new_root), os.fsencode(put_old)), f"pivot_root {new_root}")
+
+
+def sethostname(name: str) -> None:
+    """Set the host name of the caller's uts namespace (at most 64 bytes)."""
+    raw = name.encode()
+    _check(_libc.sethostname(raw, ctypes.c_size_t(len(raw))), f"sethostname {name!r}")
+
+
+def setdomainname(name: str) -> None:
+    """Set the NIS domain name of the caller's uts namespace (at most 64 bytes)."""
+    raw = name.encode()
+    _check(_libc.setdomainname(raw, ctypes.c_size_t(len(raw))), f"setdomainname {name!r}")
+
+
+def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
+    """prctl(2) with integer arguments."""
+    return _check(
+        _libc.prctl(option, ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5)),
+        f"prctl({option})",
+    )
+
+
+def setfsuid(uid: int) -> None:
+    """Set the user id that the calling thread makes files as. The kernel reports no failure: so it is read back."""
+    _libc.setfsuid(ctypes.c_uint(uid))
+    if _libc.setfsuid(ctypes.c_uint(0xFFFFFFFF)) != uid:
+        raise PermissionError(errno.EPERM, f"setfsuid({uid})")
+
+
+def setfsgid(gid: int) -> None:
+    """The same for the group id."""
+    _libc.setfsgid(ctypes.c_uint(gid))
+    if _libc.setfsgid(ctypes.c_uint(0xFFFFFFFF)) != gid:
+        raise PermissionError(errno.EPERM, f"setfsgid({gid})")
+
+
+def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
+    """Close every file descriptor from `first` to `last`. Linux 5.9."""
+    _check(
+        _syscall(ctypes.c_long(_NR_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(flags)),
+        "close_range",
+    )
+
+
+def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2): open `path` below `dirfd` with rules for its resolution. Always O_CLOEXEC. Linux 5.6."""
+    flags |= os.O_CLOEXEC
+    how = struct.pack("=QQQ", flags, mode if flags & (os.O_CREAT | os.O_TMPFILE) == os.O_CREAT or mode else 0, resolve)
+    return _check(
+        _syscall(
+            ctypes.c_long(_NR_OPENAT2),
+            ctypes.c_int(dirfd),
+            os.fsencode(path),
+            how,
+            ctypes.c_size_t(len(how)),
+        ),
+        f"openat2 {path}",
+        path,
+    )
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    """open_tree(2): an fd of a mount, or with OPEN_TREE_CLONE of a detached copy of it. Linux 5.2."""
+    return _check(
+        _syscall(
+            ctypes.c_long(_NR_OPEN_TREE),
+            ctypes.c_int(dirfd),
+            os.fsencode(path),
+            ctypes.c_uint(flags | OPEN_TREE_CLOEXEC),
+        ),
+        f"open_tree {path}",
+        path,
+    )
+
+
+def move_mount(from_fd: int, from_path: str, to_fd: int, to_path: str, flags: int) -> None:
+    """move_mount(2): attach a (detached) mount. Linux 5.2."""
+    _check(
+        _syscall(
+            ctypes.c_long(_NR_MOVE_MOUNT),
+            ctypes.c_int(from_fd),
+            os.fsencode(from_path),
+            ctypes.c_int(to_fd),
+            os.fsencode(to_path),
+            ctypes.c_uint(flags),
+        ),
+        f"move_mount on {to_path}",
+        to_path,
+    )
+
+
+def mount_setattr(
+    dirfd: int,
+    path: str,
+    *,
+    set: int = 0,
+    clear: int = 0,
+    propagation: int = 0,
+    recursive: bool = False,
+    userns_fd: int = -1,
+) -> None:
+    """mount_setattr(2): change mount attributes (MOUNT_ATTR_*), also of all submounts. Linux 5.12.
+
+    `MOUNT_ATTR_IDMAP` maps the ids of the mount by `userns_fd`; only for a detached tree. `propagation` is MS_PRIVATE
+    or MS_SLAVE (0: as it is).
+    """
+    attr = struct.pack("=QQQQ", set, clear, propagation, userns_fd if set & MOUNT_ATTR_IDMAP else 0)
+    flags = (AT_RECURSIVE if recursive else 0) | (AT_EMPTY_PATH if path == "" else 0)
+    _check(
+        _syscall(
+            ctypes.c_long(_NR_MOUNT_SETATTR),
+            ctypes.c_int(dirfd),
+            os.fsencode(path),
+            ctypes.c_uint(flags),
+            attr,
+            ctypes.c_size_t(len(attr)),
+        ),
+        f"mount_setattr {path}",
+        path or None,
+    )
+
+
+def fsopen(fstype: str) -> int:
+    """fsopen(2): an fd of a file system that is being configured. Linux 5.2."""
+    number = ctypes.c_long(_NR_FSOPEN)
+    return _check(_syscall(number, fstype.encode(), ctypes.c_uint(FSOPEN_CLOEXEC)), f"fsopen {fstype}")
+
+
+def fsconfig(fs_fd: int, command: int, key: str | None = None, value: str | None = None) -> None:
+    """fsconfig(2): set one option (a string value has at most 255 bytes), or FSCONFIG_CMD_CREATE. Linux 5.2.
+
+    The error carries the kernel's own words about it, where it has any (the file system context's message log).
+    """
+    result = _syscall(
+        ctypes.c_long(_NR_FSCONFIG),
+        ctypes.c_int(fs_fd),
+        ctypes.c_uint(command),
+        key.encode() if key is not None else None,
+        os.fsencode(value) if value is not None else None,
+        ctypes.c_int(0),
+    )
+    if result < 0:
+        number = ctypes.get_errno()
+        said = _fs_messages(fs_fd)
+        what = (
+            "fsconfig create" if key is None else f"fsconfig {key}={value}" if value is not None else f"fsconfig {key}"
+        )
+        raise OSError(number, f"{what}: {os.strerror(number)}{': ' + said if said else ''}")
+
+
+def _fs_messages(fs_fd: int) -> str:
+    """What the kernel logged to a file system context: "e text" by each read, then ENODATA. Source: fs/fsopen.c."""
+    said: list[str] = []
+    try:
+        while len(said) < 8:
+            said.append(os.read(fs_fd, 1024).decode(errors="replace").strip()[2:])
+    except OSError:  # ENODATA: that was all. Whatever else it is, the error that we report is the caller's.
+        pass
+    return "; ".join(said)
+
+
+def fsmount(fs_fd: int, attributes: int = 0) -> int:
+    """fsmount(2): an fd of a detached mount of a created file system, with MOUNT_ATTR_* set. Linux 5.2."""
+    return _check(
+        _syscall(
+            ctypes.c_long(_NR_FSMOUNT), ctypes.c_int(fs_fd), ctypes.c_uint(FSMOUNT_CLOEXEC), ctypes.c_uint(attributes)
+        ),
+        "fsmount",
+    )
+
+
+def clone_paused(flags: int) -> int:
+    """A child process in new namespaces (`flags`: CLONE_NEW*) which sleeps until it is killed; returns its pid.
+
+    It shares the caller's memory (CLONE_VM: no copy of page tables, so it costs 60 us and not a fork) and runs nothing
+    but libc's pause() on a stack of its own. The caller must end it with SIGKILL and reap it: the only signal
+    that does not return from pause().
+    """
+    global _pause_stack  # noqa: PLW0603 (it must outlive the child; children are ended before the next call)
+    if _pause_stack is None:
+        _pause_stack = ctypes.create_string_buffer(32768)
+    top = (ctypes.addressof(_pause_stack) + len(_pause_stack)) & ~0xF
+    pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
+    clone_vm = 0x100
+    return _check(
+        _libc.clone(pause, ctypes.c_void_p(top), ctypes.c_int(flags | clone_vm | signal.SIGCHLD), None),
+        f"clone({flags:#x})",
+    )
+
+
+_pause_stack: ctypes.Array[ctypes.c_char] | None = None
+
+
+def fork_into_cgroup(cgroup_fd: int) -> int:
+    """os.fork() whose child is born in the cgroup v2 directory behind `cgroup_fd`. 0 in the child, else its pid.
+
+    To write a pid into cgroup.procs takes 8 to 15 ms when no process has been moved for a while, since the kernel waits
+    for an RCU grace period; this does not wait (measured: 1 ms). For a process with one thread, whose child execs soon:
+    the C library's own fork handlers do not run, and its record of the child's thread id stays the parent's.
+
+    Raises:
+        OSError: EBUSY: the cgroup has controllers for its children (v2: no processes in inner nodes); EACCES: we may
+            not write its cgroup.procs, or that of the nearest cgroup above both it and ours. Linux 5.7.
+
+    Source: clone(2), CLONE_INTO_CGROUP; kernel/cgroup/cgroup.c, cgroup_procs_write_start.
+    """
+    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
+    # set_tid_size, cgroup.
+    args = struct.pack("=11Q", _CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd)
+    buffer = ctypes.create_string_buffer(args, len(args))
+    # PyDLL keeps the interpreter's lock over the call, as os.fork does.
+    clone = ctypes.PyDLL(None, use_errno=True).syscall
+    clone.restype = ctypes.c_long
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid: int = clone(ctypes.c_long(_NR_CLONE3), buffer, ctypes.c_size_t(len(args)))
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    else:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
+    return _check(pid, "clone3(CLONE_INTO_CGROUP)")
+
+
+def bpf(command: int, attr: bytes) -> int:
+    """bpf(2) with the raw `union bpf_attr`; pointers in it must stay alive during the call."""
+    buffer = ctypes.create_string_buffer(attr, len(attr))
+    return _check(
+        _syscall(ctypes.c_long(_NR_BPF[os.uname().machine]), ctypes.c_int(command), buffer, ctypes.c_uint(len(attr))),
+        f"bpf({command})",
+    )
+
+
+def pidfd_exit_status(pidfd: int) -> int | None:
+    """The wait status of an ended and reaped process, also of one that is not our child.
+
+    None while it lives or is a zombie, and where the kernel cannot tell (before 6.15).
+    Source: PIDFD_GET_INFO, include/uapi/linux/pidfd.h; `exit_code` is a wait(2) status word at byte 60.
+    """
+    info = bytearray(64)
+    struct.pack_into("=Q", info, 0, PIDFD_INFO_EXIT)
+    try:
+        fcntl.ioctl(pidfd, 0xC000FF0B | (len(info) << 16), info)
+    except OSError:
+        return None
+    mask = struct.unpack_from("=Q", info, 0)[0]
+    if not mask & PIDFD_INFO_EXIT:
+        return None
+    return int(struct.unpack_from("=i", info, 60)[0])

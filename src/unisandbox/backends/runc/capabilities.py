@@ -1,0 +1,24 @@
+"""What namespaces and cgroups can do."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from unisandbox.api import Capabilities
+
+CAPABILITIES: Final = Capabilities(
+    isolation="namespaces",
+    rootfs=frozenset({"host", "dir"}),
+    networks=frozenset({"none", "host", "namespace"}),
+    containers=True,
+    exec=True,
+    tty=True,
+    files=True,
+    userns=True,
+    userns_host=True,
+    shared_pid=True,
+    host_mounts=True,
+    pause=True,
+    update=True,
+    start_seconds=0.015,
+)

@@ -1,0 +1,79 @@
+"""A pid namespace that all containers of a sandbox share: our init alone in an empty read-only root.
+
+Somebody has to be PID 1 of it. With a root of its own that holds nothing, /proc/1/root shows a container nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+import anyio
+import attrs
+
+from unisandbox.backends.runc.pod import Pod, PodPlanner
+from unisandbox.host import namespaces
+from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.services import Host
+from unisandbox.oci.runtime import Created, Runtime
+from unisandbox.oci.task import START_SECONDS, ended_process, null_fd
+
+EMPTY_ROOT: Final = "/empty"
+"""Below the sandbox's directory; made with its root file system."""
+
+
+@attrs.define
+class SharedPids:
+    """The one process of a shared pid namespace.
+
+    Attributes:
+        oci_id: its name for the runtime.
+        cgroup: its own.
+        created: the process.
+    """
+
+    oci_id: str
+    cgroup: Cgroup
+    created: Created
+
+    @classmethod
+    async def make(cls, host: Host, runtime: Runtime, pod: Pod, planner: PodPlanner, init_fd: int) -> SharedPids:
+        """Start it and pin its namespace as `pid` of the pod."""
+        oci_id = f"{pod.short}-pid"
+        cgroup = pod.cgroup.child("pid", for_process=True)
+        bundle = f"{pod.work}/b/pid"
+        planner.pause_bundle(f"{pod.work}{EMPTY_ROOT}").write(host.outside(bundle))
+        null = null_fd()
+        created = await runtime.create(
+            oci_id,
+            bundle,
+            stdio=(null, null, null),
+            extra_fds=(init_fd,),
+            cgroup_procs=cgroup.procs,
+            timeout=START_SECONDS,
+        )
+        made = cls(oci_id, cgroup, created)
+        try:
+            await runtime.start(oci_id, created=created, timeout=START_SECONDS)
+            fd = os.open(f"/proc/{created.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                pod.pins["pid"] = await host.keeper.hold(f"{pod.short}/pid", fd)
+                pod.inodes["pid"] = namespaces.namespace_inode(fd)
+            finally:
+                os.close(fd)
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(START_SECONDS):
+                await made.end(host, runtime, pod)
+            raise
+        return made
+
+    async def end(self, host: Host, runtime: Runtime, pod: Pod) -> None:
+        """End it: with it everything that is still in the namespace ends."""
+        self.cgroup.kill()
+        await ended_process(host.keeper, self.created)
+        await runtime.delete(self.oci_id)
+        os.close(self.created.pidfd)
+        await host.keeper.drop([f"{pod.short}/pid"])
+        pod.pins.pop("pid", None)
+        pod.inodes.pop("pid", None)
+        self.cgroup.remove(timeout=5.0)

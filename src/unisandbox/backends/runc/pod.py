@@ -1,0 +1,396 @@
+"""One sandbox of namespaces: what it holds on the host, and how its containers are made."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import attrs
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    BackendError,
+    ContainerSpec,
+    InvalidArgumentError,
+    Mount,
+    ProcessSpec,
+    Resources,
+    Rootfs,
+    SandboxSpec,
+    UnavailableError,
+    UnsupportedError,
+)
+from unisandbox.backends.runc.rootfs import Identity, Layer, Op, Place, mount_ops, root_ops
+from unisandbox.host import namespaces, seccomp
+from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.init import SpawnRequest
+from unisandbox.host.keeper import JobFailed
+from unisandbox.host.services import Host
+from unisandbox.oci.bundle import Bundle, OciMount, OciNamespace
+from unisandbox.oci.runtime import Runtime
+from unisandbox.oci.task import Plan, limits_of
+from unisandbox.oci.users import resolve_user
+
+IDS: Final = 65536
+"""How many user ids a sandbox has, as every image may use 0 to 65535."""
+
+_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# What our init needs to become the user that a process asks for; processes do not get more than the spec says.
+_INIT_CAPABILITIES: Final = frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"})
+# The first to be killed when the host runs out of memory are processes in sandboxes, and init last of them.
+_INIT_OOM_SCORE: Final = 100
+_PROCESS_OOM_SCORE: Final = 500
+_SHARED: Final = ("net", "ipc", "uts")
+
+
+@attrs.define
+class Pod:
+    """What one sandbox holds.
+
+    Attributes:
+        sandbox_id, spec: as created.
+        short: its short name, for cgroups and directories.
+        work: its directory in the keeper's file system.
+        cgroup: its own, with the limits of the whole sandbox.
+        image: path of the disk image of its layer, when it is not in memory.
+        first_id: the host's id of root inside.
+        lease: number of its range of ids; None without a user namespace.
+        pins: number in the keeper of each namespace, by kind.
+        inodes: inode number of each pinned namespace.
+        root_fd: number in the keeper of its root directory.
+        sources: descriptors of the sources of `spec.mounts`, opened once; of the root directory first, for kind "dir".
+    """
+
+    sandbox_id: str
+    spec: SandboxSpec
+    short: str
+    work: str
+    cgroup: Cgroup
+    image: str
+    first_id: int = 0
+    lease: int | None = None
+    pins: dict[str, int] = attrs.field(factory=dict)
+    inodes: dict[str, int] = attrs.field(factory=dict)
+    root_fd: int = -1
+    sources: list[int] = attrs.field(factory=list)
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages."""
+        return self.spec.name or self.sandbox_id
+
+    @property
+    def mapped(self) -> bool:
+        """It has a user namespace of its own."""
+        return self.spec.userns == "private"
+
+    @property
+    def layer(self) -> Layer:
+        """The bounded place for its writes."""
+        return Layer.of(self.spec.resources)
+
+    @property
+    def identity(self) -> Identity:
+        """What its /etc says."""
+        return Identity.of(self.spec, self.hostname)
+
+    @property
+    def hostname(self) -> str:
+        """The asked one, or the first 12 characters of the id."""
+        return self.spec.hostname or self.sandbox_id[:12]
+
+    def place(self, container: str = "") -> Place:
+        """Where a root file system is built: the sandbox's own, or that of one container."""
+        return Place(
+            work=self.work,
+            root=f"/c/{container}/root" if container else "/root",
+            layer=f"/rw/c/{container}" if container else "/rw",
+            base=f"/c/{container}/base" if container else "/base",
+            first_id=self.first_id,
+            mapped=self.mapped,
+        )
+
+    def close(self) -> None:
+        """Close the sources."""
+        for fd in self.sources:
+            os.close(fd)
+        self.sources.clear()
+
+
+def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[int]:
+    """Open what will be mounted, once: what is mounted later is what was looked at now.
+
+    Raises:
+        InvalidArgumentError: a source does not exist, or the root is no directory.
+    """
+    fds: list[int] = []
+    try:
+        if rootfs.kind == "dir":
+            fds.append(_open_source(rootfs.path, os.O_DIRECTORY, f"root directory of {label!r}"))
+        fds += [_open_source(mount.source, 0, f"mount source of {label!r}") for mount in mounts if mount.source]
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds
+
+
+def _open_source(path: str, flags: int, what: str) -> int:
+    try:
+        return os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+    except OSError as error:
+        raise InvalidArgumentError(f"{what} cannot be used: {path}: {error.strerror}") from error
+
+
+def translate_job(error: JobFailed, label: str) -> Exception:
+    """A job's failure in the words of whoever asked for the sandbox."""
+    text = error.strerror or str(error)
+    if "mapping the ids" in text:
+        return UnavailableError(
+            f"cannot make sandbox {label!r}: {text}",
+            hint="Keep the directory on ext4, xfs, btrfs or tmpfs, or use userns='host' or Mount(idmap=False).",
+        )
+    if error.do == "userns":
+        return UnavailableError(
+            f"cannot make a user namespace for sandbox {label!r}: {text}",
+            hint="Look at /proc/sys/user/max_user_namespaces, or use userns='host' if you trust what runs.",
+        )
+    return BackendError(f"cannot make sandbox {label!r}: {error.do or 'job'}: {text}")
+
+
+class PodPlanner:
+    """Makes what the containers of one sandbox need; see `oci.task.Planner`."""
+
+    def __init__(self, host: Host, runtime: Runtime, pod: Pod, *, host_tree: str, init_fd: int) -> None:
+        self._host = host
+        self._runtime = runtime
+        self._pod = pod
+        self._host_tree = host_tree
+        self._init_fd = init_fd
+        self._own_roots: set[str] = set()
+
+    async def prepare(self, container: ContainerSpec) -> Plan:
+        """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
+        pod = self._pod
+        oci_id = f"{pod.short}-{container.name}"
+        cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or Resources.unlimited()))
+        bundle = f"{pod.work}/b/{container.name}"
+        root = f"{pod.work}/root"
+        rootfs = pod.spec.rootfs
+        if container.rootfs is not None:
+            rootfs = container.rootfs
+            root = f"{pod.work}{pod.place(container.name).root}"
+            await self._make_root(container, rootfs)
+        self._bundle(root).write(self._host.outside(bundle))
+        return Plan(
+            oci_id=oci_id,
+            bundle=bundle,
+            cgroup=cgroup,
+            request=lambda process: self._request(container, process, root),
+            extra_fds=(self._init_fd,),
+            verify=lambda pid: self._verify(container.name, pid),
+            explain=lambda process: _explain(process, rootfs),
+        )
+
+    async def adopt(self, container_id: str, bundle: str) -> Plan:
+        """A bundle of somebody else, run as it is in a cgroup of ours."""
+        pod = self._pod
+        return Plan(
+            oci_id=f"{pod.short}-{container_id}",
+            bundle=bundle,
+            cgroup=pod.cgroup.child(f"c-{container_id}"),
+            request=_no_request,
+            extra_fds=(),
+            verify=lambda pid: self._verify_cgroup(container_id, pid),
+            explain=lambda _: "",
+        )
+
+    async def free(self, container_id: str) -> None:
+        """Unmount and remove what `prepare` made."""
+        steps: list[Mapping[str, object]] = []
+        if container_id in self._own_roots:
+            steps.append({"do": "unmount", "path": f"{self._pod.work}/c/{container_id}"})
+            steps.append({"do": "remove_tree", "path": f"{self._pod.work}/c/{container_id}"})
+        steps.append({"do": "remove_tree", "path": f"{self._pod.work}/b/{container_id}"})
+        await self._host.keeper.job(steps)
+        self._own_roots.discard(container_id)
+
+    async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
+        pod = self._pod
+        if rootfs.kind == "image":
+            raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")
+        mounts = (*pod.spec.mounts, *container.mounts)
+        place = pod.place(container.name)
+        sources = open_sources(rootfs, mounts, container.name)
+        try:
+            ops: list[Op] = [{"op": "mkdir", "path": f"/c/{container.name}", "parents": True}]
+            ops += root_ops(place, rootfs, pod.identity, mounts, self._host_tree)
+            ops += mount_ops(place, mounts, first_fd=int(rootfs.kind == "dir"))
+            self._own_roots.add(container.name)
+            fds = list(sources)
+            steps: list[Mapping[str, object]] = []
+            if pod.mapped:
+                steps.append({"do": "given", "fd": len(fds), "name": "user"})
+                fds.append(os.open(self.pin("user"), os.O_RDONLY | os.O_CLOEXEC))
+                sources.append(fds[-1])
+            steps.append({"do": "mounts", "root": pod.work, "ops": ops})
+            await self._host.keeper.job(steps, fds=fds)
+        except JobFailed as error:
+            raise translate_job(error, f"{pod.label}/{container.name}") from error
+        finally:
+            for fd in sources:
+                os.close(fd)
+
+    def pin(self, kind: str) -> str:
+        """The path of a pinned namespace."""
+        return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
+
+    def pause_bundle(self, root: str) -> Bundle:
+        """What the one process of a shared pid namespace runs in: `root` with nothing in it but /proc."""
+        return attrs.evolve(
+            self._bundle(root, program=["/proc/self/fd/3", "pause"]),
+            mounts=[OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev"))],
+            capabilities=frozenset(),
+            masked_paths=(),
+            readonly_paths=(),
+        )
+
+    def _bundle(self, root: str, program: Sequence[str] = ("/proc/self/fd/4",)) -> Bundle:
+        pod = self._pod
+        security = pod.spec.security
+        spaces = [OciNamespace("mount"), OciNamespace("cgroup")]
+        spaces.append(OciNamespace("pid", self.pin("pid")) if "pid" in pod.pins else OciNamespace("pid"))
+        for kind, name in (("user", "user"), ("ipc", "ipc"), ("uts", "uts"), ("net", "network")):
+            if kind in pod.pins:
+                spaces.append(OciNamespace(name, self.pin(kind)))  # type: ignore[arg-type]
+        profile = seccomp.DEFAULT if security.seccomp == "default" else None
+        by_annotation = profile is not None and self._runtime.program.features.seccomp_bpf_annotation
+        return Bundle(
+            oci_version=self._runtime.program.oci_version,
+            args=program,
+            root=root,
+            mounts=self._mounts(),
+            namespaces=spaces,
+            ids=(pod.first_id, IDS) if pod.mapped else None,
+            capabilities=security.capabilities | _INIT_CAPABILITIES,
+            no_new_privileges=security.no_new_privileges,
+            oom_score_adj=_INIT_OOM_SCORE,
+            seccomp=None if profile is None or by_annotation else profile.to_oci(os.uname().machine),
+            seccomp_bpf=_compiled(self._runtime.program.version_text) if by_annotation else b"",
+            cgroups_path="" if self._runtime.program.features.cgroup_disabled else f"/{pod.short}",
+        )
+
+    def _mounts(self) -> list[OciMount]:
+        pod = self._pod
+        mounts = [
+            OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
+            OciMount("/dev", "tmpfs", "tmpfs", ("nosuid", "noexec", "strictatime", "mode=755", "size=65536k")),
+            OciMount(
+                "/dev/pts",
+                "devpts",
+                "devpts",
+                ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
+            ),
+            OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),  # noqa: S108
+            OciMount("/dev/mqueue", "mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
+        ]
+        if pod.spec.network.kind == "none":
+            # Only for the sandbox's own network: crun would fall back to the host's /sys, writable, without a word.
+            mounts.append(OciMount("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")))
+        return mounts
+
+    def _request(self, container: ContainerSpec, process: ProcessSpec, root: str) -> SpawnRequest:
+        spec = self._pod.spec
+        resources = container.resources or spec.resources
+        user = process.user or container.user or spec.user
+        root_fd = os.open(self._host.outside(root), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            who = resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
+        finally:
+            os.close(root_fd)
+        env = {"PATH": _PATH, "HOME": who.home, "LANG": "C.UTF-8"}
+        if process.terminal is not None:
+            env["TERM"] = "xterm"
+        env |= {**spec.env, **container.env, **process.env}
+        limits: dict[str, tuple[int, int]] = {}
+        if resources.nofile is not None:
+            limits["RLIMIT_NOFILE"] = (resources.nofile, resources.nofile)
+        if resources.core is not None:
+            limits["RLIMIT_CORE"] = (resources.core, resources.core)
+        cwd = process.cwd or (container.cwd if container.cwd != "/" else spec.cwd)
+        return SpawnRequest(
+            argv=process.argv,
+            env=env,
+            cwd=cwd,
+            uid=who.uid,
+            gid=who.gid,
+            groups=who.groups,
+            capabilities=spec.security.capabilities,
+            rlimits=limits,
+            no_new_privs=spec.security.no_new_privileges,
+            tty=(process.terminal.rows, process.terminal.columns) if process.terminal else None,
+            oom_score_adj=_PROCESS_OOM_SCORE,
+        )
+
+    def _verify(self, name: str, pid: int) -> None:
+        """Start tells the truth: the container is in the pinned namespaces, in ones of its own, and in its cgroup."""
+        pod = self._pod
+        try:
+            found = namespaces.process_namespaces(pid)
+        except ProcessLookupError as error:
+            raise BackendError(f"container {name!r} of sandbox {pod.label!r} ended before it was started") from error
+        ours = _own_namespaces()
+        for kind, inode in found.items():
+            pinned = pod.inodes.get(kind)
+            if pinned is not None and inode != pinned:
+                raise BackendError(f"container {name!r}: {kind} namespace {inode} is not the pinned one, {pinned}")
+            if pinned is None and inode == ours[kind] and not self._shared_with_host(kind):
+                raise BackendError(f"container {name!r} of sandbox {pod.label!r} is in the host's {kind} namespace")
+        self._verify_cgroup(name, pid)
+
+    def _shared_with_host(self, kind: str) -> bool:
+        spec = self._pod.spec
+        return (kind == "user" and spec.userns == "host") or (kind == "net" and spec.network.kind == "host")
+
+    def _verify_cgroup(self, name: str, pid: int) -> None:
+        if pid not in self._pod.cgroup.pids():
+            raise BackendError(f"container {name!r} of sandbox {self._pod.label!r} is not in its cgroup")
+
+
+def _no_request(_: ProcessSpec) -> SpawnRequest:
+    raise AlreadyExistsError("a bundle's processes are started by the runtime")
+
+
+@functools.cache
+def _compiled(runtime: str) -> bytes:
+    """The default filter, compiled once per process: it costs 10 ms, and more than a start in the runtime."""
+    return seccomp.compile_bpf(seccomp.DEFAULT)
+
+
+@functools.cache
+def _own_namespaces() -> Mapping[str, int]:
+    return namespaces.process_namespaces(os.getpid())
+
+
+def _explain(process: ProcessSpec, rootfs: Rootfs) -> str:
+    """Why a program of this machine is not inside."""
+    if rootfs.kind != "host":
+        return ""
+    program = process.argv[0]
+    if "/" in program:
+        outside = os.path.exists(program) and not os.path.realpath(program).startswith("/usr/")
+        where = program
+    else:
+        import shutil
+
+        where = shutil.which(program) or ""
+        outside = bool(where)
+    if not outside:
+        return ""
+    return (
+        f"{where} exists on this machine, but rootfs 'host' shows only programs below /usr"
+        + (" without /usr/local: use Rootfs.host(local=True)." if where.startswith("/usr/local/") else ".")
+        + ("" if where.startswith("/usr/local/") else " Install it there, or mount its directory with Mount.bind().")
+    )

@@ -1,0 +1,203 @@
+"""Whether sandboxes of namespaces can run on this host, and what is missing.
+
+The cheap answer looks at facts and at the cached verdict of the last deep one. The deep one runs a real sandbox in a
+child process with a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+import attrs
+
+from unisandbox.api import Probe, SandboxError
+from unisandbox.host.cgroups import Cgroups
+from unisandbox.oci.features import RuntimeProgram, pick_runtime
+
+DEEP_SECONDS: Final = 30.0
+# mount_setattr(2) with idmapped mounts came with 5.12.
+_OLDEST_KERNEL: Final = (5, 12)
+_LARGEST_ANSWER: Final = 1 << 16
+
+# Runs in a process of its own: an engine, a sandbox, one program.
+_TRIAL: Final = """
+import anyio, json, sys
+async def main():
+    import unisandbox
+    try:
+        async with unisandbox.Engine.open() as engine:
+            async with engine.create(rootfs="host", isolation="runc", annotations={}) as sandbox:
+                done = await sandbox.run(["/bin/true"])
+        answer = {"ok": done.exit_code == 0, "reason": f"a sandbox ran /bin/true: exit code {done.exit_code}"}
+    except unisandbox.SandboxError as error:
+        answer = {"ok": False, "reason": error.message, "hint": error.hint}
+    print(json.dumps(answer))
+anyio.run(main)
+"""
+
+
+@attrs.frozen
+class _Obstacle:
+    reason: str
+    hint: str
+
+
+async def probe(*, deep: bool = False) -> Probe:
+    """See `Backend.probe`."""
+    await anyio.lowlevel.checkpoint()
+    facts: dict[str, str] = {"kernel": os.uname().release}
+    warnings: list[str] = []
+    obstacles = list(_obstacles(facts, warnings))
+    if obstacles:
+        first = obstacles[0]
+        return Probe(
+            backend="runc", available=False, reason=first.reason, hint=first.hint, facts=facts, warnings=tuple(warnings)
+        )
+    cache = _cache_file(pick_runtime())
+    verdict = await _try() if deep else _remembered(cache)
+    if deep and verdict is not None:
+        _remember(cache, verdict)
+    if verdict is None:
+        return Probe(
+            backend="runc",
+            available=True,
+            reason=f"{facts['runtime']} found, nothing forbids it",
+            facts=facts,
+            warnings=tuple(warnings),
+        )
+    return Probe(
+        backend="runc",
+        available=verdict["ok"] is True,
+        reason=str(verdict.get("reason", "")),
+        hint=str(verdict.get("hint", "")),
+        facts=facts,
+        deep=deep,
+        warnings=tuple(warnings),
+    )
+
+
+def _obstacles(facts: dict[str, str], warnings: list[str]) -> Iterator[_Obstacle]:
+    if sys.platform != "linux":
+        yield _Obstacle(f"it needs Linux, this is {sys.platform}", "Run it on Linux.")
+        return
+    version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+    if version < _OLDEST_KERNEL:
+        yield _Obstacle(f"it needs Linux 5.12, this is {os.uname().release}", "Use a newer kernel.")
+    if os.geteuid() != 0:
+        yield _Obstacle(f"it needs root, this is user id {os.geteuid()}", "Run it as root.")
+    try:
+        program = pick_runtime()
+        facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
+    except SandboxError as error:
+        yield _Obstacle(error.message, error.hint)
+    limit = _read("/proc/sys/user/max_user_namespaces")
+    facts["user namespaces"] = f"max {limit}" if limit else "not in this kernel"
+    if limit in {"", "0"}:
+        warnings.append(
+            "user namespaces are off: only userns='host' works. Remedy: sysctl -w user.max_user_namespaces=15000"
+        )
+    try:
+        cgroups = Cgroups.detect("unisandbox-probe")
+    except SandboxError as error:
+        yield _Obstacle(error.message, error.hint)
+        return
+    facts["cgroups"] = f"{cgroups.version}, controllers {', '.join(sorted(cgroups.controllers)) or 'none'}"
+    warnings.extend(cgroups.reasons())
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+async def _try() -> dict[str, object]:
+    """Run the trial in a child; whatever it does, an answer comes within the deadline."""
+    begun = time.monotonic()
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        pid = os.posix_spawn(  # noqa: ASYNC221 (it does not block: vfork until the exec)
+            sys.executable,
+            [sys.executable, "-c", _TRIAL],
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, null, 0),
+                (os.POSIX_SPAWN_DUP2, writer, 1),
+                (os.POSIX_SPAWN_DUP2, null, 2),
+            ],
+            setsigmask=(),
+        )
+    finally:
+        os.close(writer)
+        os.close(null)
+    pidfd = os.pidfd_open(pid)
+    said = b""
+    try:
+        os.set_blocking(reader, False)
+        with anyio.move_on_after(DEEP_SECONDS):
+            while True:
+                await anyio.wait_readable(reader)
+                piece = os.read(reader, _LARGEST_ANSWER)
+                if not piece or len(said) > _LARGEST_ANSWER:
+                    break
+                said += piece
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], 5.0)
+        with contextlib.suppress(ChildProcessError):  # the host program reaps its children itself
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 (it is dead)
+        os.close(pidfd)
+        os.close(reader)
+    try:
+        answer = json.loads(said)
+    except ValueError:
+        waited = time.monotonic() - begun
+        return {
+            "ok": False,
+            "reason": f"a trial sandbox gave no answer within {waited:.0f} s",
+            "hint": "Run `unisandbox run -- true` and look at its error.",
+        }
+    return dict(answer)
+
+
+def _cache_file(program: RuntimeProgram) -> Path:
+    """A verdict holds for this program, this kernel and this boot."""
+    status = os.stat(program.path)
+    key = f"{program.path} {status.st_size} {status.st_mtime_ns} {os.uname().release} {sys.executable}"
+    key += _read("/proc/sys/kernel/random/boot_id")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "unisandbox" / f"probe-runc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def _remembered(path: Path) -> dict[str, object] | None:
+    try:
+        if path.stat().st_uid != os.geteuid():
+            return None
+        answer = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return answer if isinstance(answer, dict) and isinstance(answer.get("ok"), bool) else None
+
+
+def _remember(path: Path, verdict: dict[str, object]) -> None:
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(verdict))
+        temporary.rename(path)
+    except OSError:
+        return  # without a cache the next cheap answer rests on facts alone

@@ -1,0 +1,438 @@
+"""The sandboxer of namespaces: an idle sandbox is a few pins in the keeper and no process at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+import attrs
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    BackendError,
+    ContainerStatus,
+    CreateSandbox,
+    Exit,
+    InvalidArgumentError,
+    Metrics,
+    NotFoundError,
+    Resources,
+    SandboxSpec,
+    SandboxStatus,
+    StartedSandbox,
+    UnavailableError,
+    UnsupportedError,
+    short_name,
+)
+from unisandbox.backends.runc.capabilities import CAPABILITIES
+from unisandbox.backends.runc.pidns import EMPTY_ROOT, SharedPids
+from unisandbox.backends.runc.pod import IDS, Pod, PodPlanner, open_sources, translate_job
+from unisandbox.backends.runc.rootfs import Layer, Op, host_tree, mount_ops, root_ops
+from unisandbox.backends.runc.sysctls import checked_sysctls
+from unisandbox.host import namespaces
+from unisandbox.host.cgroups import DeviceRule
+from unisandbox.host.init import binary_path
+from unisandbox.host.keeper import Guard, JobFailed
+from unisandbox.host.services import Host
+from unisandbox.oci.runtime import Runtime
+from unisandbox.oci.task import OciTaskService, limits_of, metrics_of
+
+# Ranges of 65,536 user ids, above what systemd-nspawn takes (to 0x6FFF_FFFF) and below 2**31.
+# Source: systemd's UIDS-GIDS.md.
+_FIRST_RANGE: Final = 0x7000_0000 // IDS
+_RANGES: Final = (0x7FFF_0000 - 0x7000_0000) // IDS
+_SHM_BYTES: Final = 64 << 20
+# The devices that every container has by the OCI specification, and terminals. Source: config-linux.md, devices.
+_DEVICES: Final = (
+    DeviceRule("c", 1, 3, "rwm"),  # null
+    DeviceRule("c", 1, 5, "rwm"),  # zero
+    DeviceRule("c", 1, 7, "rwm"),  # full
+    DeviceRule("c", 1, 8, "rwm"),  # random
+    DeviceRule("c", 1, 9, "rwm"),  # urandom
+    DeviceRule("c", 5, 0, "rwm"),  # tty
+    DeviceRule("c", 5, 2, "rwm"),  # ptmx
+    DeviceRule("c", 136, None, "rwm"),  # pts
+)
+_JOB_SECONDS: Final = 60.0
+_SAFE: Final = ["readonly", "nosuid", "nodev"]
+
+
+@attrs.define
+class _Sandbox:
+    pod: Pod
+    created_at: float
+    task: OciTaskService | None = None
+    planner: PodPlanner | None = None
+    pids: SharedPids | None = None
+    started_at: float | None = None
+    stopped_at: float | None = None
+    ended: anyio.Event = attrs.field(factory=anyio.Event)
+
+
+class RuncSandboxer:
+    """See `Sandboxer`. One object per engine."""
+
+    def __init__(self, host: Host, runtime: Runtime) -> None:
+        self._host = host
+        self._runtime = runtime
+        self._sandboxes: dict[str, _Sandbox] = {}
+        self._trees: dict[bool, str] = {}
+        self._preparing = anyio.Lock()
+        self._init_fd = -1
+
+    async def create(self, request: CreateSandbox) -> None:
+        """See `Sandboxer.create`."""
+        spec = request.spec
+        if request.sandbox_id in self._sandboxes:
+            raise AlreadyExistsError(f"sandbox {request.sandbox_id!r} exists already")
+        _check(spec)
+        host = self._host
+        short = short_name(host.engine_id, request.sandbox_id)
+        root = host.cgroups.root()
+        dirs = root.predict(short, limits=limits_of(spec.resources))
+        image = os.path.join(host.state_dir, f"layer-{short}.img")
+        sources = open_sources(spec.rootfs, spec.mounts, request.sandbox_id)
+        try:
+            undo = [
+                Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
+                Guard(f"{short}/processes", "kill_cgroup", dirs),
+            ]
+            if not Layer.of(spec.resources).in_memory:
+                undo.append(Guard(f"{short}/image", "unlink", (image,)))
+            await host.keeper.guard(undo)
+            cgroup = root.child(short, limits=limits_of(spec.resources))
+        except BaseException:
+            for fd in sources:
+                os.close(fd)
+            raise
+        pod = Pod(request.sandbox_id, spec, short, f"{host.work_dir}/{short}", cgroup, image, sources=sources)
+        self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
+        cgroup.allow_devices(_DEVICES)
+
+    async def start(self, sandbox_id: str) -> StartedSandbox:
+        """See `Sandboxer.start`."""
+        sandbox = self._get(sandbox_id)
+        pod = sandbox.pod
+        if sandbox.task is None:
+            await self._prepare_engine(local=pod.spec.rootfs.local)
+            await self._make(pod)
+            sandbox.planner = PodPlanner(
+                self._host, self._runtime, pod, host_tree=self._trees[pod.spec.rootfs.local], init_fd=self._init_fd
+            )
+            sandbox.task = OciTaskService(pod.label, self._host.keeper, self._runtime, sandbox.planner)
+            sandbox.started_at = time.time()
+        if pod.spec.share_pid and sandbox.pids is None:
+            assert sandbox.planner is not None  # noqa: S101 (made with the task service)
+            sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init_fd)
+        sandbox.stopped_at = None
+        sandbox.ended = anyio.Event()
+        return StartedSandbox(sandbox.task)
+
+    async def stop(self, sandbox_id: str, *, grace: float) -> None:
+        """See `Sandboxer.stop`."""
+        sandbox = self._get(sandbox_id)
+        task = sandbox.task
+        if task is not None:
+            if grace > 0:
+                await _ask_to_end(task, grace)
+            for container_id in task.container_ids:
+                task.kill_now(container_id)
+            for container_id in task.container_ids:
+                await task.delete(container_id)
+        if sandbox.pids is not None:
+            pids, sandbox.pids = sandbox.pids, None
+            await pids.end(self._host, self._runtime, sandbox.pod)
+        sandbox.stopped_at = time.time()
+        sandbox.ended.set()
+
+    def kill_now(self, sandbox_id: str) -> None:
+        """See `Sandboxer.kill_now`."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is not None and sandbox.task is not None:
+            for container_id in sandbox.task.container_ids:
+                sandbox.task.kill_now(container_id)
+
+    async def wait(self, sandbox_id: str) -> Exit:
+        """See `Sandboxer.wait`."""
+        sandbox = self._get(sandbox_id)
+        await sandbox.ended.wait()
+        return Exit(code=0, exited_at=sandbox.stopped_at or time.time())
+
+    async def status(self, sandbox_id: str) -> SandboxStatus:
+        """See `Sandboxer.status`."""
+        sandbox = self._get(sandbox_id)
+        pod = sandbox.pod
+        containers: list[ContainerStatus] = []
+        for container_id in sandbox.task.container_ids if sandbox.task else ():
+            state = await sandbox.task.state(container_id)  # type: ignore[union-attr]
+            containers.append(ContainerStatus(container_id, state.state, state.pid, state.exit))
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return SandboxStatus(
+            id=sandbox_id,
+            name=pod.spec.name,
+            backend="runc",
+            state="created" if sandbox.task is None else "stopped" if sandbox.stopped_at else "ready",
+            created_at=sandbox.created_at,
+            started_at=sandbox.started_at,
+            stopped_at=sandbox.stopped_at,
+            containers=tuple(containers),
+            labels=pod.spec.labels,
+            annotations=pod.spec.annotations,
+            namespaces=dict(pod.inodes),
+            netns_path=f"/proc/{self._host.keeper.pid}/fd/{pod.pins['net']}" if "net" in pod.pins else "",
+        )
+
+    async def update(self, sandbox_id: str, resources: Resources) -> None:
+        """See `Sandboxer.update`."""
+        pod = self._get(sandbox_id).pod
+        if resources.disk != pod.spec.resources.disk:
+            raise UnsupportedError(
+                "a change of the disk limit of a living sandbox", "runc", hint=f"Keep disk={pod.spec.resources.disk}."
+            )
+        pod.cgroup.set_limits(limits_of(resources))
+        pod.spec = attrs.evolve(pod.spec, resources=resources)
+        await anyio.lowlevel.checkpoint()
+
+    async def metrics(self, sandbox_id: str) -> Metrics:
+        """See `Sandboxer.metrics`."""
+        pod = self._get(sandbox_id).pod
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        metrics = metrics_of(pod.cgroup)
+        if pod.root_fd < 0:
+            return metrics
+        layer = os.statvfs(self._host.outside(f"{pod.work}/rw"))
+        return attrs.evolve(
+            metrics,
+            disk_bytes=(layer.f_blocks - layer.f_bfree) * layer.f_frsize,
+            disk_limit_bytes=pod.layer.size,
+        )
+
+    async def remove(self, sandbox_id: str) -> None:
+        """See `Sandboxer.remove`."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None:
+            return
+        pod = sandbox.pod
+        await self.stop(sandbox_id, grace=0)
+        pod.cgroup.kill()
+        keeper = self._host.keeper
+        held = await keeper.held(f"{pod.short}/")
+        await keeper.drop(list(held))
+        await keeper.job(
+            [{"do": "unmount", "path": pod.work}, {"do": "remove_tree", "path": pod.work}], timeout=_JOB_SECONDS
+        )
+        pod.close()
+        if not pod.cgroup.remove(timeout=5.0):
+            raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
+        if not pod.layer.in_memory:
+            _unlink(pod.image)
+        if pod.lease is not None:
+            await keeper.release(os.path.dirname(self._host.work_dir), pod.lease)
+        await keeper.unguard([f"{pod.short}/cgroup-directories", f"{pod.short}/processes", f"{pod.short}/image"])
+        self._sandboxes.pop(sandbox_id, None)
+
+    async def list(self) -> Sequence[SandboxStatus]:
+        """See `Sandboxer.list`."""
+        return [await self.status(sandbox_id) for sandbox_id in list(self._sandboxes)]
+
+    def root_fd(self, sandbox_id: str) -> int:
+        """See `Sandboxer.root_fd`."""
+        pod = self._get(sandbox_id).pod
+        if pod.root_fd < 0:
+            raise NotFoundError(f"sandbox {pod.label!r} has no files before it is started")
+        return os.open(f"/proc/{self._host.keeper.pid}/fd/{pod.root_fd}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def host_ids(self, sandbox_id: str) -> tuple[int, int]:
+        """See `Sandboxer.host_ids`."""
+        pod = self._get(sandbox_id).pod
+        return (pod.first_id, IDS) if pod.mapped else (0, 2**32 - 1)
+
+    async def close(self) -> None:
+        """See `Sandboxer.close`."""
+        if self._init_fd >= 0:
+            os.close(self._init_fd)
+            self._init_fd = -1
+        await anyio.lowlevel.checkpoint()
+
+    async def _prepare_engine(self, *, local: bool) -> None:
+        """What all sandboxes share: the tree of this machine's programs, and init's program."""
+        async with self._preparing:
+            if local not in self._trees:
+                path = f"/host{'-local' if local else ''}"
+                await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": host_tree(path, local=local)}])
+                self._trees[local] = f"{self._host.work_dir}{path}"
+            if self._init_fd < 0:
+                self._init_fd = self._install_init()
+
+    def _install_init(self) -> int:
+        """Put init's program into the keeper's file system, so that it can be executed by everybody and read by nobody.
+
+        What cannot be read cannot be dumped: the kernel then lets no one inside look into PID 1, whatever rights he has
+        in the sandbox. Source: fs/exec.c, would_dump().
+        """
+        path = self._host.outside(f"{self._host.work_dir}/init")
+        with open(binary_path(), "rb") as source:
+            content = source.read()
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o111)
+        try:
+            os.write(target, content)
+            os.fchmod(target, 0o111)
+        finally:
+            os.close(target)
+        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+
+    async def _make(self, pod: Pod) -> None:
+        """Namespaces and root file system, in one job of the keeper; verified."""
+        spec = pod.spec
+        keeper = self._host.keeper
+        steps: list[Mapping[str, object]] = []
+        kinds = ["ipc", "uts"] + (["net"] if spec.network.kind == "none" else [])
+        maps: dict[str, object] = {}
+        hold: dict[str, str] = {"root": f"{pod.short}/root"}
+        fds = list(pod.sources)
+        if pod.mapped:
+            pod.lease = await keeper.lease(os.path.dirname(self._host.work_dir), _FIRST_RANGE, _RANGES)
+            pod.first_id = pod.lease * IDS
+            rows = [[0, pod.first_id, IDS]]
+            kinds = ["user", *kinds]
+            maps = {"uid_map": rows, "gid_map": rows}
+        steps.append(
+            {
+                "do": "namespaces",
+                "kinds": kinds,
+                "hostname": pod.hostname,
+                "sysctls": checked_sysctls(spec.sysctls, spec.network),
+                **maps,
+            }
+        )
+        hold |= {kind: f"{pod.short}/{kind}" for kind in kinds}
+        place = pod.place()
+        empty: list[Op] = [{"op": "mkdir", "path": f"{EMPTY_ROOT}{name}"} for name in ("", "/proc", "/dev", "/sys")]
+        ops: list[Op] = pod.layer.ops("/rw", pod.image, pod.first_id)
+        ops += [
+            {"op": "mkdir", "path": "/shm"},
+            {
+                "op": "tmpfs",
+                "path": "/shm",
+                "size": _SHM_BYTES,
+                "inodes": 8192,
+                "mode": 0o1777,
+                "uid": pod.first_id,
+                "gid": pod.first_id,
+                "attributes": ["nosuid", "nodev", "noexec"],
+            },
+        ]
+        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, self._trees[spec.rootfs.local])
+        ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
+        if spec.share_pid:
+            ops += empty
+            ops.append({"op": "bind", "source": f"{pod.work}{EMPTY_ROOT}", "path": EMPTY_ROOT, "attributes": _SAFE})
+        steps += [
+            {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},
+            {"do": "mounts", "root": pod.work, "ops": ops},
+            {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"},
+        ]
+        given = -1
+        try:
+            if spec.network.kind == "namespace":
+                given = _open_network(spec.network.path, pod.label)
+                steps.append({"do": "given", "fd": len(fds), "name": "net"})
+                fds.append(given)
+                hold["net"] = f"{pod.short}/net"
+            result = await self._job(steps, hold=hold, fds=fds, label=pod.label)
+        finally:
+            if given >= 0:
+                os.close(given)
+        pod.root_fd = result.pop(f"{pod.short}/root")
+        pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
+        pod.inodes = {
+            kind: namespaces.namespace_inode(f"/proc/{keeper.pid}/fd/{number}") for kind, number in pod.pins.items()
+        }
+        for kind, inode in pod.inodes.items():
+            if inode == namespaces.namespace_inode(f"/proc/self/ns/{kind}"):
+                raise BackendError(f"sandbox {pod.label!r}: the pinned {kind} namespace is the host's own")
+
+    async def _job(
+        self,
+        steps: Sequence[Mapping[str, object]],
+        *,
+        hold: Mapping[str, str] | None = None,
+        fds: Sequence[int] = (),
+        label: str = "engine",
+    ) -> dict[str, int]:
+        try:
+            return dict((await self._host.keeper.job(steps, hold=hold, fds=fds, timeout=_JOB_SECONDS)).held)
+        except JobFailed as error:
+            raise translate_job(error, label) from error
+
+    def _get(self, sandbox_id: str) -> _Sandbox:
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None:
+            raise NotFoundError(f"no sandbox {sandbox_id!r}")
+        return sandbox
+
+
+def _check(spec: SandboxSpec) -> None:
+    """Refuse what cannot be done, before anything is."""
+    if spec.rootfs.kind not in CAPABILITIES.rootfs:
+        raise UnsupportedError(
+            f"rootfs kind {spec.rootfs.kind!r} ({spec.rootfs.ref!r})",
+            "runc",
+            hint="Use 'host', or unpack the image and give the directory's path (with a '/' in it).",
+        )
+    if spec.network.kind not in CAPABILITIES.networks:
+        raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
+    if spec.ttl is not None:
+        raise UnsupportedError("ttl", "runc", hint="Call remove() yourself, e.g. after anyio.sleep().")
+    if spec.annotations:
+        raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
+    if spec.userns == "private" and not os.path.exists("/proc/self/ns/user"):
+        raise UnavailableError(
+            "this kernel has no user namespaces", hint="Use userns='host' if you trust what runs in the sandbox."
+        )
+    checked_sysctls(spec.sysctls, spec.network)
+
+
+def _open_network(path: str, label: str) -> int:
+    """Open a given network namespace, and make sure that it is one.
+
+    Raises:
+        InvalidArgumentError: it does not exist, or is something else.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise InvalidArgumentError(f"network namespace of {label!r}: {path}: {error.strerror}") from error
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode) and namespaces.kind_of(fd) == "net":
+            return fd
+        raise InvalidArgumentError(f"network namespace of {label!r}: {path} is no network namespace")
+    except OSError as error:
+        os.close(fd)
+        raise InvalidArgumentError(f"network namespace of {label!r}: {path} is no network namespace") from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+async def _ask_to_end(task: OciTaskService, grace: float) -> None:
+    """SIGTERM to every process that was asked for, and wait a while for their ends."""
+    running = await task.running()
+    for container_id, exec_id in running:
+        await task.kill(container_id, exec_id, signal=signal.SIGTERM)
+    with anyio.move_on_after(grace):
+        for container_id, exec_id in running:
+            await task.wait(container_id, exec_id)
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,302 @@
+"""One call of a runtime's command line: what it is given, its deadline, its end and everything that it started.
+
+The runtime is a child of the keeper. Its end is learnt from the keeper, never from the end of a pipe: the container
+inherits the runtime's descriptors and keeps them open.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Final, Protocol
+
+import anyio
+import attrs
+
+from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
+from unisandbox.host import pidfd as pidfds
+
+_LOG_TAIL: Final = 16384
+_MESSAGE_LIMIT: Final = 600
+# A killed process may sit in the kernel; what waits behind us should not.
+_DEATH_SECONDS: Final = 5.0
+# What a runtime needs to find its own helpers; nothing of the caller's environment (NOTIFY_SOCKET and LISTEN_FDS would
+# be obeyed, and a user's PATH must not choose programs).
+ENVIRONMENT: Final[Mapping[str, str]] = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "LC_ALL": "C",
+}
+
+
+class Child(Protocol):
+    """A process that the spawner has started; its pidfd is the caller's to close."""
+
+    @property
+    def pid(self) -> int:
+        """As the host sees it."""
+        ...
+
+    @property
+    def start_time(self) -> int:
+        """Clock ticks after boot."""
+        ...
+
+    @property
+    def pidfd(self) -> int:
+        """Close-on-exec."""
+        ...
+
+
+class Ended(Protocol):
+    """How a process ended."""
+
+    @property
+    def seq(self) -> int:
+        """Later ends have greater numbers."""
+        ...
+
+    @property
+    def pid(self) -> int:
+        """Its pid while it lived."""
+        ...
+
+    @property
+    def start_time(self) -> int:
+        """Clock ticks after boot."""
+        ...
+
+    @property
+    def status(self) -> int:
+        """wait(2)'s status word."""
+        ...
+
+
+class Spawner(Protocol):
+    """What of `host.keeper.Keeper` a runtime needs: the parent and reaper of everything that is started."""
+
+    pid: int
+
+    @property
+    def last_seq(self) -> int:
+        """The number of the last end that is known here."""
+        ...
+
+    async def spawn(
+        self,
+        key: str,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: str = "/",
+        cgroup_procs: Sequence[str] = (),
+        fds: Sequence[int] = (),
+    ) -> Child:
+        """See `Keeper.spawn`."""
+        ...
+
+    async def wait_exit(self, pid: int, start_time: int) -> Ended:
+        """See `Keeper.wait_exit`."""
+        ...
+
+    async def exits_after(self, seq: int) -> tuple[Sequence[Ended], int]:
+        """See `Keeper.exits_after`."""
+        ...
+
+    async def hold(self, name: str, fd: int) -> int:
+        """See `Keeper.hold`."""
+        ...
+
+    async def held(self, prefix: str = "") -> Mapping[str, int]:
+        """See `Keeper.held`."""
+        ...
+
+
+@attrs.frozen
+class Call:
+    """A call of a runtime.
+
+    Attributes:
+        label: for messages: "crun create of container 'x'".
+        argv: all of it; `argv[0]` is the absolute path of the program.
+        log: the runtime's log, as seen from here; "" when it has none.
+        fds: become its fds 0, 1, 2 ...
+        cgroup_procs: `cgroup.procs` files that it enters before it becomes the runtime.
+        timeout: seconds.
+    """
+
+    label: str
+    argv: Sequence[str]
+    log: str
+    fds: Sequence[int]
+    cgroup_procs: Sequence[str] = ()
+    timeout: float = 30.0
+
+
+async def run(spawner: Spawner, call: Call) -> int:
+    """Run it to its end: its exit code, or minus the number of the signal that ended it.
+
+    However this returns, the runtime and what belongs to it (but not a container that it made) is gone.
+
+    Raises:
+        DeadlineExceededError: it took too long and was killed.
+        UnavailableError: the runtime cannot be executed any more.
+        BackendError: it could not be started for another reason.
+    """
+    try:
+        with anyio.fail_after(call.timeout):
+            child = await _spawn(spawner, call)
+            try:
+                record = await spawner.wait_exit(child.pid, child.start_time)
+            except BaseException:
+                # Also cancelled: the kill is made first, without an await.
+                kill_tree(child.pid, child.pidfd)
+                await _dead(child.pidfd)
+                raise
+            finally:
+                os.close(child.pidfd)
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"{call.label} did not end within {call.timeout:g} s and was killed{_said(call.log)}",
+            hint="The host may be overloaded, or a hook or a file system hangs.",
+        ) from None
+    return os.waitstatus_to_exitcode(record.status)
+
+
+async def _spawn(spawner: Spawner, call: Call) -> Child:
+    try:
+        return await spawner.spawn(
+            # Never asked for twice: a call that lost its answer is not repeated but cleaned up after.
+            f"runtime/{uuid.uuid4().hex}",
+            call.argv,
+            env=ENVIRONMENT,
+            cgroup_procs=call.cgroup_procs,
+            fds=call.fds,
+        )
+    except OSError as error:
+        stage = getattr(error, "stage", "")
+        reason = error.strerror or str(error)
+        if stage == "exec":
+            raise UnavailableError(
+                f"{call.label} failed: {call.argv[0]} cannot be executed: {reason}",
+                hint="Was it removed or replaced? Install it: apt install crun.",
+            ) from error
+        if stage == "cgroup":
+            raise BackendError(f"{call.label} failed: its cgroup cannot be entered: {reason}") from error
+        raise BackendError(f"{call.label} failed: it could not be started: {reason}") from error
+
+
+async def _dead(pidfd: int) -> None:
+    with anyio.CancelScope(shield=True), anyio.move_on_after(_DEATH_SECONDS):
+        await anyio.wait_readable(pidfd)
+
+
+def kill_tree(pid: int, pidfd: int) -> None:
+    """Kill the process behind `pidfd`, its descendants and its process group; synchronous.
+
+    Each is stopped before its children are looked up, so that none can fork away meanwhile.
+    """
+    if not pidfds.send_signal(pidfd, signal.SIGSTOP):
+        return
+    found = {pid: pidfd}
+    opened: list[int] = []
+    try:
+        pending = [pid]
+        while pending:
+            for child in _children(pending.pop()):
+                if child in found:
+                    continue
+                with contextlib.suppress(ProcessLookupError):  # it has ended
+                    fd = os.pidfd_open(child)
+                    opened.append(fd)
+                    pidfds.send_signal(fd, signal.SIGSTOP)
+                    found[child] = fd
+                    pending.append(child)
+        # The keeper made it the leader of a session and a group; while it is stopped its number stays its own.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        for fd in found.values():
+            pidfds.send_signal(fd, signal.SIGKILL)
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _children(pid: int) -> list[int]:
+    """Source: proc_tid_children(5); exact here, since the parent is stopped. Needs CONFIG_PROC_CHILDREN."""
+    children: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
+                children += [int(word) for word in file.read().split()]
+    return children
+
+
+def read_log(path: str) -> str:
+    """The end of a runtime's log as text: one message a line, "" when there is none.
+
+    A runtime writes JSON objects; lines that are none are kept as they are, without control characters.
+    """
+    if not path:
+        return ""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LOG_TAIL))
+            raw = file.read(_LOG_TAIL)
+    except OSError:
+        # It never came to opening its log: there is nothing to tell, and this is asked for another error's message.
+        return ""
+    lines = raw.decode("utf-8", "replace").splitlines()
+    if size > _LOG_TAIL:
+        lines = lines[1:] or lines
+    return "\n".join(filter(None, (_line(line) for line in lines)))
+
+
+def _line(line: str) -> str:
+    try:
+        entry = json.loads(line)
+        text = str(entry["msg"])
+        level = str(entry.get("level", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        text, level = line, ""
+    text = "".join(character if character.isprintable() else " " for character in text).strip()
+    return f"{level}: {text}" if text and level and level not in {"error", "fatal"} else text
+
+
+def last_message(log: str) -> str:
+    """The line of a log (as `read_log` gives it) that says why: its last, cut to a readable length."""
+    lines = log.splitlines()
+    text = lines[-1] if lines else ""
+    return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + " ..."
+
+
+def _said(path: str) -> str:
+    text = last_message(read_log(path))
+    return f" (its log ends with: {text})" if text else ""
+
+
+def describe(code: int) -> str:
+    """An exit code or signal of a runtime in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def nsenter(netns: str) -> list[str]:
+    """The beginning of an argv that runs the rest inside a network namespace.
+
+    Raises:
+        UnavailableError: util-linux's nsenter is not installed.
+    """
+    program = shutil.which("nsenter", path=ENVIRONMENT["PATH"])
+    if program is None:
+        raise UnavailableError("nsenter was not found", hint="Install it: apt install util-linux.")
+    return [program, f"--net={netns}", "--"]

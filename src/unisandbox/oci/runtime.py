@@ -1,0 +1,668 @@
+"""The driver of an OCI runtime's command line: crun, runc, youki.
+
+Every call is a child of the keeper with a deadline. `start` of a tested runtime and `delete` of a stopped crun
+container need no call at all. Source: runtime-spec, runtime.md; crun.1.md; runc man pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+import attrs
+
+from unisandbox.api.errors import (
+    AlreadyExistsError,
+    BackendError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+    UnsupportedError,
+)
+from unisandbox.api.names import check_name
+from unisandbox.host import pidfd as pidfds
+from unisandbox.oci import fifo
+from unisandbox.oci.calls import ENVIRONMENT, Call, Spawner, describe, last_message, nsenter, read_log, run
+from unisandbox.oci.features import RuntimeProgram
+
+DEFAULT_TIMEOUT: Final = 30.0
+# For cleaning up after a call that failed or was cancelled.
+_CLEANUP_SECONDS: Final = 10.0
+_STATE_BYTES: Final = 1 << 20
+_MFD_EXEC: Final = 0x10
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+# Source: PID_MAX_LIMIT, include/linux/threads.h.
+_PID_LIMIT: Final = 1 << 22
+_BUNDLE_LOG: Final = "runtime.log"
+
+# What runtimes say, and no exit code tells. Source: crun 1.8.1 and runc 1.1.5, by trying.
+_MISSING: Final = re.compile(r"does not exist|no such container", re.IGNORECASE)
+_NOT_RUNNING: Final = re.compile(r"not running|already stopped|no such process|process already finished", re.IGNORECASE)
+_NOT_STOPPED: Final = re.compile(r"not stopped|is not in the stopped state|is still running|is running", re.IGNORECASE)
+_PROGRAM_MISSING: Final = re.compile(
+    r"executable file .*not found in \$PATH|(?:exec|executable|open executable)\b.*no such file or directory",
+    re.IGNORECASE,
+)
+_PROGRAM_REFUSED: Final = re.compile(
+    r"(?:exec|executable|open executable)\b.*(?:permission denied|exec format error|is a directory|not a directory)"
+    r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory)",
+    re.IGNORECASE,
+)
+
+
+@attrs.frozen
+class Created:
+    """A process that a runtime has made: the init of a container, or an exec'd one.
+
+    Attributes:
+        pid: as the host sees it.
+        start_time: clock ticks after boot; with the pid it is an identity.
+        pidfd: of exactly this process; the caller's to close. -1 when an exec'd process has ended and was reaped
+            already: its exit is known to the keeper by pid and start time.
+        bundle: the container's bundle directory.
+    """
+
+    pid: int
+    start_time: int
+    pidfd: int
+    bundle: str
+
+
+@attrs.frozen
+class ContainerState:
+    """What the runtime says about a container: "creating", "created", "running", "stopped" or "paused"."""
+
+    container_id: str
+    status: str
+    pid: int
+    bundle: str
+
+
+@attrs.define
+class _Prepared:
+    executable: str = ""
+
+
+@attrs.frozen
+class Runtime:
+    """An installed runtime with a state directory of ours.
+
+    Attributes:
+        program: which one.
+        root: absolute; made when missing. The containers' states and short-lived logs live below it. As the keeper
+            sees it: it may lie in the keeper's private mounts, as bundles may.
+        keeper: the parent of every call.
+    """
+
+    program: RuntimeProgram
+    root: str
+    keeper: Spawner
+    _prepared: _Prepared = attrs.field(factory=_Prepared, init=False, eq=False, repr=False)
+
+    async def create(
+        self,
+        container_id: str,
+        bundle: str,
+        *,
+        stdio: tuple[int, int, int],
+        extra_fds: Sequence[int] = (),
+        cgroup_procs: Sequence[str] = (),
+        console_socket: str | None = None,
+        netns: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> Created:
+        """Make a container; its init waits for `start`. When this raises, nothing of it is left.
+
+        Args:
+            container_id: not in use with this root.
+            bundle: absolute; its log `runtime.log` is written into it.
+            stdio: become fds 0-2 of the container's first process as they are.
+            extra_fds: become its fds 3, 4 ...
+            cgroup_procs: entered before the runtime begins, so the container is born in them.
+            console_socket: path of a listening unix socket that gets the terminal's master (`terminal: true`).
+            netns: enter this network namespace first, for a config without a network namespace: runc cannot join one
+                that the joined user namespace does not own (`Features.foreign_netns`).
+            timeout: seconds.
+
+        Raises:
+            AlreadyExistsError: the id is in use.
+            InvalidArgumentError: the program cannot be started (`exit_code` 127 or 126).
+            BackendError: the runtime failed; carries its log.
+            DeadlineExceededError, UnavailableError: see `calls.run`.
+        """
+        check_name(container_id, "container id")
+        self._check_fds(extra_fds)
+        if self._exists(container_id):
+            raise AlreadyExistsError(f"{self.program.name} has a container {container_id!r} already")
+        pid_file = f"{bundle}/{uuid.uuid4().hex}.pid"
+        log = f"{bundle}/{_BUNDLE_LOG}"
+        arguments = ["--bundle", bundle, "--pid-file", pid_file]
+        if extra_fds:
+            arguments += ["--preserve-fds", str(len(extra_fds))]
+        if console_socket is not None:
+            arguments += ["--console-socket", console_socket]
+        try:
+            call = await self._call(
+                "create",
+                container_id,
+                [*arguments, container_id],
+                log=log,
+                fds=(*stdio, *extra_fds),
+                cgroup_procs=cgroup_procs,
+                netns=netns,
+                timeout=timeout,
+            )
+            code = await run(self.keeper, call)
+            if code != 0:
+                raise self._failed(call, code, program=True)
+            return await self._identify(call, pid_file, bundle)
+        except BaseException:
+            await self._scrap(container_id)
+            raise
+        finally:
+            self._unlink(pid_file)
+
+    async def start(
+        self, container_id: str, *, created: Created | None = None, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Let a created container execute its program.
+
+        With `created` by the exec FIFO where the runtime is a tested one, otherwise by its `start`. When this raises
+        or is cancelled, the container may or may not have been started: delete it.
+
+        Raises:
+            NotFoundError: no such container.
+            FailedPreconditionError: it was started before.
+            BackendError: its init ended before; carries the runtime's log.
+            DeadlineExceededError: it did not come to the point of starting in time.
+        """
+        check_name(container_id, "container id")
+        if not self._exists(container_id):
+            raise NotFoundError(f"{self.program.name} has no container {container_id!r}")
+        if created is None or not self.program.features.fifo or self._has_hooks(created.bundle, "poststart"):
+            await self._simple("start", container_id, [container_id], timeout=timeout)
+            return
+        path = f"{self._state_dir(container_id)}/exec.fifo"
+        try:
+            with anyio.fail_after(timeout):
+                await fifo.release(path, self.program.features.fifo, created.pidfd)
+        except TimeoutError:
+            raise DeadlineExceededError(
+                f"container {container_id!r} was not ready to start within {timeout:g} s"
+            ) from None
+        except FileNotFoundError:
+            raise FailedPreconditionError(f"container {container_id!r} was started before") from None
+        except fifo.InitEnded:
+            log = read_log(self._view(f"{created.bundle}/{_BUNDLE_LOG}"))
+            reason = last_message(log) or "its log is empty"
+            raise BackendError(f"container {container_id!r} ended before it was started: {reason}", log=log) from None
+        except OSError as error:
+            raise BackendError(f"container {container_id!r} cannot be started: {error}") from error
+
+    async def exec(
+        self,
+        container_id: str,
+        bundle: str,
+        process: str | bytes | Mapping[str, object],
+        *,
+        stdio: tuple[int, int, int],
+        exec_id: str = "",
+        extra_fds: Sequence[int] = (),
+        cgroup_procs: Sequence[str] = (),
+        console_socket: str | None = None,
+        netns: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+    ) -> Created:
+        """Start another process in a running container; detached, so that "not found" is no exit code.
+
+        Args:
+            container_id: of a started container.
+            bundle: where the request and the log are written; files of this call are removed again.
+            process: the OCI process object, or its JSON text.
+            exec_id: for messages.
+            stdio, extra_fds, cgroup_procs, console_socket, netns, timeout: see `create`.
+
+        Raises:
+            InvalidArgumentError: the program cannot be started (`exit_code` 127: not found, 126: not executable).
+            NotFoundError: no such container.
+            FailedPreconditionError: it is not running.
+            BackendError, DeadlineExceededError, UnavailableError: see `create`.
+        """
+        check_name(container_id, "container id")
+        self._check_fds(extra_fds)
+        base = f"{bundle}/exec-{uuid.uuid4().hex}"
+        pid_file, request, log = f"{base}.pid", f"{base}.json", f"{base}.log"
+        arguments = ["--detach", "--pid-file", pid_file, "--process", request]
+        if extra_fds:
+            arguments += ["--preserve-fds", str(len(extra_fds))]
+        if console_socket is not None:
+            arguments += ["--console-socket", console_socket]
+        try:
+            self._write(request, json.dumps(process) if isinstance(process, Mapping) else process)
+            call = await self._call(
+                "exec",
+                container_id,
+                [*arguments, container_id],
+                log=log,
+                fds=(*stdio, *extra_fds),
+                cgroup_procs=cgroup_procs,
+                netns=netns,
+                timeout=timeout,
+                what=f"exec {exec_id!r} in container {container_id!r}" if exec_id else "",
+            )
+            before = self.keeper.last_seq
+            code = await run(self.keeper, call)
+            if code != 0:
+                raise self._failed(call, code, program=True)
+            return await self._identify(call, pid_file, bundle, exits_after=before)
+        finally:
+            for path in (pid_file, request, log):
+                self._unlink(path)
+
+    async def kill(self, container_id: str, signal: int, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Send a signal to a container's first process; one that has ended is no error.
+
+        Rarely right: the holder of a pidfd needs no runtime.
+
+        Raises:
+            NotFoundError: no such container.
+        """
+        check_name(container_id, "container id")
+        try:
+            await self._simple("kill", container_id, [container_id, str(signal)], timeout=timeout)
+        except FailedPreconditionError:
+            return
+
+    async def delete(self, container_id: str, *, force: bool = False, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Forget a stopped container. May be repeated; an unknown container is forgotten already.
+
+        Args:
+            container_id: which.
+            force: kill it first if it lives. Not after a seen exit: runc sleeps 100 ms for it.
+            timeout: seconds.
+
+        Raises:
+            FailedPreconditionError: it is not stopped and `force` is not given.
+            BackendError, DeadlineExceededError: it could not be done; try again.
+        """
+        check_name(container_id, "container id")
+        if not self._exists(container_id) or self._remove_stopped(container_id):
+            await anyio.lowlevel.checkpoint()
+            return
+        arguments = ["--force", container_id] if force else [container_id]
+        try:
+            await self._simple("delete", container_id, arguments, timeout=timeout)
+        except NotFoundError:
+            pass
+        except BackendError:
+            if not force:
+                raise
+        if force and self._exists(container_id) and not self._discard(container_id):
+            # A state that the runtime cannot read (it was killed while it wrote) belongs to nothing that we could ask.
+            raise BackendError(f"{self.program.name} could not delete container {container_id!r} by force")
+
+    async def state(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> ContainerState | None:
+        """What the runtime says about a container; None when it has none of this id."""
+        check_name(container_id, "container id")
+        if not self._exists(container_id):
+            await anyio.lowlevel.checkpoint()
+            return None
+        reader, writer = os.pipe()
+        try:
+            try:
+                # A pipe is the bound: more than fits is never a state, and the deadline ends who writes it.
+                with contextlib.suppress(PermissionError):  # above the user's limit: 64 KiB must do
+                    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _STATE_BYTES)
+                await self._simple("state", container_id, [container_id], stdout=writer, timeout=timeout)
+            except NotFoundError:
+                return None
+            finally:
+                os.close(writer)
+            os.set_blocking(reader, False)
+            text = bytearray()
+            with contextlib.suppress(BlockingIOError):  # something still holds the other end
+                while part := os.read(reader, _STATE_BYTES):
+                    text += part
+        finally:
+            os.close(reader)
+        try:
+            said = json.loads(bytes(text))
+            return ContainerState(str(said["id"]), str(said["status"]), int(said.get("pid") or 0), str(said["bundle"]))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BackendError(
+                f"{self.program.name} state of container {container_id!r} is not readable: {bytes(text[:200])!r}"
+            ) from error
+
+    async def pause(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Freeze all processes of a container.
+
+        Raises:
+            UnsupportedError: the runtime is run without cgroups (crun): freeze the cgroup instead.
+        """
+        self._require("pause", self.program.features.pause)
+        await self._simple("pause", container_id, [check_name(container_id, "container id")], timeout=timeout)
+
+    async def resume(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Undo `pause`."""
+        self._require("resume", self.program.features.pause)
+        await self._simple("resume", container_id, [check_name(container_id, "container id")], timeout=timeout)
+
+    async def update(
+        self, container_id: str, resources: Mapping[str, object], *, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Change limits. `resources` is the OCI `linux.resources` object.
+
+        Raises:
+            UnsupportedError: the runtime is run without cgroups (crun): change the cgroup instead.
+        """
+        self._require("update", self.program.features.pause)
+        check_name(container_id, "container id")
+        path = f"{self._logs()}/{uuid.uuid4().hex}.json"
+        try:
+            self._write(path, json.dumps(resources))
+            await self._simple("update", container_id, ["--resources", path, container_id], timeout=timeout)
+        finally:
+            self._unlink(path)
+
+    async def checkpoint(
+        self, container_id: str, image_dir: str, *, leave_running: bool = False, timeout: float = DEFAULT_TIMEOUT
+    ) -> None:
+        """Write the state of all processes of a container into `image_dir` (absolute, it exists).
+
+        Raises:
+            UnsupportedError: the runtime cannot, or CRIU is not installed.
+        """
+        criu = shutil.which("criu", path=ENVIRONMENT["PATH"]) is not None
+        self._require("checkpoint", self.program.features.checkpoint and criu, "" if criu else "no CRIU found")
+        arguments = ["--image-path", image_dir, "--work-path", image_dir]
+        if leave_running:
+            arguments.append("--leave-running")
+        await self._simple(
+            "checkpoint", container_id, [*arguments, check_name(container_id, "container id")], timeout=timeout
+        )
+
+    # --- calls ---
+
+    async def _simple(
+        self, verb: str, container_id: str, arguments: Sequence[str], *, stdout: int | None = None, timeout: float
+    ) -> None:
+        """A call that makes no process of ours; raises by what its log says."""
+        log = f"{self._logs()}/{uuid.uuid4().hex}.log"
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fds = (null, null if stdout is None else stdout, null)
+            call = await self._call(verb, container_id, arguments, log=log, fds=fds, timeout=timeout)
+            code = await run(self.keeper, call)
+            if code != 0:
+                raise self._failed(call, code)
+        finally:
+            os.close(null)
+            self._unlink(log)
+
+    async def _call(
+        self,
+        verb: str,
+        container_id: str,
+        arguments: Sequence[str],
+        *,
+        log: str,
+        fds: Sequence[int],
+        cgroup_procs: Sequence[str] = (),
+        netns: str | None = None,
+        timeout: float,
+        what: str = "",
+    ) -> Call:
+        name = self.program.name
+        try:
+            os.makedirs(self._view(self._states()), mode=0o700, exist_ok=True)
+            self._logs()
+            executable = await self._executable()
+        except OSError as error:
+            raise BackendError(
+                f"{name} {verb} of container {container_id!r} failed: its directory {self.root} cannot be used: "
+                f"{error.strerror or error}"
+            ) from error
+        options = ["--root", self._states(), "--log", log, "--log-format", "json"]
+        if self.program.features.cgroup_disabled:
+            options.append("--cgroup-manager=disabled")
+        prefix = nsenter(netns) if netns is not None else []
+        return Call(
+            label=f"{name} {what or f'{verb} of container {container_id!r}'}",
+            argv=[*prefix, executable, *options, verb, *arguments],
+            log=self._view(log),
+            fds=fds,
+            cgroup_procs=cgroup_procs,
+            timeout=timeout,
+        )
+
+    async def _executable(self) -> str:
+        """Where the keeper's children find the program.
+
+        crun copies itself into a read-only mount and executes that copy, at every call, so that a container cannot
+        overwrite it (CVE-2019-5736); unless it runs from a memory file with all seals, which nobody can write. That
+        saves 1.0 to 1.5 ms of each call. Source: crun src/libcrun/cloned_binary.c, is_self_cloned().
+        """
+        if not self._prepared.executable:
+            self._prepared.executable = await self._seal() if self.program.features.sealed else self.program.path
+        return self._prepared.executable
+
+    async def _seal(self) -> str:
+        name = f"runtime/{self.program.name}"
+        try:
+            memory = _sealed_copy(self.program.path, name)
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.EACCES}:
+                raise UnavailableError(
+                    f"{self.program.path} cannot be read any more: {error.strerror}",
+                    hint="Install it: apt install crun.",
+                ) from error
+            # No memory files that may be executed (vm.memfd_noexec): it works without, only slower.
+            return self.program.path
+        try:
+            try:
+                number = await self.keeper.hold(name, memory)
+            except FileExistsError:
+                number = (await self.keeper.held(name))[name]
+        finally:
+            os.close(memory)
+        return f"/proc/{self.keeper.pid}/fd/{number}"
+
+    def _failed(self, call: Call, code: int, *, program: bool = False) -> Exception:
+        """The typed error for what the runtime said."""
+        log = read_log(call.log)
+        reason = last_message(log)
+        message = f"{call.label} failed: {reason or describe(code)}"
+        if program and _PROGRAM_MISSING.search(reason):
+            return InvalidArgumentError(message, exit_code=127)
+        if program and _PROGRAM_REFUSED.search(reason):
+            return InvalidArgumentError(message, exit_code=126)
+        if _NOT_STOPPED.search(reason) or _NOT_RUNNING.search(reason):
+            return FailedPreconditionError(message)
+        if re.search(r"\bcontainer\b", reason, re.IGNORECASE) and _MISSING.search(reason):
+            return NotFoundError(message)
+        hint = "" if reason else "It wrote no log; what it wrote to its standard error went to the container's."
+        return BackendError(message, hint=hint, log=log)
+
+    async def _identify(self, call: Call, pid_file: str, bundle: str, *, exits_after: int | None = None) -> Created:
+        """From a pid-file to a process that is certainly the one: a child of the keeper, held by a pidfd."""
+        pid = self._read_pid(call, pid_file)
+        with contextlib.suppress(ProcessLookupError):
+            start_time = pidfds.start_time(pid)
+            descriptor = pidfds.open_verified(pid, start_time)
+            if _parent(pid) == self.keeper.pid:
+                return Created(pid, start_time, descriptor, bundle)
+            os.close(descriptor)
+        if exits_after is not None:
+            # It has ended and was reaped before we could look at it.
+            records, _ = await self.keeper.exits_after(exits_after)
+            for record in reversed(records):
+                if record.pid == pid:
+                    return Created(pid, record.start_time, -1, bundle)
+        log = read_log(call.log)
+        reason = last_message(log) or "its log is empty"
+        raise BackendError(f"{call.label}: process {pid} is not there, or not its process: {reason}", log=log)
+
+    def _read_pid(self, call: Call, pid_file: str) -> int:
+        try:
+            with open(self._view(pid_file), "rb") as file:
+                raw = file.read(64)
+        except OSError as error:
+            raise BackendError(
+                f"{call.label} said that it succeeded, but wrote no pid-file: {error.strerror}", log=read_log(call.log)
+            ) from error
+        pid = int(raw) if raw.strip().isdigit() else -1
+        if not 1 < pid < _PID_LIMIT:
+            raise BackendError(f"{call.label} wrote no pid into its pid-file but {raw!r}", log=read_log(call.log))
+        return pid
+
+    async def _scrap(self, container_id: str) -> None:
+        """Remove what a failed or cancelled `create` left."""
+        if not self._exists(container_id):
+            return
+        # The error that is under way says what happened; a remainder is found again by `delete`.
+        with (
+            anyio.CancelScope(shield=True),
+            contextlib.suppress(BackendError, DeadlineExceededError, UnavailableError, OSError),
+        ):
+            await self.delete(container_id, force=True, timeout=_CLEANUP_SECONDS)
+
+    # --- files ---
+
+    def _states(self) -> str:
+        return f"{self.root}/state"
+
+    def _logs(self) -> str:
+        path = f"{self.root}/log"
+        os.makedirs(self._view(path), mode=0o700, exist_ok=True)
+        return path
+
+    def _exists(self, container_id: str) -> bool:
+        return os.path.lexists(self._state_dir(container_id))
+
+    def _state_dir(self, container_id: str) -> str:
+        """As seen from here."""
+        return self._view(f"{self._states()}/{container_id}")
+
+    def _view(self, path: str) -> str:
+        """A path of the keeper's mount namespace as it is reached from here."""
+        return f"/proc/{self.keeper.pid}/root{path}"
+
+    def _write(self, path: str, text: str | bytes) -> None:
+        data = text.encode() if isinstance(text, str) else text
+        try:
+            descriptor = os.open(
+                self._view(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+            with open(descriptor, "wb") as file:
+                file.write(data)
+        except OSError as error:
+            raise BackendError(f"cannot write {path}: {error.strerror}") from error
+
+    def _unlink(self, path: str) -> None:
+        # Missing is the usual case; whatever else prevents it, the directory goes with its owner.
+        with contextlib.suppress(OSError):
+            os.unlink(self._view(path))
+
+    def _has_hooks(self, directory: str, kind: str, *, seen: bool = False) -> bool:
+        """Whether the config.json in a bundle, or (`seen`: as seen from here) a state directory, has such hooks."""
+        path = f"{directory}/config.json"
+        try:
+            with open(path if seen else self._view(path), "rb") as file:
+                raw = file.read()
+            if b'"hooks"' not in raw:
+                return False
+            hooks = json.loads(raw).get("hooks") or {}
+            return bool(hooks.get(kind))
+        except (OSError, ValueError, AttributeError):
+            return True  # it cannot be told, so the runtime shall decide
+
+    def _remove_stopped(self, container_id: str) -> bool:
+        """Delete a stopped container without the runtime, where that is only a directory: whether it was done.
+
+        Source: crun 1.8.1 src/libcrun/{container,status}.c: with its cgroup manager disabled, `delete` of a stopped
+        container runs the poststop hooks and removes the state directory. Anything unexpected: False.
+        """
+        if not self.program.features.removable_state:
+            return False
+        directory = self._state_dir(container_id)
+        try:
+            with open(f"{directory}/status", "rb") as file:
+                status = json.load(file)
+            pid, start_time = status["pid"], status["process-start-time"]
+            if type(pid) is not int or type(start_time) is not int or pid <= 1:
+                return False
+            with contextlib.suppress(ProcessLookupError):
+                if pidfds.start_time(pid) == start_time:
+                    return False
+            if self._has_hooks(directory, "poststop", seen=True):
+                return False
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        return self._discard(container_id)
+
+    def _discard(self, container_id: str) -> bool:
+        directory = self._state_dir(container_id)
+        try:
+            for entry in os.listdir(directory):
+                os.unlink(f"{directory}/{entry}")
+            os.rmdir(directory)
+        except FileNotFoundError:
+            return not os.path.lexists(directory)
+        except OSError:
+            return False
+        return True
+
+    # --- checks ---
+
+    def _require(self, capability: str, able: bool, reason: str = "") -> None:
+        if not able:
+            raise UnsupportedError(capability, self.program.name, reason=reason)
+
+    def _check_fds(self, extra_fds: Sequence[int]) -> None:
+        if extra_fds and not self.program.features.preserve_fds:
+            raise UnsupportedError("passing file descriptors", self.program.name)
+
+
+def _parent(pid: int) -> int:
+    """Source: proc_pid_stat(5), field 4."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read(4096)
+    except FileNotFoundError:
+        raise ProcessLookupError(errno.ESRCH, f"process {pid} does not exist") from None
+    return int(text[text.rindex(b")") + 2 :].split(maxsplit=2)[1])
+
+
+def _sealed_copy(path: str, name: str) -> int:
+    """A memory file with the content of a program that nobody can change."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        memory = os.memfd_create(name, flags | _MFD_EXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        memory = os.memfd_create(name, flags)  # before Linux 6.3 every memory file may be executed
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            offset = 0
+            while offset < size and (sent := os.sendfile(memory, file.fileno(), offset, size - offset)):
+                offset += sent
+        os.fchmod(memory, 0o555)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(memory)
+        raise
+    return memory

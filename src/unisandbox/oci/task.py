@@ -1,0 +1,620 @@
+"""The OCI task service: the containers of one sandbox, through an OCI runtime.
+
+Containers of the SDK have our init as PID 1, and every program is spawned by it: no runtime call for `run` and `exec`.
+Bundles that come from an engine (containerd) run as they are, and `exec` goes through the runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import signal as signals
+import socket
+import struct
+import termios
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+import anyio
+import anyio.lowlevel
+import attrs
+from unisandbox.oci.runtime import Created, Runtime
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    BackendError,
+    ContainerSpec,
+    CreateTask,
+    ExecTask,
+    Exit,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Metrics,
+    NotFoundError,
+    ProcessSpec,
+    Resources,
+    StartedTask,
+    Stdio,
+    TaskState,
+    Terminal,
+    check_id,
+)
+from unisandbox.api.status import ContainerState
+from unisandbox.host import syscalls
+from unisandbox.host.cgroups import Cgroup, Limits
+from unisandbox.host.init import ExecFailed, SpawnRequest, ended, spawn
+from unisandbox.host.keeper import Keeper
+
+START_SECONDS: Final = 30.0
+# How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
+_END_SECONDS: Final = 10.0
+# A shell's answers for a program that cannot be started. Source: POSIX, 2.8.2 Exit Status for Commands.
+_NOT_FOUND: Final = 127
+_NOT_EXECUTABLE: Final = 126
+
+
+@attrs.frozen
+class Plan:
+    """Everything that a container of the SDK needs, ready on the host.
+
+    Attributes:
+        oci_id: the container's name for the runtime.
+        bundle: the directory with config.json.
+        cgroup: the container's own, with its limits.
+        request: how its processes start: a program's spec to what init is asked for.
+        extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
+        verify: raises when the container is not what it shall be; given the pid of its first process.
+        explain: a hint for a program that was not found, or "".
+    """
+
+    oci_id: str
+    bundle: str
+    cgroup: Cgroup
+    request: Callable[[ProcessSpec], SpawnRequest]
+    extra_fds: Sequence[int]
+    verify: Callable[[int], None]
+    explain: Callable[[ProcessSpec], str]
+
+
+class Planner(Protocol):
+    """Who knows how containers of a sandbox are made: the backend."""
+
+    async def prepare(self, container: ContainerSpec) -> Plan:
+        """Make root file system, cgroup and bundle."""
+        ...
+
+    async def adopt(self, container_id: str, bundle: str) -> Plan:
+        """Make what a bundle of somebody else needs around it."""
+        ...
+
+    async def free(self, container_id: str) -> None:
+        """Free what `prepare` or `adopt` made; repeating is harmless."""
+        ...
+
+
+@attrs.define
+class _Process:
+    exec_id: str
+    spec: ProcessSpec | None
+    stdio: list[int]
+    cgroup: Cgroup | None = None
+    pid: int | None = None
+    pidfd: int = -1
+    start_time: int = 0
+    life: socket.socket | None = None
+    master: int = -1
+    killed_by_us: bool = False
+    exit: Exit | None = None
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd in (*self.stdio, self.pidfd, self.master):
+            if fd >= 0:
+                os.close(fd)
+        self.stdio, self.pidfd, self.master = [], -1, -1
+        if self.life is not None:
+            self.life.close()
+            self.life = None
+
+
+@attrs.define
+class _Container:
+    name: str
+    plan: Plan
+    with_init: bool
+    created: Created | None = None
+    control: socket.socket | None = None
+    spec: ContainerSpec | None = None
+    started: bool = False
+    paused: bool = False
+    processes: dict[str, _Process] = attrs.field(factory=dict)
+    # Cgroups of ended processes that left something running in the background.
+    lingering: list[Cgroup] = attrs.field(factory=list)
+
+
+class OciTaskService:
+    """Drives the containers of one sandbox; see `TaskService`, `SupportsPause` and `SupportsUpdate`."""
+
+    def __init__(self, label: str, keeper: Keeper, runtime: Runtime, planner: Planner) -> None:
+        self._label = label
+        self._keeper = keeper
+        self._runtime = runtime
+        self._planner = planner
+        self._containers: dict[str, _Container] = {}
+
+    @property
+    def container_ids(self) -> list[str]:
+        """The containers that there are, the oldest first."""
+        return list(self._containers)
+
+    async def running(self) -> list[tuple[str, str]]:
+        """(container id, exec id) of every process that was started and is not known to have ended."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return [
+            (container.name, exec_id)
+            for container in self._containers.values()
+            for exec_id, process in container.processes.items()
+            if process.pid is not None and process.exit is None
+        ]
+
+    async def create(self, request: CreateTask) -> None:
+        """See `TaskService.create`."""
+        name = check_id(request.container_id)
+        if (request.container is None) == (not request.bundle):
+            raise InvalidArgumentError("a container is made from either a spec or a bundle")
+        if name in self._containers:
+            raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
+        stdio = _duplicate(request.stdio)
+        main = _Process("", request.container.process if request.container else None, stdio)
+        try:
+            if request.container is not None:
+                plan = await self._planner.prepare(request.container)
+            else:
+                plan = await self._planner.adopt(name, request.bundle)
+            container = _Container(name, plan, with_init=request.container is not None, spec=request.container)
+            container.processes[""] = main
+            self._containers[name] = container
+            await self._create(container, main)
+        except BaseException:
+            if name not in self._containers:
+                main.close()
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_END_SECONDS):
+                await self.delete(name)
+                await self._planner.free(name)
+            raise
+
+    async def _create(self, container: _Container, main: _Process) -> None:
+        plan = container.plan
+        leaf = plan.cgroup.child("init", for_process=True)
+        if container.with_init:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            container.control = ours
+            with theirs:
+                await self._keeper.hold(self._held(container), ours.fileno())
+                container.created = await self._runtime.create(
+                    plan.oci_id,
+                    plan.bundle,
+                    stdio=(_NULL.fd, _NULL.fd, _NULL.fd),
+                    extra_fds=(theirs.fileno(), *plan.extra_fds),
+                    cgroup_procs=leaf.procs,
+                    timeout=START_SECONDS,
+                )
+        else:
+            main.cgroup = leaf
+            container.created = await self._runtime.create(
+                plan.oci_id,
+                plan.bundle,
+                stdio=_three(main.stdio),
+                cgroup_procs=leaf.procs,
+                timeout=START_SECONDS,
+            )
+        plan.verify(container.created.pid)
+
+    async def start(self, container_id: str, exec_id: str = "") -> StartedTask:
+        """See `TaskService.start`."""
+        container = self._container(container_id)
+        process = self._process(container, exec_id)
+        if process.pid is not None:
+            raise FailedPreconditionError(
+                f"process {exec_id or 'main'} of container {container_id!r} was started before"
+            )
+        assert container.created is not None  # noqa: S101 (create fails otherwise)
+        if exec_id == "" and not container.started:
+            await self._runtime.start(container.plan.oci_id, created=container.created, timeout=START_SECONDS)
+            container.started = True
+            if not container.with_init:
+                process.pid, process.start_time = container.created.pid, container.created.start_time
+                process.pidfd = os.dup(container.created.pidfd)
+        if process.pid is None and process.spec is not None:
+            if container.with_init:
+                await self._spawn(container, process)
+            else:
+                await self._exec(container, process)
+        for fd in process.stdio:
+            if fd >= 0:
+                os.close(fd)
+        process.stdio = []
+        terminal, process_master = None, process.master
+        if process_master >= 0:
+            terminal = fcntl.fcntl(process_master, fcntl.F_DUPFD_CLOEXEC, 0)
+        return StartedTask(process.pid if process.pid is not None else container.created.pid, terminal)
+
+    async def _spawn(self, container: _Container, process: _Process) -> None:
+        assert container.control is not None and process.spec is not None  # noqa: S101, PT018 (a container of the SDK)
+        request = container.plan.request(process.spec)
+        process.cgroup = container.plan.cgroup.child(process.exec_id or "main", for_process=True)
+        try:
+            started = await spawn(
+                container.control,
+                request,
+                None if request.tty is not None else _three(process.stdio),
+                before_exec=lambda pid, _: _enter(process, pid),
+                timeout=START_SECONDS,
+            )
+        except ExecFailed as error:
+            raise self._not_started(container, process.spec, error) from error
+        process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
+        process.master = started.master if started.master is not None else -1
+
+    async def _exec(self, container: _Container, process: _Process) -> None:
+        assert process.spec is not None  # noqa: S101 (only exec comes here)
+        process.cgroup = container.plan.cgroup.child(process.exec_id, for_process=True)
+        if process.spec.terminal is not None:
+            raise FailedPreconditionError("a terminal for exec in a bundle needs a console socket")
+        created = await self._runtime.exec(
+            container.plan.oci_id,
+            container.plan.bundle,
+            _process_json(container.plan.bundle, process.spec),
+            stdio=_three(process.stdio),
+            exec_id=process.exec_id,
+            cgroup_procs=process.cgroup.procs,
+            timeout=START_SECONDS,
+        )
+        process.pid, process.pidfd, process.start_time = created.pid, created.pidfd, created.start_time
+
+    async def exec(self, request: ExecTask) -> None:
+        """See `TaskService.exec`."""
+        container = self._container(request.container_id)
+        check_id(request.exec_id)
+        if request.exec_id in container.processes:
+            raise AlreadyExistsError(f"container {container.name!r} has a process {request.exec_id!r} already")
+        if not container.started:
+            raise FailedPreconditionError(f"container {container.name!r} has not been started")
+        container.processes[request.exec_id] = _Process(request.exec_id, request.process, _duplicate(request.stdio))
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+    async def kill(self, container_id: str, exec_id: str = "", *, signal: int = 9, all: bool = False) -> None:
+        """See `TaskService.kill`."""
+        container = self._container(container_id)
+        process = self._process(container, exec_id)
+        if not 0 < signal < signals.NSIG:
+            raise InvalidArgumentError(f"signal must be 1 to {signals.NSIG - 1}, got {signal}")
+        if signal == signals.SIGKILL and all:
+            self.kill_now(container_id, exec_id)
+            return
+        process.killed_by_us |= signal == signals.SIGKILL
+        targets = [process.pidfd] if process.pidfd >= 0 else []
+        if all and process.cgroup is not None:
+            for pid in process.cgroup.pids():
+                with contextlib.suppress(ProcessLookupError):
+                    targets.append(os.pidfd_open(pid))
+        try:
+            for pidfd in targets:
+                with contextlib.suppress(ProcessLookupError):  # it has ended: there is nothing to signal
+                    signals.pidfd_send_signal(pidfd, signal)
+        finally:
+            for pidfd in targets[1:]:
+                os.close(pidfd)
+        await anyio.lowlevel.checkpoint()
+
+    def kill_now(self, container_id: str, exec_id: str = "") -> None:
+        """See `TaskService.kill_now`. Init stays, to tell how everybody ended."""
+        container = self._containers.get(container_id)
+        if container is None:
+            return
+        if exec_id:
+            processes = [process for process in (container.processes.get(exec_id),) if process is not None]
+        else:
+            processes = list(container.processes.values())
+            for cgroup in container.lingering:
+                cgroup.kill()
+        for process in processes:
+            if process.cgroup is not None and process.exit is None:
+                process.killed_by_us = True
+                process.cgroup.kill()
+
+    async def wait(self, container_id: str, exec_id: str = "") -> Exit:
+        """See `TaskService.wait`."""
+        process = self._process(self._container(container_id), exec_id)
+        if process.exit is None:
+            if process.pid is None:
+                raise FailedPreconditionError(f"process {exec_id or 'main'} of {container_id!r} has not been started")
+            status, at = await self._ended(process)
+            if process.exit is None:
+                process.exit = self._exit(process, status, at)
+        else:
+            await anyio.lowlevel.checkpoint()
+        return process.exit
+
+    async def _ended(self, process: _Process) -> tuple[int | None, float]:
+        """The raw wait status, and when the end was seen."""
+        if process.life is not None:
+            status = await ended(process.life)
+            if status is None:
+                # Init is gone without telling; a new kernel can still tell.
+                await _readable(process.pidfd)
+                with anyio.move_on_after(1.0):
+                    while (status := syscalls.pidfd_exit_status(process.pidfd)) is None:
+                        # It is ended but not reaped, and no event tells of the reaping.
+                        await anyio.sleep(0.002)
+            return status, time.time()
+        assert process.pid is not None  # noqa: S101 (started)
+        record = await self._keeper.wait_exit(process.pid, process.start_time)
+        return record.status, record.at
+
+    @staticmethod
+    def _exit(process: _Process, status: int | None, at: float) -> Exit:
+        if status is None:
+            return Exit.lost(exited_at=at)
+        kills = process.cgroup.oom_kills() if process.cgroup is not None else 0
+        return Exit.from_wait_status(status, exited_at=at, oom_kills=kills, killed_by_us=process.killed_by_us)
+
+    async def delete(self, container_id: str, exec_id: str = "") -> Exit | None:
+        """See `TaskService.delete`. What an exec'd process left in the background goes on."""
+        container = self._containers.get(container_id)
+        if container is None:
+            await anyio.lowlevel.checkpoint()
+            return None
+        if exec_id:
+            return await self._delete_process(container, exec_id)
+        return await self._delete_container(container)
+
+    async def _delete_process(self, container: _Container, exec_id: str) -> Exit | None:
+        process = container.processes.get(exec_id)
+        if process is None:
+            await anyio.lowlevel.checkpoint()
+            return None
+        if process.pid is not None and process.exit is None:
+            await self.wait(container.name, exec_id)
+        container.processes.pop(exec_id, None)
+        process.close()
+        if process.cgroup is not None and not process.cgroup.remove():
+            container.lingering.append(process.cgroup)
+        # Background work that has ended meanwhile; a few at a time keeps this call short.
+        for cgroup in container.lingering[:4]:
+            if cgroup.remove():
+                container.lingering.remove(cgroup)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return process.exit
+
+    async def _delete_container(self, container: _Container) -> Exit | None:
+        self.kill_now(container.name)
+        with anyio.move_on_after(_END_SECONDS):
+            for exec_id, process in list(container.processes.items()):
+                if process.pid is not None and process.exit is None:
+                    await self.wait(container.name, exec_id)
+        container.plan.cgroup.kill()
+        if container.control is not None:
+            container.control.close()
+            container.control = None
+            await self._keeper.drop([self._held(container)])
+        if container.created is not None:
+            await ended_process(self._keeper, container.created)
+            await self._runtime.delete(container.plan.oci_id)
+            os.close(container.created.pidfd)
+            container.created = None
+        main = container.processes.get("")
+        for process in container.processes.values():
+            process.close()
+        with anyio.move_on_after(_END_SECONDS):
+            while not container.plan.cgroup.remove():
+                # The kernel frees the last process a moment after its end, and no event tells.
+                await anyio.sleep(0.001)
+        await self._planner.free(container.name)
+        self._containers.pop(container.name, None)
+        return main.exit if main else None
+
+    async def state(self, container_id: str, exec_id: str = "") -> TaskState:
+        """See `TaskService.state`."""
+        container = self._container(container_id)
+        process = self._process(container, exec_id)
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return TaskState(container_id, exec_id, self._state(container, process), process.pid, process.exit)
+
+    @staticmethod
+    def _state(container: _Container, process: _Process) -> ContainerState:
+        if process.exit is not None or (container.created is not None and _has_ended(container.created.pidfd)):
+            return "stopped"
+        if process.pidfd >= 0 and _has_ended(process.pidfd):
+            return "stopped"
+        if not container.started or (process.exec_id and process.pid is None):
+            return "created"
+        return "paused" if container.paused else "running"
+
+    async def pids(self, container_id: str) -> Sequence[int]:
+        """See `TaskService.pids`. Our init is not among them."""
+        container = self._container(container_id)
+        first = container.created.pid if container.created is not None and container.with_init else -1
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return [pid for pid in container.plan.cgroup.pids() if pid != first]
+
+    async def stats(self, container_id: str) -> Metrics:
+        """See `TaskService.stats`."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        return metrics_of(self._container(container_id).plan.cgroup)
+
+    async def resize_pty(self, container_id: str, exec_id: str, size: Terminal) -> None:
+        """See `TaskService.resize_pty`."""
+        process = self._process(self._container(container_id), exec_id)
+        if process.master < 0:
+            raise FailedPreconditionError(f"process {exec_id or 'main'} of {container_id!r} has no terminal")
+        fcntl.ioctl(process.master, termios.TIOCSWINSZ, struct.pack("HHHH", size.rows, size.columns, 0, 0))
+        await anyio.lowlevel.checkpoint()
+
+    async def close_io(self, container_id: str, exec_id: str = "") -> None:
+        """See `TaskService.close_io`. Our copy was closed when the process started: there is nothing left to do."""
+        self._process(self._container(container_id), exec_id)
+        await anyio.lowlevel.checkpoint()
+
+    async def pause(self, container_id: str) -> None:
+        """See `SupportsPause.pause`."""
+        container = self._container(container_id)
+        container.plan.cgroup.freeze(_END_SECONDS)
+        container.paused = True
+        await anyio.lowlevel.checkpoint()
+
+    async def resume(self, container_id: str) -> None:
+        """See `SupportsPause.resume`."""
+        container = self._container(container_id)
+        container.plan.cgroup.thaw()
+        container.paused = False
+        await anyio.lowlevel.checkpoint()
+
+    async def update(self, container_id: str, resources: Resources) -> None:
+        """See `SupportsUpdate.update`."""
+        self._container(container_id).plan.cgroup.set_limits(limits_of(resources))
+        await anyio.lowlevel.checkpoint()
+
+    def _not_started(self, container: _Container, spec: ProcessSpec, error: ExecFailed) -> InvalidArgumentError:
+        program = spec.argv[0]
+        where = f"in sandbox {self._label!r}"
+        if error.step == "cwd":
+            return InvalidArgumentError(
+                f"cannot start {program!r} {where}: working directory {spec.cwd!r}: {os.strerror(error.errno)}",
+                exit_code=_NOT_EXECUTABLE,
+            )
+        if error.step == "exec" and error.errno == errno.ENOENT:
+            return InvalidArgumentError(
+                f"cannot start {program!r} {where}: no such program, or its interpreter is missing",
+                hint=container.plan.explain(spec),
+                exit_code=_NOT_FOUND,
+            )
+        return InvalidArgumentError(
+            f"cannot start {program!r} {where}: {error.step}: {os.strerror(error.errno)}",
+            hint="The program's arguments and environment are too large." if error.errno == errno.E2BIG else "",
+            exit_code=_NOT_EXECUTABLE,
+        )
+
+    def _held(self, container: _Container) -> str:
+        return f"{container.plan.oci_id}/control"
+
+    def _container(self, container_id: str) -> _Container:
+        container = self._containers.get(container_id)
+        if container is None:
+            raise NotFoundError(f"sandbox {self._label!r} has no container {container_id!r}")
+        return container
+
+    def _process(self, container: _Container, exec_id: str) -> _Process:
+        process = container.processes.get(exec_id)
+        if process is None:
+            raise NotFoundError(f"container {container.name!r} of sandbox {self._label!r} has no process {exec_id!r}")
+        return process
+
+
+def limits_of(resources: Resources) -> Limits:
+    """What of the resources a cgroup limits."""
+    return Limits(memory=resources.memory, swap=resources.swap, cpu=resources.cpu, pids=resources.pids)
+
+
+def metrics_of(cgroup: Cgroup) -> Metrics:
+    """What a cgroup and all below it use."""
+    stats = cgroup.stats()
+    return Metrics(
+        memory_bytes=stats.memory_bytes,
+        memory_peak_bytes=stats.memory_peak_bytes,
+        memory_limit_bytes=stats.memory_limit_bytes,
+        cpu_seconds=stats.cpu_seconds,
+        pids=stats.pids,
+        pids_limit=stats.pids_limit,
+        oom_kills=stats.oom_kills,
+    )
+
+
+async def ended_process(keeper: Keeper, created: Created) -> None:
+    """Wait until a killed container is gone and reaped: a runtime refuses to delete what still lives."""
+    await _readable(created.pidfd)
+    await keeper.wait_exit(created.pid, created.start_time)
+
+
+def null_fd() -> int:
+    """A descriptor of /dev/null that is never closed."""
+    return _NULL.fd
+
+
+class _Null:
+    """One descriptor of /dev/null for this process, opened at the first use."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        if self._fd < 0:
+            self._fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        return self._fd
+
+
+_NULL: Final = _Null()
+
+
+def _duplicate(stdio: Stdio) -> list[int]:
+    copies: list[int] = []
+    try:
+        for fd in (stdio.stdin, stdio.stdout, stdio.stderr):
+            copies.append(-1 if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
+    except BaseException:
+        for copy in copies:
+            if copy >= 0:
+                os.close(copy)
+        raise
+    return copies
+
+
+def _three(stdio: Sequence[int]) -> tuple[int, int, int]:
+    first, second, third = (fd if fd >= 0 else _NULL.fd for fd in stdio)
+    return first, second, third
+
+
+def _enter(process: _Process, pid: int) -> None:
+    assert process.cgroup is not None  # noqa: S101 (made before the spawn)
+    process.cgroup.enter(pid)
+
+
+def _has_ended(pidfd: int) -> bool:
+    try:
+        signals.pidfd_send_signal(pidfd, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+async def _readable(fd: int) -> None:
+    """Wait for a descriptor that others may wait for too."""
+    copy = os.dup(fd)
+    try:
+        await anyio.wait_readable(copy)
+    finally:
+        os.close(copy)
+
+
+def _process_json(bundle: str, spec: ProcessSpec) -> str:
+    """The OCI process object for an exec: that of the container with another program."""
+    try:
+        process = json.loads(Path(bundle, "config.json").read_bytes())["process"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BackendError(f"the bundle {bundle} has no readable config.json: {error}") from error
+    if spec.user is not None:
+        uid, _, gid = spec.user.partition(":")
+        if not uid.isdecimal() or not (gid or "0").isdecimal():
+            raise InvalidArgumentError(f"user {spec.user!r}: exec in a bundle takes numbers only")
+        process["user"] = {"uid": int(uid), "gid": int(gid or 0)}
+    process["args"] = list(spec.argv)
+    process["env"] = [*process.get("env", []), *(f"{name}={value}" for name, value in spec.env.items())]
+    process["cwd"] = spec.cwd or process.get("cwd", "/")
+    process["terminal"] = False
+    return json.dumps(process)

@@ -1,0 +1,78 @@
+"""Backends by name, found through the entry point group `unisandbox.backends`; none is imported before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import Final, Protocol
+
+from unisandbox.api import Capabilities, InvalidArgumentError, Probe, Sandboxer, UnavailableError
+from unisandbox.host.services import Host
+
+GROUP: Final = "unisandbox.backends"
+
+
+class Backend(Protocol):
+    """What an entry point of the group gives: a backend that is not open yet.
+
+    Attributes:
+        name: as users write it in `isolation=`.
+        capabilities: what it can do where it runs.
+        rank: "auto" takes the available backend with the highest rank.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
+    @property
+    def rank(self) -> int: ...
+
+    async def probe(self, *, deep: bool = False) -> Probe:
+        """Whether it can run here: in under 50 ms from cheap facts, or by really running something (`deep`)."""
+        ...
+
+    def open(self, host: Host) -> Sandboxer:
+        """The sandboxer of one engine. Called once per engine, on first use; must not block."""
+        ...
+
+
+class Registry:
+    """The backends of one engine: those installed, and those that were handed over."""
+
+    def __init__(self, given: Mapping[str, Backend] | None = None) -> None:
+        self._given: dict[str, Backend] = dict(given or {})
+        self._points: dict[str, EntryPoint] | None = None
+
+    def names(self) -> list[str]:
+        """Every name that `get` knows."""
+        return sorted({*self._given, *self._entry_points()})
+
+    def get(self, name: str) -> Backend:
+        """The backend of that name, imported now.
+
+        Raises:
+            InvalidArgumentError: there is none.
+            UnavailableError: it is installed but cannot be imported, e.g. its extra is missing.
+        """
+        if name in self._given:
+            return self._given[name]
+        point = self._entry_points().get(name)
+        if point is None:
+            raise InvalidArgumentError(
+                f"isolation {name!r} is not known", hint=f"Installed backends: {', '.join(self.names()) or 'none'}."
+            )
+        try:
+            backend: Backend = point.load()
+        except ImportError as error:
+            raise UnavailableError(
+                f"backend {name!r} is installed but cannot be imported: {error}",
+                hint=f"Its Python packages come with: pip install 'unisandbox[{name}]'.",
+            ) from error
+        self._given[name] = backend
+        return backend
+
+    def _entry_points(self) -> dict[str, EntryPoint]:
+        if self._points is None:
+            self._points = {point.name: point for point in entry_points(group=GROUP)}
+        return self._points

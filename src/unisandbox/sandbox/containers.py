@@ -1,0 +1,135 @@
+"""More containers in one sandbox: own files and main process, shared network, hostname and limits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+import anyio
+
+from unisandbox.api import ContainerSpec, ContainerStatus, Exit, Mount, ProcessSpec, Resources, Rootfs
+from unisandbox.engine.core import Entry
+from unisandbox.sandbox.opening import Opening
+from unisandbox.sandbox.process import CLEANING_SECONDS
+
+
+class Container:
+    """A container that was added to a sandbox; its main process runs.
+
+    Attributes:
+        name: unique within the sandbox.
+        pid: the main process's id on the host.
+    """
+
+    def __init__(self, entry: Entry, name: str, pid: int) -> None:
+        self.name = name
+        self.pid = pid
+        self._entry = entry
+        self._exit: Exit | None = None
+
+    def __repr__(self) -> str:
+        return f"<Container {self.name} of sandbox {self._entry.sandbox_id}>"
+
+    async def wait(self) -> Exit:
+        """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
+        if self._exit is None:
+            self._exit = await self._entry.task.wait(self.name)
+        return self._exit
+
+    async def logs(self, stream: Literal["stdout", "stderr"] = "stdout") -> bytes:
+        """The last of what the main process wrote, at most 1 MiB of each stream; also after its end."""
+        return await self._entry.logs(self.name, stream)
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the main process."""
+        await self._entry.task.kill(self.name, signal=number)
+
+    async def status(self) -> ContainerStatus:
+        """The state at this moment."""
+        state = await self._entry.task.state(self.name)
+        return ContainerStatus(self.name, state.state, state.pid, state.exit)
+
+    async def kill(self) -> Exit:
+        """End everything in the container at once."""
+        self._entry.task.kill_now(self.name)
+        return await self.wait()
+
+    async def remove(self) -> None:
+        """End it if need be and free everything of it. May be repeated."""
+        if self._entry.removed:
+            return
+        self._entry.task.kill_now(self.name)
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+            await self._entry.task.delete(self.name)
+            await self._entry.drop_logs(self.name)
+        self._entry.emit("container.exited", container_id=self.name, exit=self._exit)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.remove()
+
+    async def _leave(self) -> None:
+        await self.remove()
+
+
+class Containers:
+    """The containers of a sandbox beside the one that `run` and `exec` use."""
+
+    def __init__(self, entry: Entry) -> None:
+        self._entry = entry
+
+    def add(
+        self,
+        *,
+        argv: Sequence[str],
+        rootfs: Rootfs | str | os.PathLike[str] = "host",
+        name: str | None = None,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/",
+        user: str | int | None = None,
+        resources: Resources | None = None,
+        mounts: Sequence[Mount] = (),
+    ) -> Opening[Container]:
+        """Start a container with a root file system of its own and `argv` as its main process.
+
+        It shares the network, the hostname, /dev/shm and the limits of the sandbox, with `share_pid` also the view of
+        processes.
+
+        Args:
+            argv: the program and its arguments.
+            rootfs: as for a sandbox.
+            name: unique within the sandbox; None: a new one.
+            env, cwd, user: for every process in it.
+            resources: limits below those of the sandbox; None: only the sandbox's count.
+            mounts: beside the sandbox's.
+
+        Raises:
+            AlreadyExistsError: the name is taken.
+            InvalidArgumentError: the program cannot be started.
+        """
+        spec = ContainerSpec(
+            name=name or self._entry.next_container_name(),
+            process=ProcessSpec(argv=argv, env=env or {}, user=user),
+            rootfs=Rootfs.parse(rootfs),
+            resources=resources,
+            mounts=mounts,
+            env=env or {},
+            cwd=cwd,
+            user=user,
+        )
+
+        async def open() -> Container:
+            pid = await self._entry.add_container(spec)
+            return Container(self._entry, spec.name, pid)
+
+        return Opening("containers.add()", open)
+
+    async def list(self) -> list[ContainerStatus]:
+        """The containers that there are now."""
+        return list((await self._entry.status()).containers)

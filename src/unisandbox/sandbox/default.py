@@ -1,0 +1,50 @@
+"""The default engine: one per event loop, opened at the first use, gone with the loop."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+
+import anyio
+from anyio.lowlevel import RunVar, checkpoint
+
+from unisandbox.engine.core import EngineCore
+
+
+class _Default:
+    """The default engine of one event loop."""
+
+    def __init__(self) -> None:
+        self.lock = anyio.Lock()
+        self.core: EngineCore | None = None
+        self.keeper_of_the_end: AsyncGenerator[None] | None = None
+
+
+_default: RunVar[_Default] = RunVar("unisandbox_default_engine")
+
+
+async def default_core() -> EngineCore:
+    """The running event loop's own engine, on a temporary state directory."""
+    try:
+        default = _default.get()
+    except LookupError:
+        default = _Default()
+        _default.set(default)
+    async with default.lock:
+        if default.core is None or default.core.closed:
+            default.core = await EngineCore.open()
+            default.keeper_of_the_end = _close_with_the_loop(default.core)
+            await anext(default.keeper_of_the_end)
+    return default.core
+
+
+async def _close_with_the_loop(core: EngineCore) -> AsyncGenerator[None]:
+    """Asyncio and trio close every started asynchronous generator when the loop ends: there the engine ends too.
+
+    The end is synchronous, since a loop that ends gives no time any more. Source: asyncio `shutdown_asyncgens`,
+    trio's reference on async generators.
+    """
+    try:
+        yield
+        await checkpoint()
+    finally:
+        core.abandon()

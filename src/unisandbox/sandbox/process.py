@@ -1,0 +1,289 @@
+"""A process that was started by `exec`: its streams, its end, its terminal."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Final, Literal, Self
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+import attrs
+
+from unisandbox.api import ExecTask, Exit, FailedPreconditionError, ProcessSpec, Stdio, Terminal
+from unisandbox.engine.core import Entry
+from unisandbox.sandbox.streams import (
+    Descriptor,
+    MissingReceiveStream,
+    MissingSendStream,
+    ReceiveStream,
+    SendStream,
+)
+
+# What cleaning after a cancellation may take before it is left to the engine.
+CLEANING_SECONDS: Final = 5.0
+_END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for the end of input; source: termios(3) VEOF
+
+
+@attrs.frozen
+class Output:
+    """A piece of what a process wrote.
+
+    Attributes:
+        stream: "stdout" or "stderr"; a terminal has only the first.
+        data: at least one byte.
+    """
+
+    stream: Literal["stdout", "stderr"]
+    data: bytes
+
+    @property
+    def text(self) -> str:
+        """As UTF-8; bytes that are not become U+FFFD."""
+        return self.data.decode("utf-8", "replace")
+
+
+@attrs.frozen
+class Pipes:
+    """Both ends of a process's standard streams: `inside` goes to the process, the others are ours."""
+
+    inside: Stdio
+    stdin: Descriptor | None
+    stdout: Descriptor | None
+    stderr: Descriptor | None
+
+    @classmethod
+    def open(cls, *, stdin: bool, output: bool = True) -> Self:
+        """Make the pipes; without `stdin` the process reads /dev/null."""
+        made: list[int] = []
+        try:
+            ends: list[tuple[int, int] | None] = []
+            for wanted in (stdin, output, output):
+                pair = os.pipe2(os.O_CLOEXEC) if wanted else None
+                made.extend(pair or ())
+                ends.append(pair)
+            into, out, err = ends
+            return cls(
+                inside=Stdio(stdin=into and into[0], stdout=out and out[1], stderr=err and err[1]),
+                stdin=Descriptor(into[1]) if into else None,
+                stdout=Descriptor(out[0]) if out else None,
+                stderr=Descriptor(err[0]) if err else None,
+            )
+        except BaseException:
+            for fd in made:
+                os.close(fd)
+            raise
+
+    def close_inside(self) -> None:
+        """The process has them now."""
+        for fd in (self.inside.stdin, self.inside.stdout, self.inside.stderr):
+            if fd is not None:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close our ends."""
+        for end in (self.stdin, self.stdout, self.stderr):
+            if end is not None:
+                end.close()
+
+
+async def start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, int, int | None]:
+    """Start a process in the sandbox's main container: (exec id, pid on the host, master of its terminal).
+
+    On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
+    """
+    try:
+        task = await entry.ready()
+        exec_id = entry.next_exec_id()
+        try:
+            await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
+            started = await task.start(entry.main, exec_id)
+        except BaseException:
+            task.kill_now(entry.main, exec_id)
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+                await task.delete(entry.main, exec_id)
+            raise
+    except BaseException:
+        pipes.close()
+        raise
+    finally:
+        pipes.close_inside()
+    entry.emit("process.started", exec_id=exec_id)
+    return exec_id, started.pid, started.terminal
+
+
+class Process:
+    """A running process and its streams. Made by `Sandbox.exec`.
+
+    Attributes:
+        pid: its id on the host.
+        stdin: what it reads; with a terminal, what is typed.
+        stdout: what it writes; with a terminal, all of it.
+        stderr: its errors; with a terminal there is none.
+    """
+
+    def __init__(self, entry: Entry, exec_id: str, pid: int, pipes: Pipes, terminal: int | None) -> None:
+        self.pid = pid
+        self.stdin: anyio.abc.ByteSendStream
+        self.stdout: anyio.abc.ByteReceiveStream
+        self.stderr: anyio.abc.ByteReceiveStream
+        self._entry = entry
+        self._exec_id = exec_id
+        self._exit: Exit | None = None
+        self._terminal = terminal is not None
+        if terminal is not None:
+            master = Descriptor(terminal)
+            self._ends = [master]
+            self.stdin = SendStream(master, close=lambda: _type_end(master))
+            self.stdout = ReceiveStream(master)
+            self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
+        else:
+            self._ends = [end for end in (pipes.stdin, pipes.stdout, pipes.stderr) if end is not None]
+            self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
+            self.stdout = ReceiveStream(pipes.stdout) if pipes.stdout else MissingReceiveStream("stdout is null")
+            self.stderr = ReceiveStream(pipes.stderr) if pipes.stderr else MissingReceiveStream("stderr is null")
+        entry.closing.add(self._close_ends)
+
+    @classmethod
+    async def open(
+        cls,
+        entry: Entry,
+        argv: Sequence[str],
+        *,
+        stdin: Literal["pipe", "null"],
+        tty: bool | Terminal,
+        cwd: str | None,
+        env: Mapping[str, str],
+        user: str | int | None,
+    ) -> Process:
+        """Start it. See `Sandbox.exec`."""
+        size = tty if isinstance(tty, Terminal) else (Terminal() if tty else None)
+        spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user, terminal=size)
+        pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)
+        exec_id, pid, terminal = await start(entry, spec, pipes)
+        return cls(entry, exec_id, pid, pipes, terminal)
+
+    def __repr__(self) -> str:
+        end = f"code={self._exit.code}" if self._exit else "running"
+        return f"<Process pid={self.pid} {end} in sandbox {self._entry.sandbox_id}>"
+
+    @property
+    def exit(self) -> Exit | None:
+        """How it ended, once somebody has waited for it; None before."""
+        return self._exit
+
+    async def wait(self) -> Exit:
+        """Wait until the process has ended.
+
+        Safe to call many times and from several tasks; after the first return the answer never changes. What it left
+        running in the background goes on. Unread output stays readable.
+
+        Raises:
+            UnavailableError: the sandbox is gone and the exit could not be learned; never guessed.
+        """
+        if self._exit is None:
+            exit = await self._entry.task.wait(self._entry.main, self._exec_id)
+            if self._exit is None:
+                self._exit = exit
+                await self._entry.task.delete(self._entry.main, self._exec_id)
+                self._entry.emit("process.exited", exec_id=self._exec_id, exit=exit)
+        else:
+            await anyio.lowlevel.checkpoint()
+        return self._exit
+
+    async def signal(self, number: int) -> None:
+        """Send a signal to the process; one that has ended takes it without a word."""
+        if self._exit is None:
+            await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
+        else:
+            await anyio.lowlevel.checkpoint()
+
+    async def kill(self) -> Exit:
+        """End the process and everything that it has started, and wait for its end."""
+        if self._exit is None:
+            self._entry.task.kill_now(self._entry.main, self._exec_id)
+        return await self.wait()
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Change the size of its terminal; the foreground processes get SIGWINCH.
+
+        Raises:
+            FailedPreconditionError: it has no terminal.
+        """
+        if not self._terminal:
+            raise FailedPreconditionError("the process has no terminal", hint="Start it with tty=True.")
+        await self._entry.task.resize_pty(self._entry.main, self._exec_id, Terminal(rows, columns))
+
+    async def aclose(self) -> None:
+        """End it and all that it has started if it still runs, and close its streams. Repeating is harmless."""
+        try:
+            if self._exit is None:
+                self._entry.task.kill_now(self._entry.main, self._exec_id)
+                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+                    await self.wait()
+        finally:
+            self._close_ends()
+        await anyio.lowlevel.checkpoint()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        """The next piece of output, of either stream; ends when nobody can write any more."""
+        streams: list[tuple[Literal["stdout", "stderr"], ReceiveStream]] = []
+        if isinstance(self.stdout, ReceiveStream):
+            streams.append(("stdout", self.stdout))
+        if isinstance(self.stderr, ReceiveStream):
+            streams.append(("stderr", self.stderr))
+        await anyio.lowlevel.checkpoint()
+        while True:
+            waiting: list[int] = []
+            for name, stream in streams:
+                data = stream.receive_nowait()
+                if data:
+                    return Output(name, data)
+                if data is None:
+                    waiting.append(stream.fileno())
+            if not waiting:
+                raise StopAsyncIteration
+            await _any_readable(waiting)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _leave(self) -> None:
+        await self.aclose()
+
+    def _close_ends(self) -> None:
+        for end in self._ends:
+            end.close()
+        self._entry.closing.discard(self._close_ends)
+
+
+async def _any_readable(fds: Sequence[int]) -> None:
+    if len(fds) == 1:
+        await anyio.wait_readable(fds[0])
+        return
+    # One epoll set is one thing to wait for, whatever the event loop.
+    poll = select.epoll(flags=select.EPOLL_CLOEXEC)
+    try:
+        for fd in fds:
+            poll.register(fd, select.EPOLLIN)
+        await anyio.wait_readable(poll.fileno())
+    finally:
+        poll.close()
+
+
+def _type_end(master: Descriptor) -> None:
+    try:
+        os.write(master.fileno(), _END_OF_INPUT)
+    except (OSError, anyio.ClosedResourceError):
+        return  # the terminal is gone, and with it whoever could read

@@ -1,0 +1,59 @@
+"""Fixtures of every test: both event loops, the size of big counts, and the proof that nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.conformance.scope import run_cgroup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the big counts in full instead of at a tenth")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if item.get_closest_marker("root"):
+            item.add_marker(pytest.mark.skip(reason="needs root on this host"))
+
+
+@pytest.fixture(scope="session")
+def count(pytestconfig: pytest.Config) -> Callable[[int], int]:
+    """How often a test repeats: the whole number with --long, else a tenth of it and at least once."""
+    if pytestconfig.getoption("--long"):
+        return lambda full: full
+    return lambda full: max(1, full // 10)
+
+
+@pytest.fixture(params=[pytest.param("asyncio"), pytest.param("trio")])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    """Every test marked `anyio` runs on both event loops."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _run_cgroup() -> Iterator[None]:
+    with run_cgroup():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(_run_cgroup: None) -> Iterator[None]:
+    """Fail a test that leaves a process, mount, cgroup, fd, thread, file or changed state behind; none can forget it.
+
+    It is set up before every other fixture of the test and torn down after them.
+    """
+    before = Inventory.take()
+    yield
+    left = settle(before)
+    if left:
+        pytest.fail("after this test things differ from before:\n  " + "\n  ".join(left), pytrace=False)

@@ -1,0 +1,632 @@
+"""The promises of host.cgroups, with real processes on whatever hierarchy this host has.
+
+Each test runs where an engine's cgroups are by default, below a parent given by word, and, on a hybrid host, as if
+there were no unified tree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import attrs
+import pytest
+
+from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.host.cgroups import Cgroup, Cgroups, DeviceRule, Limits, ending, open_existing
+
+pytestmark = pytest.mark.root
+
+MIB = 1 << 20
+PATIENCE = 60.0  # what a slow machine may take
+PARENT = "/unisandbox-test.slice/unisandbox-below.service"
+ANYTHING = (DeviceRule("c"), DeviceRule("b"))
+
+
+class Actor:
+    """A process that waits for a line before it runs `code`, so that it can be put into a cgroup first."""
+
+    def __init__(self, code: str) -> None:
+        script = "import os, sys, time\nsys.stdin.readline()\n" + code
+        self.process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-u", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self.pid = self.process.pid
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().decode().strip()
+
+    def wait(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+Spawn = Callable[[str], Actor]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.002)
+
+
+def variants() -> list[str]:
+    hybrid = Cgroups.detect("unisandbox-x").version == "hybrid"
+    return ["by default", "below a parent", *(["without unified tree"] if hybrid else [])]
+
+
+@pytest.fixture(params=variants())
+def cgroups(request: pytest.FixtureRequest) -> Iterator[Cgroups]:
+    name = f"unisandbox-t{os.getpid()}"
+    if request.param == "without unified tree":
+        found = Cgroups.detect(name, use_unified=False)
+    else:
+        found = Cgroups.detect(name, parent=PARENT if request.param == "below a parent" else None)
+    assert not found.reasons()
+    yield found
+    root = found.root()
+    root.kill()
+    assert root.remove(PATIENCE)
+    if request.param == "below a parent":
+        for place in found.places:
+            assert ending.remove((os.path.dirname(place.parent),))
+
+
+@pytest.fixture
+def root(cgroups: Cgroups) -> Cgroup:
+    return cgroups.root()
+
+
+@pytest.fixture
+def spawn() -> Iterator[Spawn]:
+    actors: list[Actor] = []
+
+    def start(code: str) -> Actor:
+        actors.append(Actor(code))
+        return actors[-1]
+
+    yield start
+    for actor in actors:
+        actor.close()
+
+
+def hog(mib: int) -> str:
+    return f"x = b'x' * ({mib} << 20); print('held'); sys.stdin.readline()"
+
+
+# --- limits
+
+
+def test_oom_kill_by_the_container_limit_is_counted_at_the_process(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("s1").child("c1", limits=Limits(memory=16 * MIB))
+    victim, bystander = container.child("p1", for_process=True), container.child("p2", for_process=True)
+    small, large = spawn("sys.stdin.readline()"), spawn(hog(64))
+    bystander.enter(small.pid)
+    victim.enter(large.pid)
+    large.go()
+    assert large.wait() == -9
+    assert victim.oom_kills() == 1
+    assert (bystander.oom_kills(), container.oom_kills(), root.oom_kills()) == (0, 0, 0)
+
+
+def test_oom_kill_by_the_limit_of_a_process(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1")
+    cgroup = container.child("p1", limits=Limits(memory=16 * MIB), for_process=True)
+    actor = spawn(hog(64))
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert actor.wait() == -9
+    assert cgroup.oom_kills() == cgroup.stats().oom_kills == 1
+    assert container.oom_kills() == 0
+
+
+def test_a_kill_of_ours_is_no_oom_kill(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1", limits=Limits(memory=64 * MIB)).child("p1", for_process=True)
+    actor = spawn(hog(4))
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert actor.line() == "held"
+    cgroup.kill()
+    assert actor.wait() == -9
+    assert cgroup.oom_kills() == 0
+
+
+def test_oom_kills_of_a_removed_cgroup_is_an_error_and_not_zero(root: Cgroup) -> None:
+    cgroup = root.child("c1")
+    assert cgroup.remove()
+    with pytest.raises(FileNotFoundError, match="c1"):
+        cgroup.oom_kills()
+
+
+def test_pids_limit_refuses_fork(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1", limits=Limits(pids=5))
+    cgroup = container.child("p1", for_process=True)
+    actor = spawn(
+        "n = 0\ntry:\n  while True:\n    if os.fork() == 0:\n      time.sleep(1000)\n    n += 1\n"
+        "except BlockingIOError:\n  print(n)\nsys.stdin.readline()"
+    )
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert actor.line() == "4"
+    assert len(cgroup.pids()) == 5
+    stats = container.stats()
+    assert (stats.pids, stats.pids_limit) == (5, 5)
+    cgroup.kill()
+
+
+def test_cpu_quota_throttles_and_time_is_counted(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1", limits=Limits(cpu=0.2))
+    cgroup = container.child("p1", for_process=True)
+    actor = spawn("while time.process_time() < 0.3:\n  pass\nprint('done'); sys.stdin.readline()")
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert actor.line() == "done"
+    stats = container.stats()
+    assert stats.throttled_periods is not None
+    assert stats.throttled_periods > 0
+    assert stats.throttled_seconds is not None
+    assert stats.throttled_seconds > 0
+    assert stats.cpu_seconds is not None
+    assert 0.1 < stats.cpu_seconds < 10
+    of_process = cgroup.stats().cpu_seconds
+    assert of_process is None or 0.1 < of_process <= container.stats().cpu_seconds  # type: ignore[operator]
+
+
+def test_limits_are_read_back_from_the_kernel(root: Cgroup) -> None:
+    limits = Limits(memory=32 * MIB, cpu=1.5, cpu_weight=40, pids=7)
+    cgroup = root.child("c1", limits=limits)
+    # Where swap is not accounted for there is nothing to read.
+    assert attrs.evolve(cgroup.limits(), swap=0) == limits
+    assert cgroup.stats().memory_limit_bytes == 32 * MIB
+
+
+def test_a_cgroup_without_limits_has_none(root: Cgroup) -> None:
+    found = root.child("c1").limits()
+    assert (found.memory, found.cpu, found.cpu_weight, found.pids) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        Limits(memory=64 * MIB, swap=8 * MIB, cpu=0.5, cpu_weight=1000, pids=100),
+        Limits(memory=8 * MIB, cpu=0.1, pids=2),
+        Limits(memory=256 * MIB, swap=None),
+        Limits(),
+    ],
+    ids=["raised", "lowered", "swap unlimited", "taken away"],
+)
+def test_limits_can_be_changed_while_processes_run(root: Cgroup, spawn: Spawn, after: Limits) -> None:
+    container = root.child("c1", limits=Limits(memory=32 * MIB, cpu=0.3, cpu_weight=50, pids=10))
+    actor = spawn(hog(2))
+    container.child("p1", for_process=True).enter(actor.pid)
+    actor.go()
+    assert actor.line() == "held"
+    container.set_limits(after)
+    found = container.limits()
+    assert attrs.evolve(found, swap=0) == attrs.evolve(after, swap=0)
+    if after.memory is not None and found.swap is not None:
+        assert found.swap == after.swap
+    assert actor.process.poll() is None
+
+
+def test_a_memory_limit_below_what_is_in_use_is_refused_and_kills_nobody(root: Cgroup, spawn: Spawn) -> None:
+    before = Limits(memory=128 * MIB, pids=10)
+    container = root.child("c1", limits=before)
+    actor = spawn(hog(32))
+    container.child("p1", for_process=True).enter(actor.pid)
+    actor.go()
+    assert actor.line() == "held"
+    with pytest.raises(OSError, match="are in use") as caught:
+        container.set_limits(Limits(memory=8 * MIB, pids=20))
+    assert caught.value.errno == errno.EBUSY
+    assert attrs.evolve(container.limits(), swap=0) == before
+    assert actor.process.poll() is None
+
+
+def test_what_happens_below_counts_above(root: Cgroup, spawn: Spawn) -> None:
+    sandbox = root.child("s1")
+    cgroup = sandbox.child("c1").child("p1", for_process=True)
+    actor = spawn(hog(24))
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert actor.line() == "held"
+    stats = sandbox.stats()
+    assert stats.memory_bytes is not None
+    assert stats.memory_bytes > 24 * MIB
+    assert stats.memory_peak_bytes is None or stats.memory_peak_bytes > 24 * MIB
+    assert stats.pids == 1
+    assert sandbox.pids() == (actor.pid,)
+
+
+@pytest.mark.parametrize("controller", ["memory", "cpu", "pids"])
+def test_a_limit_that_cannot_be_had_is_refused_before_anything_is_made(cgroups: Cgroups, controller: str) -> None:
+    layout = attrs.evolve(cgroups._layout, missing={controller: "it is not there; mount it"})
+    poor = Cgroups(cgroups.name, layout).root()
+    limits = {"memory": Limits(memory=MIB), "cpu": Limits(cpu=1), "pids": Limits(pids=5)}[controller]
+    with pytest.raises(UnavailableError, match=rf"{controller} limit .* cannot be set\. it is not there; mount it"):
+        poor.child("c1", limits=limits)
+    assert not any(os.path.lexists(directory) for directory in poor.predict("c1"))
+    there = poor.child("c2")
+    with pytest.raises(UnavailableError, match=controller):
+        there.set_limits(limits)
+
+
+def test_a_process_cgroup_refuses_a_limit_that_it_has_no_directory_for(root: Cgroup) -> None:
+    cgroup = root.child("c1").child("p1", for_process=True)
+    if len(root.dirs) == 1:
+        pytest.skip("v2 has one directory for everything")
+    with pytest.raises(FailedPreconditionError, match="pids"):
+        cgroup.set_limits(Limits(pids=5))
+
+
+def test_a_child_that_fails_leaves_nothing(root: Cgroup) -> None:
+    if len(root.dirs) == 1:
+        pytest.skip("v2 accepts any cpu limit below another")
+    parent = root.child("s1", limits=Limits(cpu=0.5))
+    with pytest.raises(OSError, match="more cpu than the one above"):
+        parent.child("c1", limits=Limits(cpu=1.0))
+    assert parent.children() == ()
+
+
+# --- ending
+
+
+def test_a_fork_bomb_ends_at_once(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1", limits=Limits(pids=40))
+    cgroup = container.child("p1", for_process=True)
+    actor = spawn("while True:\n  try:\n    os.fork()\n  except OSError:\n    pass")
+    cgroup.enter(actor.pid)
+    actor.go()
+    until(lambda: len(cgroup.pids()) >= 30)
+    cgroup.kill()
+    assert actor.wait() == -9
+    until(lambda: not container.pids())
+    assert container.remove(PATIENCE)
+
+
+def test_kill_also_ends_processes_that_are_in_one_hierarchy_only(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1")
+    actors = [spawn("sys.stdin.readline()") for _ in cgroup.dirs]
+    for actor, directory in zip(actors, cgroup.dirs, strict=True):
+        Path(directory, "cgroup.procs").write_text(str(actor.pid))
+    cgroup.kill()
+    assert [actor.wait() for actor in actors] == [-9] * len(actors)
+
+
+def test_kill_ends_a_whole_tree_and_nothing_beside_it(root: Cgroup, spawn: Spawn) -> None:
+    sandbox, other = root.child("s1"), root.child("s2").child("p", for_process=True)
+    inside, outside = spawn("sys.stdin.readline()"), spawn("sys.stdin.readline()")
+    sandbox.child("c1").child("p1", for_process=True).enter(inside.pid)
+    other.enter(outside.pid)
+    sandbox.kill()
+    assert inside.wait() == -9
+    assert outside.process.poll() is None
+    sandbox.kill()  # again: fine
+
+
+def test_kill_with_a_timeout_returns_when_all_are_gone(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1").child("p1", for_process=True)
+    actor = spawn("for _ in range(5):\n  os.fork()\nprint('forked')\ntime.sleep(1000)")
+    cgroup.enter(actor.pid)
+    actor.go()
+    until(lambda: len(cgroup.pids()) == 32)
+    ending.kill(cgroup.dirs, PATIENCE)
+    assert cgroup.pids() == ()
+    ending.kill(("/sys/fs/cgroup/unisandbox-never-was",), PATIENCE)
+
+
+def test_remove_says_no_while_a_process_is_there(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1").child("p1", for_process=True)
+    actor = spawn("sys.stdin.readline()")
+    cgroup.enter(actor.pid)
+    assert not cgroup.remove()
+    assert cgroup.exists()
+    cgroup.kill()
+    actor.wait()
+    assert cgroup.remove(PATIENCE)
+    assert not cgroup.exists()
+    assert cgroup.remove()  # again: fine
+
+
+def test_remove_takes_what_is_below_with_it(root: Cgroup) -> None:
+    top = root.child("s1")
+    for name in ("c1", "c2"):
+        top.child(name).child("p1", for_process=True)
+    assert top.remove()
+    assert root.children() == ()
+
+
+def test_remove_touches_nothing_that_is_not_a_cgroup(root: Cgroup, tmp_path: Path) -> None:
+    cgroup = root.child("c1")
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "file").touch()
+    (tmp_path / "link").symlink_to(cgroup.dirs[0])
+    with pytest.raises(OSError, match="is not a cgroup"):
+        ending.remove((str(tmp_path / "dir"),))
+    with pytest.raises(OSError, match="link"):
+        ending.remove((str(tmp_path / "link"),))
+    assert cgroup.exists()
+    assert (tmp_path / "dir" / "file").exists()
+
+
+# --- freezing
+
+
+def test_frozen_processes_do_not_run_until_thawed(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1")
+    actor = spawn("while True:\n  pass")
+    container.child("p1", for_process=True).enter(actor.pid)
+    actor.go()
+    spent = Path(f"/proc/{actor.pid}/schedstat")
+
+    def runs() -> bool:
+        before = spent.read_text().split()[0]
+        time.sleep(0.05)
+        return spent.read_text().split()[0] != before
+
+    until(runs)
+    container.freeze(PATIENCE)
+    assert not runs()
+    container.freeze(PATIENCE)  # again: fine
+    container.thaw()
+    until(runs)
+    container.thaw()
+    container.kill()
+
+
+def test_what_is_frozen_can_be_killed(root: Cgroup, spawn: Spawn) -> None:
+    sandbox = root.child("s1")
+    container = sandbox.child("c1")
+    actor = spawn("while True:\n  pass")
+    container.child("p1", for_process=True).enter(actor.pid)
+    actor.go()
+    container.freeze(PATIENCE)
+    sandbox.kill()
+    assert actor.wait() == -9
+
+
+def test_a_process_that_enters_a_frozen_cgroup_is_frozen_and_can_be_killed(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1").child("p1", for_process=True)
+    cgroup.freeze(PATIENCE)
+    actor = spawn("print('ran')")
+    cgroup.enter(actor.pid)
+    actor.go()
+    assert cgroup.pids() == (actor.pid,)
+    cgroup.kill()
+    assert actor.wait() == -9
+
+
+# --- devices
+
+DEVICES = """
+import errno
+def attempt(what, *args):
+    try:
+        r = what(*args)
+        if isinstance(r, int):
+            os.close(r)
+        return 'ok'
+    except OSError as e:
+        return errno.errorcode[e.errno]
+print(attempt(os.open, '/dev/null', os.O_RDWR), attempt(os.open, '/dev/zero', os.O_RDONLY),
+      attempt(os.open, '/dev/zero', os.O_RDWR), attempt(os.open, '/dev/full', os.O_RDONLY),
+      attempt(os.mknod, {node!r}, 0o20600, os.makedev(1, 5)), attempt(os.mknod, {block!r}, 0o60600, os.makedev(7, 99)))
+sys.stdin.readline()
+"""
+
+
+def devices_seen(cgroup: Cgroup, spawn: Spawn, tmp_path: Path) -> str:
+    node, block = tmp_path / "node", tmp_path / "block"
+    actor = spawn(DEVICES.format(node=str(node), block=str(block)))
+    cgroup.enter(actor.pid)
+    actor.go()
+    seen = actor.line()
+    actor.go()
+    actor.wait()
+    for path in (node, block):
+        path.unlink(missing_ok=True)
+    return seen
+
+
+def test_devices_are_denied_but_those_that_are_allowed(root: Cgroup, spawn: Spawn, tmp_path: Path) -> None:
+    free, bound = root.child("c1").child("p1", for_process=True), root.child("c2")
+    bound.allow_devices([DeviceRule("c", 1, 3, "rw"), DeviceRule("c", 1, 5, "r")])
+    assert devices_seen(free, spawn, tmp_path) == "ok ok ok ok ok ok"
+    held = bound.child("p1", for_process=True)
+    assert devices_seen(held, spawn, tmp_path) == "ok ok EPERM EPERM EPERM EPERM"
+
+
+def test_no_device_at_all(root: Cgroup, spawn: Spawn, tmp_path: Path) -> None:
+    bound = root.child("c1")
+    bound.allow_devices([])
+    cgroup = bound.child("p1", for_process=True)
+    assert devices_seen(cgroup, spawn, tmp_path) == "EPERM EPERM EPERM EPERM EPERM EPERM"
+
+
+def test_device_rules_replace_earlier_ones(root: Cgroup, spawn: Spawn, tmp_path: Path) -> None:
+    bound = root.child("c1")
+    bound.allow_devices([])
+    bound.allow_devices(ANYTHING)
+    bound.allow_devices([DeviceRule("c", 1, None, "rm"), DeviceRule("b", None, 99, "m")])
+    cgroup = bound.child("p1", for_process=True)
+    assert devices_seen(cgroup, spawn, tmp_path) == "EPERM ok EPERM ok ok ok"
+
+
+# --- the tree
+
+
+def test_enter_moves_into_every_hierarchy_and_is_verified(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("s1").child("c1").child("p1", for_process=True)
+    actor = spawn("sys.stdin.readline()")
+    cgroup.enter(actor.pid)
+    for procs in cgroup.procs:
+        assert str(actor.pid) in Path(procs).read_text().split()
+    cgroup.enter(actor.pid)  # again: fine
+    actor.close()
+    with pytest.raises(ProcessLookupError):
+        cgroup.enter(actor.pid)
+
+
+def test_a_process_enters_by_itself(root: Cgroup, spawn: Spawn) -> None:
+    cgroup = root.child("c1").child("p1", for_process=True)
+    actor = spawn(
+        f"for path in {cgroup.entry!r}:\n  with open(path, 'w') as file:\n    file.write('0')\n"
+        "print('in'); sys.stdin.readline()"
+    )
+    actor.go()
+    assert actor.line() == "in"
+    for path in cgroup.procs:
+        assert str(actor.pid) in Path(path).read_text().split()
+
+
+BORN = """
+import ctypes
+sys.path.insert(0, {source!r})
+from unisandbox.host import syscalls
+directory = os.open({clone_into!r}, os.O_RDONLY | os.O_DIRECTORY)
+tasks = [os.open(path, os.O_WRONLY) for path in {tasks!r}]
+if {uid}:
+    os.setresgid({uid}, {uid}, {uid})
+    os.setresuid({uid}, {uid}, {uid})
+try:
+    pid = syscalls.fork_into_cgroup(directory)
+except PermissionError:
+    print("refused")
+    os._exit(0)
+if pid == 0:
+    for file in tasks:
+        os.write(file, b"0")
+    print(os.getpid())
+    sys.stdin.readline()
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("uid", [0, 100_000])
+def test_a_process_can_be_born_in_a_cgroup_that_admits_its_user(root: Cgroup, spawn: Spawn, uid: int) -> None:
+    container = root.child("c1")
+    init, cgroup = container.child("init", for_process=True), container.child("p1", for_process=True)
+    if cgroup.clone_into is None:
+        pytest.skip("pure v1 has no CLONE_INTO_CGROUP")
+    source = str(Path(ending.__file__).parents[3])
+
+    def start() -> Actor:
+        code = BORN.format(source=source, clone_into=cgroup.clone_into, tasks=cgroup.tasks, uid=uid)
+        actor = spawn(code)
+        init.enter(actor.pid)
+        actor.go()
+        return actor
+
+    if uid:
+        assert start().line() == "refused"
+        container.admit(uid)
+        cgroup.admit(uid)
+    actor = start()
+    child = int(actor.line())
+    assert cgroup.pids() == (child,)
+    for path in cgroup.procs:
+        assert str(child) in Path(path).read_text().split()
+    actor.go()
+    assert actor.line() == "7"
+
+
+def test_predict_tells_the_directories_before_they_are_made(root: Cgroup) -> None:
+    foreseen = root.predict("c1"), root.predict("p1", for_process=True)
+    assert not any(os.path.lexists(directory) for directories in foreseen for directory in directories)
+    made = root.child("c1"), root.child("p1", for_process=True)
+    assert foreseen == (made[0].dirs, made[1].dirs)
+    assert all(os.path.isdir(directory) for cgroup in made for directory in cgroup.dirs)
+
+
+def test_a_second_child_of_one_name_is_refused_and_harms_the_first_not(root: Cgroup) -> None:
+    first = root.child("c1", limits=Limits(pids=5))
+    with pytest.raises(FileExistsError):
+        root.child("c1", limits=Limits(pids=6))
+    assert first.limits().pids == 5
+
+
+def test_of_many_that_make_one_cgroup_exactly_one_wins(root: Cgroup, count: Callable[[int], int]) -> None:
+    for round_ in range(count(100)):
+        won: list[Cgroup] = []
+        barrier = threading.Barrier(4)
+
+        def make(name: str, won: list[Cgroup] = won, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait()
+            with contextlib.suppress(FileExistsError):
+                won.append(root.child(name, limits=Limits(pids=5)))
+
+        threads = [threading.Thread(target=make, args=(f"c{round_}",)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert won[0].limits().pids == 5
+        assert won[0].remove()
+
+
+def test_the_rest_of_a_removal_that_was_cut_short_is_no_obstacle(root: Cgroup) -> None:
+    if len(root.dirs) == 1:
+        pytest.skip("v2 has one directory for everything")
+    os.mkdir(root.predict("c1")[-1])
+    cgroup = root.child("c1", limits=Limits(pids=3))
+    assert all(os.path.isdir(directory) for directory in cgroup.dirs)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-a", ".a", "a\n", "x" * 77, "cgroup.procs", "memory.max"])
+def test_names_that_are_no_names_are_refused(root: Cgroup, name: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        root.child(name)
+    with pytest.raises(InvalidArgumentError):
+        root.predict(name)
+    assert root.children() == ()
+
+
+def test_a_successor_finds_ends_and_removes_what_was_left(cgroups: Cgroups, root: Cgroup, spawn: Spawn) -> None:
+    made = root.child("s1").child("c1", limits=Limits(pids=9)).child("p1", for_process=True)
+    actor = spawn("sys.stdin.readline()")
+    made.enter(actor.pid)
+    successor = Cgroups(cgroups.name, cgroups._layout)
+    assert successor.find("").children() == ("s1",)
+    assert successor.find("s1/c1").limits().pids == 9
+    found = open_existing(successor, made.dirs)
+    assert (found.path, found.dirs, found.procs) == (made.path, made.dirs, made.procs)
+    assert found.pids() == (actor.pid,)
+    successor.find("s1").kill()
+    assert actor.wait() == -9
+    assert successor.find("s1").remove(PATIENCE)
+    with pytest.raises(FileNotFoundError, match="s1"):
+        successor.find("s1")
+    with pytest.raises(InvalidArgumentError):
+        successor.find("../s1")
+    with pytest.raises(InvalidArgumentError):
+        open_existing(successor, ("/sys/fs/cgroup/memory",))
+
+
+def test_detection_and_reading_change_nothing_and_the_root_is_made_on_demand(cgroups: Cgroups) -> None:
+    directories = [f"{place.parent}/{cgroups.name}" for place in cgroups.places]
+    assert not any(os.path.exists(directory) for directory in directories)
+    assert list(cgroups.root().dirs) == directories
+    assert cgroups.root().exists()  # twice: fine

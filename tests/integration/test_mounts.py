@@ -1,0 +1,423 @@
+"""Trees are built from mounts as told, hostile directories lead nowhere, and a failure leaves no mount."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.isolated import isolated, open_fds
+
+from unisandbox.host import jobs, mounts, syscalls, tree
+
+pytestmark = pytest.mark.root
+
+ROOT = 1_000_000
+USERNS: dict[str, object] = {
+    "do": "namespaces",
+    "kinds": ["user"],
+    "uid_map": [[0, ROOT, 65_536]],
+    "gid_map": [[0, ROOT, 65_536]],
+}
+READONLY = ["readonly", "nosuid", "nodev"]
+
+
+def _build(root: Path, *ops: dict[str, object], fds: list[int] | None = None) -> dict[str, Any]:
+    """Run one job that makes a user namespace and then these operations; the result of the latter."""
+    root.mkdir(exist_ok=True)
+    steps: list[dict[str, object]] = [USERNS, {"do": "mounts", "root": str(root), "ops": list(ops)}]
+    result, named = jobs.run(steps, fds or [])
+    for fd in named.values():
+        os.close(fd)
+    steps_done: Any = result["steps"]
+    answer: dict[str, Any] = steps_done[1]
+    return answer
+
+
+def _tmpfs(path: str = "/", **fields: object) -> dict[str, object]:
+    return {"op": "tmpfs", "path": path, "size": 1 << 20, "inodes": 100, **fields}
+
+
+def _mkdir(path: str, **fields: object) -> dict[str, object]:
+    return {"op": "mkdir", "path": path, **fields}
+
+
+def _bind(source: object, path: str, **fields: object) -> dict[str, object]:
+    return {"op": "bind", "source": source, "path": path, "create": True, **fields}
+
+
+def _fill(file: io.RawIOBase) -> None:
+    for _ in range(100):
+        file.write(bytes(1 << 20))
+
+
+def _points(below: Path) -> list[str]:
+    return [point for point in mounts.mount_points() if point.startswith(f"{below}/")]
+
+
+def test_a_tree_is_built_as_told_and_taken_apart(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        root = where / "root"
+        before = open_fds()
+        _build(
+            root,
+            _tmpfs(uid=ROOT, gid=ROOT, mode=0o750),
+            _bind("/usr", "/usr", attributes=READONLY),
+            {"op": "symlink", "target": "usr/bin", "path": "/bin", "uid": ROOT, "gid": ROOT},
+            {"op": "mkdir", "path": "/a/b/c", "parents": True, "mode": 0o700, "uid": ROOT},
+            {"op": "file", "path": "/a/hosts", "content": "127.0.0.1 localhost\n", "mode": 0o600, "gid": ROOT},
+            {"op": "file", "path": "/a/raw", "base64": "AP8="},
+            _bind("/etc/services", "/etc/services", attributes=READONLY),
+            {"op": "mkdir", "path": "/tmp", "mode": 0o1777},
+        )
+        assert open_fds() == before
+        top = root.stat()
+        assert (top.st_uid, top.st_gid, stat.S_IMODE(top.st_mode)) == (ROOT, ROOT, 0o750)
+        assert (root / "bin").readlink() == Path("usr/bin")
+        assert (root / "bin").lstat().st_uid == ROOT
+        assert (root / "a/b/c").stat().st_mode & 0o7777 == 0o700
+        assert (root / "a/hosts").read_text() == "127.0.0.1 localhost\n"
+        assert (root / "a/raw").read_bytes() == b"\0\xff"
+        assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777
+        assert (root / "etc/services").read_bytes() == Path("/etc/services").read_bytes()
+        with pytest.raises(OSError, match="Read-only"):
+            (root / "usr/x").touch()
+        with pytest.raises(OSError, match="Read-only"):
+            (root / "etc/services").write_text("")
+        result, _ = jobs.run([{"do": "unmount", "path": str(root), "rmdir": True}], [])
+        assert not root.exists()
+        jobs.run([{"do": "unmount", "path": str(root), "rmdir": True}], [])  # may be repeated
+        return result["steps"], _points(where)
+
+    assert isolated(work, tmp_path) == [[{"unmounted": 1}], []]
+
+
+def test_readonly_holds_for_submounts_where_a_plain_bind_does_not(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        source = where / "source"
+        (source / "sub").mkdir(parents=True)
+        syscalls.mount("tmpfs", str(source / "sub"), "tmpfs")
+        _build(where / "root", _bind(str(source), "/safe", attributes=["readonly"]))
+        plain = where / "plain"
+        plain.mkdir()
+        syscalls.mount(str(source), str(plain), None, syscalls.MS_BIND | syscalls.MS_REC)
+        flags = syscalls.MS_BIND | syscalls.MS_REMOUNT | syscalls.MS_RDONLY
+        syscalls.mount("none", str(plain), None, flags)
+        (plain / "sub/attack").touch()  # the trap that mount(8) warns of
+        with pytest.raises(OSError, match="Read-only"):
+            (where / "root/safe/sub/attack2").touch()
+        return True
+
+    assert isolated(work, tmp_path)
+
+
+def test_a_later_mount_of_the_host_does_not_appear_inside(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        source = where / "source"
+        (source / "late").mkdir(parents=True)
+        syscalls.mount(str(source), str(source), None, syscalls.MS_BIND)
+        syscalls.mount("none", str(source), None, 1 << 20)  # MS_SHARED, as systemd makes everything
+        _build(where / "root", _bind(str(source), "/in", attributes=["readonly"]))
+        syscalls.mount("tmpfs", str(source / "late"), "tmpfs")
+        (source / "late/here").touch()
+        return (where / "root/in/late/here").exists()
+
+    assert isolated(work, tmp_path) is False
+
+
+def test_ids_are_mapped_for_binds_and_overlays(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        lower = where / "lower"
+        lower.mkdir()
+        (lower / "file").write_text("lower")
+        os.chown(lower / "file", 5, 6)
+        root = where / "root"
+        root.mkdir()
+        ops = [
+            _tmpfs(),
+            _bind(str(lower), "/bind", idmap=True),
+            _tmpfs("/layer") | {"path": "/layer"},
+        ]
+        ops.insert(2, {"op": "mkdir", "path": "/layer"})
+        ops += [
+            {"op": "mkdir", "path": "/layer/upper", "uid": ROOT, "gid": ROOT},
+            {"op": "mkdir", "path": "/layer/work", "uid": ROOT, "gid": ROOT},
+            {"op": "mkdir", "path": "/merged"},
+            {
+                "op": "overlay",
+                "path": "/merged",
+                "lower": [str(lower)],
+                "upper": {"below": str(root), "path": "/layer/upper"},
+                "work": {"below": str(root), "path": "/layer/work"},
+                "idmap": True,
+            },
+        ]
+        assert _build(root, *ops) == {"unmapped": []}
+        for place in ("bind", "merged"):
+            status = (root / place / "file").stat()
+            assert (status.st_uid, status.st_gid) == (ROOT + 5, ROOT + 6)
+        (root / "merged/file").write_text("changed")
+        assert (lower / "file").read_text() == "lower"
+        assert (root / "layer/upper/file").stat().st_uid == ROOT + 5
+        assert len(_points(root)) == 3  # nothing of what was staged is left
+        return True
+
+    assert isolated(work, tmp_path)
+
+
+def test_overlays_of_old_kernels_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_layers: object, _attributes: int) -> int:
+        raise OSError(22, "this kernel has no lowerdir+")
+
+    monkeypatch.setattr(tree, "_overlay_mount", refuse)
+    monkeypatch.setattr(tree, "_kernel", lambda: (6, 1))
+
+    def work(where: Path) -> object:
+        layers = [where / f"layer{n}" for n in range(30)]
+        for layer in layers:
+            layer.mkdir()
+            (layer / layer.name).touch()
+        for name in ("upper", "work"):
+            (where / name).mkdir()
+        root = where / "root"
+        for path in ("/", "/deep"):
+            _build(
+                root,
+                *([] if path == "/" else [_mkdir("/deep")]),
+                {
+                    "op": "overlay",
+                    "path": path,
+                    "lower": [str(layer) for layer in layers],
+                    "upper": str(where / "upper"),
+                    "work": str(where / "work"),
+                    "idmap": True,
+                    "attributes": ["nosuid"],
+                },
+            )
+            merged = root / path.strip("/")
+            assert len([name for name in os.listdir(merged) if name.startswith("layer")]) == 30
+            assert (merged / "layer0").stat().st_uid == ROOT
+            (merged / "new").touch()
+            assert (where / "upper/new").exists()
+            assert os.statvfs(merged).f_flag & os.ST_NOSUID
+            assert len([p for p in mounts.mount_points() if p.startswith(str(root))]) == 1
+            jobs.run([{"do": "unmount", "path": str(root)}], [])
+            (where / "upper/new").unlink()
+        return True
+
+    assert isolated(work, tmp_path)
+
+
+def test_many_layers_fit(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        layers = [where / f"a-rather-long-name-of-a-layer-{'x' * 100}{n}" for n in range(120)]
+        for layer in layers:
+            layer.mkdir()
+            (layer / layer.name).touch()
+        lower: list[object] = [str(layer) for layer in layers]
+        _build(where / "root", {"op": "overlay", "path": "/", "lower": lower})
+        return len(os.listdir(where / "root")), os.access(where / "root", os.W_OK)
+
+    assert isolated(work, tmp_path) == [120, False]
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_symbolic_links_of_a_hostile_directory_lead_nowhere(tmp_path: Path, follow: bool) -> None:
+    def work(where: Path) -> object:
+        victim = where / "victim"
+        victim.mkdir()
+        hostile = where / "root"
+        hostile.mkdir()
+        (hostile / "absolute").symlink_to(victim)
+        (hostile / "relative").symlink_to("../victim")
+        (hostile / "magic").symlink_to("/proc/self/root")
+        (hostile / "file").symlink_to(victim / "file")
+        mounted = mounts.mount_points()
+        for path in (
+            "/absolute",
+            "/absolute/x",
+            "/relative",
+            "/magic",
+            "/file",
+            "/../victim",
+            "/relative/../../victim",
+        ):
+            attacks: list[dict[str, object]] = [
+                _mkdir(path, parents=True),
+                {"op": "file", "path": path, "content": "x"},
+                _tmpfs(path),
+                _bind("/usr", path),
+                {"op": "symlink", "path": path + "/link", "target": "x"},
+            ]
+            for op in attacks:
+                with contextlib.suppress(jobs.StepError):
+                    _build(hostile, op | {"follow": follow})
+        assert os.listdir(victim) == []
+        assert sorted(os.listdir(where)) == ["root", "victim"]
+        return [p for p in mounts.mount_points() if p not in mounted and not p.startswith(f"{hostile}/")]
+
+    assert isolated(work, tmp_path) == []
+
+
+def test_links_inside_may_be_followed_when_asked(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        root = where / "root"
+        (root / "run").mkdir(parents=True)
+        (root / "var").mkdir()
+        (root / "var/run").symlink_to("/run")
+        with pytest.raises(jobs.StepError, match="symbolic link"):
+            _build(root, _tmpfs("/var/run"))
+        _build(root, _tmpfs("/var/run", follow=True))
+        return _points(root) == [f"{root}/run"]
+
+    assert isolated(work, tmp_path)
+
+
+def test_a_failure_leaves_no_mount_no_descriptor_and_no_image(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        before = open_fds(), mounts.mount_points()
+        image = where / "disk"
+        with pytest.raises(jobs.StepError) as caught:
+            _build(
+                where / "root",
+                _tmpfs(),
+                _bind("/usr", "/usr"),
+                {"op": "mkdir", "path": "/x"},
+                _tmpfs("/x"),
+                _bind("/no/such/place", "/y"),
+            )
+        assert (open_fds(), mounts.mount_points()) == before
+        with pytest.raises(jobs.StepError):
+            _build(where / "root", {"op": "image", "path": "/missing", "image": str(image), "size": 1 << 20})
+        assert not image.exists()
+        assert (open_fds(), mounts.mount_points()) == before
+        error = caught.value
+        return error.index, error.do, error.errno, str(error)
+
+    index, do, number, message = isolated(work, tmp_path)
+    assert (index, do, number) == (1, "mounts", 2)
+    assert "bind /y" in message
+    assert "/no/such/place" in message
+
+
+def test_a_disk_image_bounds_what_is_written_and_frees_its_device(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    tmp_path = tmp_path / "work"
+    tmp_path.mkdir()
+
+    def work(where: Path) -> object:
+        root = where / "root"
+        _build(root, {"op": "image", "path": "/", "image": str(image), "size": 8 << 20, "uid": ROOT, "gid": ROOT})
+        assert root.stat().st_uid == ROOT
+        flags = os.statvfs(root).f_flag
+        assert flags & os.ST_NOSUID
+        assert flags & os.ST_NODEV
+        with (root / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            _fill(file)
+        full = image.stat().st_blocks * 512
+        (root / "fill").unlink()
+        os.sync()
+        assert image.stat().st_blocks * 512 < full  # discarded blocks are given back
+        (root / "kept").write_text("kept")
+        jobs.run([{"do": "unmount", "path": str(root)}], [])
+        _build(root, {"op": "image", "path": "/", "image": str(image)})
+        kept = (root / "kept").read_text()
+        jobs.run([{"do": "unmount", "path": str(root)}], [])
+        return kept
+
+    assert isolated(work, tmp_path) == "kept"
+    assert image.stat().st_size == 8 << 20
+    listed = subprocess.run(["losetup", "--noheadings", "--list"], capture_output=True, text=True, check=True)
+    assert str(image) not in listed.stdout
+
+
+def test_a_source_that_was_opened_elsewhere_is_mounted_if_it_is_still_the_same(tmp_path: Path) -> None:
+    source, other = tmp_path / "source", tmp_path / "other"
+    for directory in (source, other, tmp_path / "w"):
+        directory.mkdir()
+    (source / "mine").touch()
+    fd = os.open(source, os.O_PATH)
+    detached = mounts.detached_tree(str(source))
+
+    def work(where: Path) -> object:
+        _build(where / "root", _bind({"fd": 0}, "/fd"), _bind({"fd": 1}, "/tree", detached=True), fds=[fd, detached])
+        return (where / "root/fd/mine").exists(), (where / "root/tree/mine").exists()
+
+    def replaced(where: Path) -> object:
+        source.rename(tmp_path / "moved")
+        other.rename(source)
+        syscalls.mount(str(source), str(tmp_path / "moved"), None, syscalls.MS_BIND)
+        with pytest.raises(jobs.StepError, match="is not the file that was opened"):
+            _build(where / "root", _bind({"fd": 0}, "/fd"), fds=[fd])
+        return True
+
+    try:
+        assert isolated(work, tmp_path / "w") == [True, True]
+        assert isolated(replaced, tmp_path / "w")
+    finally:
+        os.close(fd)
+        os.close(detached)
+
+
+def test_a_source_path_with_a_link_in_it_is_refused(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        (where / "link").symlink_to("/usr")
+        with pytest.raises(jobs.StepError, match="symbolic links"):
+            _build(where / "root", _bind(f"{where}/link/bin", "/bin"))
+        return True
+
+    assert isolated(work, tmp_path)
+
+
+def test_a_file_system_that_cannot_map_ids_is_an_error_or_reported(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        with pytest.raises(jobs.StepError, match="mapping the ids"):
+            _build(where / "root", _bind("/proc", "/p", idmap=True))
+        return _build(where / "root", _bind("/proc", "/p", idmap="try"))["unmapped"]
+
+    assert isolated(work, tmp_path) == ["/p"]
+
+
+def test_unmounting_never_follows_what_a_stranger_has_renamed(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        root = where / "root"
+        _build(root, _tmpfs(), {"op": "mkdir", "path": "/a/b", "parents": True}, _tmpfs("/a/b"))
+        (root / "a").rename(root / "c")
+        (root / "a").symlink_to("/")
+        before = len(mounts.mount_points())
+        jobs.run([{"do": "unmount", "path": str(root)}], [])
+        return before - len(mounts.mount_points())
+
+    assert isolated(work, tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("op", "words"),
+    [
+        ({"op": "teleport", "path": "/x"}, "unknown operation"),
+        ({"op": "mkdir", "path": "/x", "colour": 1}, "unknown field 'colour'"),
+        ({"op": "mkdir", "path": "/x", "mode": "755"}, "must be of type int"),
+        ({"op": "mkdir", "path": "/"}, "names nothing"),
+        ({"op": "tmpfs", "path": "/", "size": -1, "inodes": 1}, "must not be negative"),
+        ({"op": "bind", "path": "/x", "source": "usr"}, "must be absolute"),
+        ({"op": "bind", "path": "/x", "source": {"fd": 3}}, "no descriptor 3"),
+        ({"op": "bind", "path": "/x", "source": {"name": "nobody"}}, "named"),
+        ({"op": "bind", "path": "/x", "source": "/usr", "attributes": ["shiny"]}, "unknown mount attribute"),
+        ({"op": "overlay", "path": "/", "lower": []}, "needs lower"),
+        ({"op": "file", "path": "/x", "content": "a", "base64": "aa=="}, "either"),
+    ],
+)
+def test_a_wrong_operation_is_an_error_that_names_it(tmp_path: Path, op: dict[str, object], words: str) -> None:
+    def work(where: Path) -> object:
+        with pytest.raises(jobs.StepError) as caught:
+            _build(where / "root", op)
+        return str(caught.value)
+
+    message = isolated(work, tmp_path)
+    assert words in message
+    assert f"{op['op']} {op['path']} (operation 0)" in message

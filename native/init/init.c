@@ -420,6 +420,17 @@ static void spawn(const struct request *r, const int *fds)
 	live[live_count++] = (struct live){(int)pid, life, 0, 0};
 }
 
+/* Use all the descriptors that the hard limit gives: there is one `life` per process. Root inside has our user id,
+ * so the kernel lets it lower our limits: what it lowers softly is raised again here. Returns what there is. */
+static u64 take_descriptors(struct rlimit *was)
+{
+	CALL4(prlimit64, 0, RLIMIT_NOFILE, 0, was);
+	struct rlimit all = {was->hard, was->hard};
+	if (was->soft < was->hard)
+		CALL4(prlimit64, 0, RLIMIT_NOFILE, &all, 0);
+	return was->hard;
+}
+
 /* One packet. False when all hosts are gone. */
 static int receive(int hung_up)
 {
@@ -443,7 +454,10 @@ static int receive(int hung_up)
 		at += (c->len + 7) & ~7ul;
 	}
 	int kept = 0;
-	if (!(message.flags & (MSG_TRUNC | MSG_CTRUNC)) && valid(&body.request, size, nfds)) {
+	struct rlimit was;
+	if (message.flags & MSG_CTRUNC)
+		take_descriptors(&was);
+	else if (!(message.flags & MSG_TRUNC) && valid(&body.request, size, nfds)) {
 		spawn(&body.request, fds);
 		kept = 1; /* `life` is spawn's */
 	}
@@ -459,8 +473,14 @@ static void serve(void)
 	for (;;) {
 		struct timespec now = {0, 0}, soon = {0, 100000000};
 		struct timespec *wait = !reaped ? &now : unsent ? &soon : 0;
-		if (CALL5(ppoll, polled, 2, wait, 0, 8) < 0)
+		if (CALL5(ppoll, polled, 2, wait, 0, 8) < 0) {
+			/* EINVAL when even two fds are over the limit. If it cannot be raised somebody inside wants the end
+			 * of the container, and gets it; to go on would be to spin. */
+			struct rlimit was;
+			if (take_descriptors(&was) < 2)
+				return;
 			continue;
+		}
 		if (unsent)
 			for (u32 i = 0; i < live_count;)
 				i += !(live[i].ended && tell(&live[i]));
@@ -505,12 +525,9 @@ void start(long *stack)
 	for (int i = 0; i < 3; i++) /* taken, so that nothing received lands there; no path is opened for it */
 		if (CALL3(dup3, SIGNALS, i, O_CLOEXEC) < 0)
 			exit(70);
-	/* One `life` per process: use all that the hard limit gives; each child gets the first soft limit back. */
-	CALL4(prlimit64, 0, RLIMIT_NOFILE, 0, &first_nofile);
-	struct rlimit all = {first_nofile.hard, first_nofile.hard};
-	CALL4(prlimit64, 0, RLIMIT_NOFILE, &all, 0);
-	if (all.hard < MAX_LIVE + 32)
-		live_limit = all.hard > 64 ? (u32)all.hard - 32 : 16;
+	u64 descriptors = take_descriptors(&first_nofile); /* each child gets the first soft limit back */
+	if (descriptors < MAX_LIVE + 32)
+		live_limit = descriptors > 64 ? (u32)descriptors - 32 : 16;
 	serve();
 	if (CALL0(getpid) != 1) /* nobody else ends them then */
 		for (u32 i = 0; i < live_count; i++)

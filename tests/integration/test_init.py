@@ -32,6 +32,7 @@ from tests.init_container import (
 )
 
 from unisandbox.api.errors import (
+    BackendError,
     DeadlineExceededError,
     InvalidArgumentError,
     UnavailableError,
@@ -296,7 +297,7 @@ async def test_a_failed_start_tells_its_step_and_errno(
         assert await container.status(*argv, **options) == 0
         return
     with pytest.raises(ExecFailed) as failed:
-        await container.start(*argv, **options)
+        await container.status(*argv, **options)
     assert (failed.value.step, failed.value.errno) == (step, number)
     await until(lambda: list(container.processes()) == [container.pid])
 
@@ -410,7 +411,7 @@ async def test_a_job_can_be_stopped_and_continued_on_a_terminal(container: Conta
         os.write(process.master, b"\x1a")
         await _read_until(process.master, b"Stopped")
         os.write(process.master, b"fg\n")
-        await _read_until(process.master, b"fg\r\ncat\r\n")
+        await _read_until(process.master, b"cat\r\n")
         os.write(process.master, b"\x04")
         await _read_until(process.master, b"$ ")
         os.write(process.master, b"exit 6\n")
@@ -521,6 +522,61 @@ async def test_a_stopped_init_meets_the_deadline_and_starts_nothing_later(contai
     assert await container.status("/bin/true") == 0
     await until(lambda: list(container.processes()) == [container.pid])
     assert "never" not in os.listdir(f"/proc/{container.pid}/root/tmp")
+
+
+async def test_a_process_of_another_pid_namespace_than_expected_is_refused(container: Container) -> None:
+    null = os.open("/dev/null", os.O_RDWR)
+    expected = os.stat(f"/proc/{container.pid}/ns/pid").st_ino
+
+    async def start(pid_namespace: int) -> None:
+        process = await spawn(
+            container.control,
+            make_request("true"),
+            (null, null, null),
+            before_exec=lambda pid, pidfd: None,
+            timeout=10,
+            pid_namespace=pid_namespace,
+        )
+        async with closing(process):
+            assert await ended(process.life) == 0
+
+    try:
+        await start(expected)
+        with pytest.raises(BackendError, match="namespace"):
+            await start(expected + 1)
+    finally:
+        os.close(null)
+    await until(lambda: list(container.processes()) == [container.pid])
+
+
+async def test_a_host_without_descriptors_gets_a_typed_error_at_every_point(container: Container) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    null = os.open("/dev/null", os.O_RDWR)
+    filling = [null]
+    while filling[-1] <= highest:  # no gaps below the limit
+        filling.append(os.dup(null))
+    request = make_request("true")
+    failures = 0
+    for room in range(1, 24):
+        taken = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (filling[-1] + room, limit[1]))
+        try:
+            process = await spawn(
+                container.control, request, (null, null, null), before_exec=lambda pid, pidfd: None, timeout=10
+            )
+            taken.append(process)
+        except BackendError:
+            failures += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for process in taken:
+            async with closing(process):
+                assert await ended(process.life) == 0
+    for fd in filling:
+        os.close(fd)
+    assert 0 < failures < 23
+    await until(lambda: list(container.processes()) == [container.pid])
 
 
 async def test_without_init_a_start_is_a_typed_error(container: Container) -> None:

@@ -421,3 +421,67 @@ def test_a_wrong_operation_is_an_error_that_names_it(tmp_path: Path, op: dict[st
     message = isolated(work, tmp_path)
     assert words in message
     assert f"{op['op']} {op['path']} (operation 0)" in message
+
+
+def test_stacked_mounts_and_odd_names_are_unmounted(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        odd = where / "a b\\c\td"
+        for _ in range(3):
+            _build(odd, _tmpfs())
+        _build(odd, _mkdir("/in"), _tmpfs("/in"), _tmpfs("/in"))
+        beside = where / "a b"
+        _build(beside, _tmpfs())
+        result, _ = jobs.run([{"do": "unmount", "path": str(odd)}], [])
+        return result["steps"], mounts.mount_points(str(odd)), len(mounts.mount_points(str(beside)))
+
+    assert isolated(work, tmp_path) == [[{"unmounted": 3}], [], 1]
+
+
+def test_descriptors_are_named_and_given(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        (where / "lower").mkdir()
+        (where / "lower/file").touch()
+        (where / "root").mkdir()
+        _, named = jobs.run([USERNS], [])
+        before = open_fds()
+        steps: list[dict[str, object]] = [
+            {"do": "given", "fd": 0, "name": "user"},
+            {"do": "dirfd", "path": str(where / "lower"), "name": "layer"},
+            {
+                "do": "mounts",
+                "root": str(where / "root"),
+                "ops": [_bind({"name": "layer"}, "/x", idmap=True), {"op": "readonly", "path": "/x"}],
+            },
+            {"do": "dirfd", "path": str(where / "root/x"), "name": "files"},
+        ]
+        _, fds = jobs.run(steps, [named["user"]])
+        assert os.stat("file", dir_fd=fds["files"]).st_uid == ROOT
+        assert os.statvfs(where / "root/x").f_flag & os.ST_RDONLY
+        assert sorted(fds) == ["files", "layer", "user"]
+        for fd in fds.values():
+            assert not os.get_inheritable(fd)
+            os.close(fd)
+        assert open_fds() == before
+        with pytest.raises(jobs.StepError, match="no namespace"):
+            jobs.run([{"do": "given", "fd": 0, "name": "user"}], [os.open("/", os.O_RDONLY)])
+        with pytest.raises(jobs.StepError, match="two steps name"):
+            jobs.run([steps[1], steps[1]], [])
+        return True
+
+    assert isolated(work, tmp_path)
+
+
+def test_devices_can_be_bound_where_nodes_cannot_be_made(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        _build(
+            where / "root",
+            _tmpfs(),
+            _bind("/dev/null", "/dev/null", attributes=["nosuid", "noexec"]),
+            _bind("/dev/zero", "/dev/zero", attributes=["nosuid", "nodev"]),
+        )
+        (where / "root/dev/null").write_text("gone")
+        with pytest.raises(PermissionError):
+            (where / "root/dev/zero").read_bytes()
+        return (where / "root/dev/null").read_text()
+
+    assert isolated(work, tmp_path) == ""

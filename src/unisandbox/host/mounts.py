@@ -178,28 +178,36 @@ def unmount_below(path: str) -> int:
     """
     path = os.path.normpath(path)
     done = 0
-    while True:
-        found = [point for point in mount_points() if point == path or point.startswith(path + "/")]
+    while found := mount_points(path):
         uppermost = [point for point in found if not any(point.startswith(other + "/") for other in found)]
-        if not uppermost:
-            return done
-        for point in dict.fromkeys(uppermost):
+        for point in uppermost:  # stacked ones are there several times
             fd = syscalls.openat2(syscalls.AT_FDCWD, point, os.O_PATH, resolve=NO_LINKS)
             try:
                 detach(fd)
                 done += 1
             finally:
                 os.close(fd)
+    return done
 
 
-def mount_points() -> list[str]:
-    """The mount points of this mount namespace, stacked ones once each. Source: proc_pid_mountinfo(5)."""
+def mount_points(below: str = "/") -> list[str]:
+    """The mount points at and below a path in this mount namespace, stacked ones several times.
+
+    Source: proc_pid_mountinfo(5); spaces and the like are written in octal.
+    """
+    below = below.rstrip("/")
     with open("/proc/self/mountinfo", "rb", buffering=0) as file:
         text = file.readall()
+    start = os.fsencode(below)
+    plain = not any(byte in b" \t\n\\" for byte in start)
     points = []
     for line in text.splitlines():
+        if plain and start not in line:  # cheap: there may be thousands
+            continue
         raw = line.split(b" ", 5)[4]
         if b"\\" in raw:
             raw = raw.replace(b"\\040", b" ").replace(b"\\011", b"\t").replace(b"\\012", b"\n").replace(b"\\134", b"\\")
-        points.append(os.fsdecode(raw))
+        point = os.fsdecode(raw)
+        if point == below or point.startswith(below + "/"):
+            points.append(point)
     return points

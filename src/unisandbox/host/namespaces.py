@@ -220,12 +220,13 @@ def _outside_root(uid_map: IdMap, gid_map: IdMap) -> tuple[int, int]:
 
 def _clone_as_root_of(flags: int, root: tuple[int, int]) -> int:
     """Clone with the file system ids of the sandbox's root: /dev/mqueue belongs to whoever makes an ipc namespace."""
-    if root == (0, 0):
-        return syscalls.clone_paused(flags)
     try:
         syscalls.setfsgid(root[1])
         syscalls.setfsuid(root[0])
         return syscalls.clone_paused(flags)
+    except OSError as error:
+        why = "; a limit in /proc/sys/user is reached" if error.errno == errno.ENOSPC else ""
+        raise OSError(error.errno, f"cannot make namespaces: {error.strerror}{why}") from None
     finally:
         syscalls.setfsuid(0)
         syscalls.setfsgid(0)

@@ -7,7 +7,6 @@ inherits the runtime's descriptors and keeps them open.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,9 +19,8 @@ import attrs
 
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
 from unisandbox.host import pidfd as pidfds
+from unisandbox.oci.answers import last_message, read_log
 
-_LOG_TAIL: Final = 16384
-_MESSAGE_LIMIT: Final = 600
 # A killed process may sit in the kernel; what waits behind us should not.
 _DEATH_SECONDS: Final = 5.0
 # What a runtime needs to find its own helpers; nothing of the caller's environment (NOTIFY_SOCKET and LISTEN_FDS would
@@ -149,7 +147,9 @@ async def run(spawner: Spawner, call: Call) -> int:
     """
     try:
         with anyio.fail_after(call.timeout):
-            child = await _spawn(spawner, call)
+            # Not cancelled in between: only who knows the process can wait until it is dead. It takes about 2 ms.
+            with anyio.fail_after(call.timeout, shield=True):
+                child = await _spawn(spawner, call)
             try:
                 record = await spawner.wait_exit(child.pid, child.start_time)
             except BaseException:
@@ -207,7 +207,7 @@ def kill_tree(pid: int, pidfd: int) -> None:
     try:
         pending = [pid]
         while pending:
-            for child in _children(pending.pop()):
+            for child in children(pending.pop()):
                 if child in found:
                     continue
                 with contextlib.suppress(ProcessLookupError):  # it has ended
@@ -226,68 +226,19 @@ def kill_tree(pid: int, pidfd: int) -> None:
             os.close(fd)
 
 
-def _children(pid: int) -> list[int]:
-    """Source: proc_tid_children(5); exact here, since the parent is stopped. Needs CONFIG_PROC_CHILDREN."""
-    children: list[int] = []
+def children(pid: int) -> list[int]:
+    """The children of a process; exact while it is stopped. Source: proc_tid_children(5), CONFIG_PROC_CHILDREN."""
+    found: list[int] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         for thread in os.listdir(f"/proc/{pid}/task"):
             with open(f"/proc/{pid}/task/{thread}/children", "rb") as file:
-                children += [int(word) for word in file.read().split()]
-    return children
-
-
-def read_log(path: str) -> str:
-    """The end of a runtime's log as text: one message a line, "" when there is none.
-
-    A runtime writes JSON objects; lines that are none are kept as they are, without control characters.
-    """
-    if not path:
-        return ""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _LOG_TAIL))
-            raw = file.read(_LOG_TAIL)
-    except OSError:
-        # It never came to opening its log: there is nothing to tell, and this is asked for another error's message.
-        return ""
-    lines = raw.decode("utf-8", "replace").splitlines()
-    if size > _LOG_TAIL:
-        lines = lines[1:] or lines
-    return "\n".join(filter(None, (_line(line) for line in lines)))
-
-
-def _line(line: str) -> str:
-    try:
-        entry = json.loads(line)
-        text = str(entry["msg"])
-        level = str(entry.get("level", ""))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        text, level = line, ""
-    text = "".join(character if character.isprintable() else " " for character in text).strip()
-    return f"{level}: {text}" if text and level and level not in {"error", "fatal"} else text
-
-
-def last_message(log: str) -> str:
-    """The line of a log (as `read_log` gives it) that says why: its last, cut to a readable length."""
-    lines = log.splitlines()
-    text = lines[-1] if lines else ""
-    return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + " ..."
+                found += [int(word) for word in file.read().split()]
+    return found
 
 
 def _said(path: str) -> str:
     text = last_message(read_log(path))
     return f" (its log ends with: {text})" if text else ""
-
-
-def describe(code: int) -> str:
-    """An exit code or signal of a runtime in words."""
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return f"signal {signal.Signals(-code).name}"
-    except ValueError:
-        return f"signal {-code}"
 
 
 def nsenter(netns: str) -> list[str]:

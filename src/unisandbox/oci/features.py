@@ -43,7 +43,7 @@ class Features:
     """What a runtime can do. False where it is not known.
 
     Attributes:
-        cgroup_disabled: it can be told to leave cgroups alone; otherwise it works in the `cgroupsPath` of the config.
+        cgroup_disabled: it can be told to leave cgroups alone.
         seccomp: it can set seccomp filters.
         seccomp_bpf_annotation: it takes a compiled filter in the annotation `run.oci.seccomp_bpf_data` (base64).
         fifo: how its created containers are started without it: "write" a byte to exec.fifo, "read" one from it, or
@@ -55,8 +55,6 @@ class Features:
         recursive_readonly: it knows the mount option `rro`.
         idmapped_mounts: it can map the ids of bind mounts.
         preserve_fds: it passes fds 3, 4 ... on to the container.
-        pause: its `pause`, `resume` and `update` work in the way in which we run it.
-        checkpoint: it can checkpoint and restore (criu may still be missing).
     """
 
     cgroup_disabled: bool = False
@@ -69,8 +67,6 @@ class Features:
     recursive_readonly: bool = False
     idmapped_mounts: bool = False
     preserve_fds: bool = False
-    pause: bool = False
-    checkpoint: bool = False
 
 
 @attrs.frozen
@@ -248,7 +244,6 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
             recursive_readonly=version >= (1, 4),
             idmapped_mounts=version >= (1, 5),
             preserve_fds=True,
-            checkpoint="+CRIU" in text,
         )
     if name == "runc":
         linux = told.get("linux")
@@ -263,10 +258,8 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
             recursive_readonly=isinstance(options, list) and "rro" in options,
             idmapped_mounts=isinstance(idmap, dict) and bool(idmap.get("enabled")),
             preserve_fds=True,
-            pause=True,
-            checkpoint=True,
         )
-    return Features(seccomp=True, recursive_readonly=True, preserve_fds=True, pause=True)
+    return Features(seccomp=True, recursive_readonly=True, preserve_fds=True)
 
 
 def _query(argv: list[str]) -> bytes:

@@ -11,8 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import re
-import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -26,40 +24,26 @@ from unisandbox.api.errors import (
     BackendError,
     DeadlineExceededError,
     FailedPreconditionError,
-    InvalidArgumentError,
     NotFoundError,
     UnavailableError,
     UnsupportedError,
 )
 from unisandbox.api.names import check_name
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.cgroups import hierarchy
 from unisandbox.oci import fifo
-from unisandbox.oci.calls import ENVIRONMENT, Call, Spawner, describe, last_message, nsenter, read_log, run
+from unisandbox.oci.answers import failure, last_message, read_log
+from unisandbox.oci.calls import Call, Spawner, children, kill_tree, nsenter, run
 from unisandbox.oci.features import RuntimeProgram
+from unisandbox.oci.sealed import sealed_copy
 
 DEFAULT_TIMEOUT: Final = 30.0
 # For cleaning up after a call that failed or was cancelled.
 _CLEANUP_SECONDS: Final = 10.0
 _STATE_BYTES: Final = 1 << 20
-_MFD_EXEC: Final = 0x10
-_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 # Source: PID_MAX_LIMIT, include/linux/threads.h.
 _PID_LIMIT: Final = 1 << 22
 _BUNDLE_LOG: Final = "runtime.log"
-
-# What runtimes say, and no exit code tells. Source: crun 1.8.1 and runc 1.1.5, by trying.
-_MISSING: Final = re.compile(r"does not exist|no such container", re.IGNORECASE)
-_NOT_RUNNING: Final = re.compile(r"not running|already stopped|no such process|process already finished", re.IGNORECASE)
-_NOT_STOPPED: Final = re.compile(r"not stopped|is not in the stopped state|is still running|is running", re.IGNORECASE)
-_PROGRAM_MISSING: Final = re.compile(
-    r"executable file .*not found in \$PATH|(?:exec|executable|open executable)\b.*no such file or directory",
-    re.IGNORECASE,
-)
-_PROGRAM_REFUSED: Final = re.compile(
-    r"(?:exec|executable|open executable)\b.*(?:permission denied|exec format error|is a directory|not a directory)"
-    r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory)",
-    re.IGNORECASE,
-)
 
 
 @attrs.frozen
@@ -130,7 +114,9 @@ class Runtime:
             bundle: absolute; its log `runtime.log` is written into it.
             stdio: become fds 0-2 of the container's first process as they are.
             extra_fds: become its fds 3, 4 ...
-            cgroup_procs: entered before the runtime begins, so the container is born in them.
+            cgroup_procs: the `cgroup.procs` files of the container's cgroup. crun's container is born there. runc
+                insists on a cgroup of its own (leave `cgroupsPath` out: it is made below the keeper's), from which its
+                waiting init is moved here before this returns: that leaf is empty then, and `delete` removes it.
             console_socket: path of a listening unix socket that gets the terminal's master (`terminal: true`).
             netns: enter this network namespace first, for a config without a network namespace: runc cannot join one
                 that the joined user namespace does not own (`Features.foreign_netns`).
@@ -166,8 +152,10 @@ class Runtime:
             )
             code = await run(self.keeper, call)
             if code != 0:
-                raise self._failed(call, code, program=True)
-            return await self._identify(call, pid_file, bundle)
+                raise failure(call.label, code, read_log(call.log), starts_program=True)
+            created = await self._identify(call, pid_file, bundle)
+            self._enter(call, created, cgroup_procs)
+            return created
         except BaseException:
             await self._scrap(container_id)
             raise
@@ -188,9 +176,7 @@ class Runtime:
             BackendError: its init ended before; carries the runtime's log.
             DeadlineExceededError: it did not come to the point of starting in time.
         """
-        check_name(container_id, "container id")
-        if not self._exists(container_id):
-            raise NotFoundError(f"{self.program.name} has no container {container_id!r}")
+        self._check_exists(container_id)
         if created is None or not self.program.features.fifo or self._has_hooks(created.bundle, "poststart"):
             await self._simple("start", container_id, [container_id], timeout=timeout)
             return
@@ -240,7 +226,7 @@ class Runtime:
             FailedPreconditionError: it is not running.
             BackendError, DeadlineExceededError, UnavailableError: see `create`.
         """
-        check_name(container_id, "container id")
+        self._check_exists(container_id)
         self._check_fds(extra_fds)
         base = f"{bundle}/exec-{uuid.uuid4().hex}"
         pid_file, request, log = f"{base}.pid", f"{base}.json", f"{base}.log"
@@ -265,8 +251,10 @@ class Runtime:
             before = self.keeper.last_seq
             code = await run(self.keeper, call)
             if code != 0:
-                raise self._failed(call, code, program=True)
-            return await self._identify(call, pid_file, bundle, exits_after=before)
+                raise failure(call.label, code, read_log(call.log), starts_program=True)
+            created = await self._identify(call, pid_file, bundle, exits_after=before)
+            self._enter(call, created, cgroup_procs)
+            return created
         finally:
             for path in (pid_file, request, log):
                 self._unlink(path)
@@ -279,7 +267,7 @@ class Runtime:
         Raises:
             NotFoundError: no such container.
         """
-        check_name(container_id, "container id")
+        self._check_exists(container_id)
         try:
             await self._simple("kill", container_id, [container_id, str(signal)], timeout=timeout)
         except FailedPreconditionError:
@@ -345,53 +333,22 @@ class Runtime:
                 f"{self.program.name} state of container {container_id!r} is not readable: {bytes(text[:200])!r}"
             ) from error
 
-    async def pause(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Freeze all processes of a container.
+    def own_cgroups(self, container_id: str) -> tuple[str, ...]:
+        """The cgroup directories that the runtime itself makes and `delete` removes, to be removed after a crash.
 
-        Raises:
-            UnsupportedError: the runtime is run without cgroups (crun): freeze the cgroup instead.
+        Empty for a runtime that leaves cgroups alone.
         """
-        self._require("pause", self.program.features.pause)
-        await self._simple("pause", container_id, [check_name(container_id, "container id")], timeout=timeout)
-
-    async def resume(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> None:
-        """Undo `pause`."""
-        self._require("resume", self.program.features.pause)
-        await self._simple("resume", container_id, [check_name(container_id, "container id")], timeout=timeout)
-
-    async def update(
-        self, container_id: str, resources: Mapping[str, object], *, timeout: float = DEFAULT_TIMEOUT
-    ) -> None:
-        """Change limits. `resources` is the OCI `linux.resources` object.
-
-        Raises:
-            UnsupportedError: the runtime is run without cgroups (crun): change the cgroup instead.
-        """
-        self._require("update", self.program.features.pause)
+        if self.program.features.cgroup_disabled:
+            return ()
         check_name(container_id, "container id")
-        path = f"{self._logs()}/{uuid.uuid4().hex}.json"
-        try:
-            self._write(path, json.dumps(resources))
-            await self._simple("update", container_id, ["--resources", path, container_id], timeout=timeout)
-        finally:
-            self._unlink(path)
-
-    async def checkpoint(
-        self, container_id: str, image_dir: str, *, leave_running: bool = False, timeout: float = DEFAULT_TIMEOUT
-    ) -> None:
-        """Write the state of all processes of a container into `image_dir` (absolute, it exists).
-
-        Raises:
-            UnsupportedError: the runtime cannot, or CRIU is not installed.
-        """
-        criu = shutil.which("criu", path=ENVIRONMENT["PATH"]) is not None
-        self._require("checkpoint", self.program.features.checkpoint and criu, "" if criu else "no CRIU found")
-        arguments = ["--image-path", image_dir, "--work-path", image_dir]
-        if leave_running:
-            arguments.append("--leave-running")
-        await self._simple(
-            "checkpoint", container_id, [*arguments, check_name(container_id, "container id")], timeout=timeout
-        )
+        own = hierarchy.memberships(self.keeper.pid)
+        found: list[str] = []
+        for mount in hierarchy.read_mounts():
+            key = "unified" if mount.unified else next(iter(mount.controllers & own.keys()), "")
+            above = mount.find(own[key]) if key in own else None
+            if above is not None:
+                found.append(f"{above}/{container_id}")
+        return tuple(found)
 
     # --- calls ---
 
@@ -406,7 +363,7 @@ class Runtime:
             call = await self._call(verb, container_id, arguments, log=log, fds=fds, timeout=timeout)
             code = await run(self.keeper, call)
             if code != 0:
-                raise self._failed(call, code)
+                raise failure(call.label, code, read_log(call.log))
         finally:
             os.close(null)
             self._unlink(log)
@@ -443,7 +400,7 @@ class Runtime:
             argv=[*prefix, executable, *options, verb, *arguments],
             log=self._view(log),
             fds=fds,
-            cgroup_procs=cgroup_procs,
+            cgroup_procs=cgroup_procs if self.program.features.cgroup_disabled else (),
             timeout=timeout,
         )
 
@@ -461,7 +418,7 @@ class Runtime:
     async def _seal(self) -> str:
         name = f"runtime/{self.program.name}"
         try:
-            memory = _sealed_copy(self.program.path, name)
+            memory = sealed_copy(self.program.path, name)
         except OSError as error:
             if error.errno in {errno.ENOENT, errno.EACCES}:
                 raise UnavailableError(
@@ -478,22 +435,6 @@ class Runtime:
         finally:
             os.close(memory)
         return f"/proc/{self.keeper.pid}/fd/{number}"
-
-    def _failed(self, call: Call, code: int, *, program: bool = False) -> Exception:
-        """The typed error for what the runtime said."""
-        log = read_log(call.log)
-        reason = last_message(log)
-        message = f"{call.label} failed: {reason or describe(code)}"
-        if program and _PROGRAM_MISSING.search(reason):
-            return InvalidArgumentError(message, exit_code=127)
-        if program and _PROGRAM_REFUSED.search(reason):
-            return InvalidArgumentError(message, exit_code=126)
-        if _NOT_STOPPED.search(reason) or _NOT_RUNNING.search(reason):
-            return FailedPreconditionError(message)
-        if re.search(r"\bcontainer\b", reason, re.IGNORECASE) and _MISSING.search(reason):
-            return NotFoundError(message)
-        hint = "" if reason else "It wrote no log; what it wrote to its standard error went to the container's."
-        return BackendError(message, hint=hint, log=log)
 
     async def _identify(self, call: Call, pid_file: str, bundle: str, *, exits_after: int | None = None) -> Created:
         """From a pid-file to a process that is certainly the one: a child of the keeper, held by a pidfd."""
@@ -526,6 +467,30 @@ class Runtime:
         if not 1 < pid < _PID_LIMIT:
             raise BackendError(f"{call.label} wrote no pid into its pid-file but {raw!r}", log=read_log(call.log))
         return pid
+
+    def _enter(self, call: Call, created: Created, cgroup_procs: Sequence[str]) -> None:
+        """Put what a runtime with cgroups of its own has made into ours; closes `created.pidfd` when that fails."""
+        if self.program.features.cgroup_disabled or not cgroup_procs or created.pidfd < 0:
+            return
+        path = ""
+        try:
+            # An exec'd process runs already and may have forked: its children are looked up after it was moved.
+            pending, moved = [created.pid], set[int]()
+            while pending:
+                pid = pending.pop()
+                moved.add(pid)
+                for entry in cgroup_procs:
+                    # runc's init has threads: a v1 `tasks` file would take but one of them.
+                    path = f"{entry.removesuffix('/tasks')}/cgroup.procs" if entry.endswith("/tasks") else entry
+                    with open(path, "wb", buffering=0) as file:
+                        file.write(b"%d" % pid)
+                pending += [child for child in children(pid) if child not in moved]
+        except ProcessLookupError:
+            return  # ended, and with it the need
+        except OSError as error:
+            kill_tree(created.pid, created.pidfd)
+            os.close(created.pidfd)
+            raise BackendError(f"{call.label}: its process cannot enter {path}: {error.strerror}") from error
 
     async def _scrap(self, container_id: str) -> None:
         """Remove what a failed or cancelled `create` left."""
@@ -626,9 +591,10 @@ class Runtime:
 
     # --- checks ---
 
-    def _require(self, capability: str, able: bool, reason: str = "") -> None:
-        if not able:
-            raise UnsupportedError(capability, self.program.name, reason=reason)
+    def _check_exists(self, container_id: str) -> None:
+        check_name(container_id, "container id")
+        if not self._exists(container_id):
+            raise NotFoundError(f"{self.program.name} has no container {container_id!r}")
 
     def _check_fds(self, extra_fds: Sequence[int]) -> None:
         if extra_fds and not self.program.features.preserve_fds:
@@ -643,26 +609,3 @@ def _parent(pid: int) -> int:
     except FileNotFoundError:
         raise ProcessLookupError(errno.ESRCH, f"process {pid} does not exist") from None
     return int(text[text.rindex(b")") + 2 :].split(maxsplit=2)[1])
-
-
-def _sealed_copy(path: str, name: str) -> int:
-    """A memory file with the content of a program that nobody can change."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        memory = os.memfd_create(name, flags | _MFD_EXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        memory = os.memfd_create(name, flags)  # before Linux 6.3 every memory file may be executed
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            offset = 0
-            while offset < size and (sent := os.sendfile(memory, file.fileno(), offset, size - offset)):
-                offset += sent
-        os.fchmod(memory, 0o555)
-        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(memory)
-        raise
-    return memory

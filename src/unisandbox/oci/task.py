@@ -16,14 +16,13 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
 import anyio
 import anyio.lowlevel
 import attrs
-from unisandbox.oci.runtime import Created, Runtime
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -49,10 +48,12 @@ from unisandbox.host import syscalls
 from unisandbox.host.cgroups import Cgroup, Limits
 from unisandbox.host.init import ExecFailed, SpawnRequest, ended, spawn
 from unisandbox.host.keeper import Keeper
+from unisandbox.oci.runtime import Created, Runtime
 
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
+_REAPED_SECONDS: Final = 1.0
 # A shell's answers for a program that cannot be started. Source: POSIX, 2.8.2 Exit Status for Commands.
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
@@ -109,6 +110,7 @@ class _Process:
     life: socket.socket | None = None
     master: int = -1
     killed_by_us: bool = False
+    oom_kills: int = 0
     exit: Exit | None = None
 
     def close(self) -> None:
@@ -135,6 +137,8 @@ class _Container:
     processes: dict[str, _Process] = attrs.field(factory=dict)
     # Cgroups of ended processes that left something running in the background.
     lingering: list[Cgroup] = attrs.field(factory=list)
+    # Kills for memory in cgroups that are gone.
+    oom_kills: int = 0
 
 
 class OciTaskService:
@@ -146,6 +150,7 @@ class OciTaskService:
         self._runtime = runtime
         self._planner = planner
         self._containers: dict[str, _Container] = {}
+        self._oom_kills_gone = 0
 
     @property
     def container_ids(self) -> list[str]:
@@ -196,23 +201,21 @@ class OciTaskService:
             container.control = ours
             with theirs:
                 await self._keeper.hold(self._held(container), ours.fileno())
-                container.created = await self._runtime.create(
-                    plan.oci_id,
-                    plan.bundle,
-                    stdio=(_NULL.fd, _NULL.fd, _NULL.fd),
-                    extra_fds=(theirs.fileno(), *plan.extra_fds),
-                    cgroup_procs=leaf.procs,
-                    timeout=START_SECONDS,
-                )
+                with streams() as stdio:
+                    container.created = await self._runtime.create(
+                        plan.oci_id,
+                        plan.bundle,
+                        stdio=stdio,
+                        extra_fds=(theirs.fileno(), *plan.extra_fds),
+                        cgroup_procs=leaf.procs,
+                        timeout=START_SECONDS,
+                    )
         else:
             main.cgroup = leaf
-            container.created = await self._runtime.create(
-                plan.oci_id,
-                plan.bundle,
-                stdio=_three(main.stdio),
-                cgroup_procs=leaf.procs,
-                timeout=START_SECONDS,
-            )
+            with streams(main.stdio) as stdio:
+                container.created = await self._runtime.create(
+                    plan.oci_id, plan.bundle, stdio=stdio, cgroup_procs=leaf.procs, timeout=START_SECONDS
+                )
         plan.verify(container.created.pid)
 
     async def start(self, container_id: str, exec_id: str = "") -> StartedTask:
@@ -249,13 +252,14 @@ class OciTaskService:
         request = container.plan.request(process.spec)
         process.cgroup = container.plan.cgroup.child(process.exec_id or "main", for_process=True)
         try:
-            started = await spawn(
-                container.control,
-                request,
-                None if request.tty is not None else _three(process.stdio),
-                before_exec=lambda pid, _: _enter(process, pid),
-                timeout=START_SECONDS,
-            )
+            with streams(process.stdio) as stdio:
+                started = await spawn(
+                    container.control,
+                    request,
+                    None if request.tty is not None else stdio,
+                    before_exec=lambda pid, _: _enter(process, pid),
+                    timeout=START_SECONDS,
+                )
         except ExecFailed as error:
             raise self._not_started(container, process.spec, error) from error
         process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
@@ -266,15 +270,16 @@ class OciTaskService:
         process.cgroup = container.plan.cgroup.child(process.exec_id, for_process=True)
         if process.spec.terminal is not None:
             raise FailedPreconditionError("a terminal for exec in a bundle needs a console socket")
-        created = await self._runtime.exec(
-            container.plan.oci_id,
-            container.plan.bundle,
-            _process_json(container.plan.bundle, process.spec),
-            stdio=_three(process.stdio),
-            exec_id=process.exec_id,
-            cgroup_procs=process.cgroup.procs,
-            timeout=START_SECONDS,
-        )
+        with streams(process.stdio) as stdio:
+            created = await self._runtime.exec(
+                container.plan.oci_id,
+                container.plan.bundle,
+                _process_json(container.plan.bundle, process.spec),
+                stdio=stdio,
+                exec_id=process.exec_id,
+                cgroup_procs=process.cgroup.procs,
+                timeout=START_SECONDS,
+            )
         process.pid, process.pidfd, process.start_time = created.pid, created.pidfd, created.start_time
 
     async def exec(self, request: ExecTask) -> None:
@@ -344,14 +349,11 @@ class OciTaskService:
     async def _ended(self, process: _Process) -> tuple[int | None, float]:
         """The raw wait status, and when the end was seen."""
         if process.life is not None:
-            status = await ended(process.life)
-            if status is None:
-                # Init is gone without telling; a new kernel can still tell.
-                await _readable(process.pidfd)
-                with anyio.move_on_after(1.0):
-                    while (status := syscalls.pidfd_exit_status(process.pidfd)) is None:
-                        # It is ended but not reaped, and no event tells of the reaping.
-                        await anyio.sleep(0.002)
+            # Copies: whoever asked first may have deleted the process before the others wake up.
+            with process.life.dup() as life, _copy(process.pidfd) as pidfd:
+                status = await ended(life)
+                if status is None:
+                    status = await _status_without_init(pidfd)
             return status, time.time()
         assert process.pid is not None  # noqa: S101 (started)
         record = await self._keeper.wait_exit(process.pid, process.start_time)
@@ -362,6 +364,7 @@ class OciTaskService:
         if status is None:
             return Exit.lost(exited_at=at)
         kills = process.cgroup.oom_kills() if process.cgroup is not None else 0
+        process.oom_kills = kills
         return Exit.from_wait_status(status, exited_at=at, oom_kills=kills, killed_by_us=process.killed_by_us)
 
     async def delete(self, container_id: str, exec_id: str = "") -> Exit | None:
@@ -383,12 +386,14 @@ class OciTaskService:
             await self.wait(container.name, exec_id)
         container.processes.pop(exec_id, None)
         process.close()
-        if process.cgroup is not None and not process.cgroup.remove():
+        if process.cgroup is not None:
             container.lingering.append(process.cgroup)
-        # Background work that has ended meanwhile; a few at a time keeps this call short.
-        for cgroup in container.lingering[:4]:
-            if cgroup.remove():
+        # Also background work that has ended meanwhile; a few at a time keeps this call short.
+        for cgroup in [*container.lingering[:4], *container.lingering[-1:]]:
+            kills = cgroup.oom_kills() if cgroup.exists() else 0
+            if cgroup.remove() and cgroup in container.lingering:
                 container.lingering.remove(cgroup)
+                container.oom_kills += kills
         await anyio.lowlevel.checkpoint_if_cancelled()
         return process.exit
 
@@ -409,8 +414,11 @@ class OciTaskService:
             os.close(container.created.pidfd)
             container.created = None
         main = container.processes.get("")
+        self._oom_kills_gone += self._oom_kills(container)
+        container.lingering.clear()
         for process in container.processes.values():
             process.close()
+            process.cgroup = None
         with anyio.move_on_after(_END_SECONDS):
             while not container.plan.cgroup.remove():
                 # The kernel frees the last process a moment after its end, and no event tells.
@@ -446,7 +454,17 @@ class OciTaskService:
     async def stats(self, container_id: str) -> Metrics:
         """See `TaskService.stats`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
-        return metrics_of(self._container(container_id).plan.cgroup)
+        container = self._container(container_id)
+        return attrs.evolve(metrics_of(container.plan.cgroup), oom_kills=self._oom_kills(container))
+
+    def oom_kills(self) -> int:
+        """Processes of the sandbox that were killed for memory; cgroup v1 counts only those of one cgroup."""
+        return self._oom_kills_gone + sum(self._oom_kills(container) for container in self._containers.values())
+
+    @staticmethod
+    def _oom_kills(container: _Container) -> int:
+        cgroups = [process.cgroup for process in container.processes.values() if process.cgroup is not None]
+        return container.oom_kills + sum(cgroup.oom_kills() for cgroup in (*cgroups, *container.lingering))
 
     async def resize_pty(self, container_id: str, exec_id: str, size: Terminal) -> None:
         """See `TaskService.resize_pty`."""
@@ -541,43 +559,50 @@ async def ended_process(keeper: Keeper, created: Created) -> None:
     await keeper.wait_exit(created.pid, created.start_time)
 
 
-def null_fd() -> int:
-    """A descriptor of /dev/null that is never closed."""
-    return _NULL.fd
+@contextlib.contextmanager
+def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int]]:
+    """Three descriptors for a program; those that are missing (-1) are /dev/null, open for the block."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) if min(stdio) < 0 else -1
+    try:
+        first, second, third = (fd if fd >= 0 else null for fd in stdio)
+        yield first, second, third
+    finally:
+        if null >= 0:
+            os.close(null)
 
 
-class _Null:
-    """One descriptor of /dev/null for this process, opened at the first use."""
-
-    def __init__(self) -> None:
-        self._fd = -1
-
-    @property
-    def fd(self) -> int:
-        if self._fd < 0:
-            self._fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        return self._fd
+@contextlib.contextmanager
+def _copy(fd: int) -> Iterator[int]:
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
 
 
-_NULL: Final = _Null()
+async def _status_without_init(pidfd: int) -> int | None:
+    """Init is gone without telling how a process ended; Linux 6.15 can still tell."""
+    await anyio.wait_readable(pidfd)
+    status = None
+    with anyio.move_on_after(_REAPED_SECONDS):
+        while (status := syscalls.pidfd_exit_status(pidfd)) is None:
+            # It has ended but is not reaped yet, and no event tells of the reaping.
+            await anyio.sleep(0.002)
+    return status
 
 
 def _duplicate(stdio: Stdio) -> list[int]:
-    copies: list[int] = []
+    copies = [-1, -1, -1]
     try:
-        for fd in (stdio.stdin, stdio.stdout, stdio.stderr):
-            copies.append(-1 if fd is None else fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))
+        for index, fd in enumerate((stdio.stdin, stdio.stdout, stdio.stderr)):
+            if fd is not None:
+                copies[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     except BaseException:
         for copy in copies:
             if copy >= 0:
                 os.close(copy)
         raise
     return copies
-
-
-def _three(stdio: Sequence[int]) -> tuple[int, int, int]:
-    first, second, third = (fd if fd >= 0 else _NULL.fd for fd in stdio)
-    return first, second, third
 
 
 def _enter(process: _Process, pid: int) -> None:
@@ -595,11 +620,8 @@ def _has_ended(pidfd: int) -> bool:
 
 async def _readable(fd: int) -> None:
     """Wait for a descriptor that others may wait for too."""
-    copy = os.dup(fd)
-    try:
+    with _copy(fd) as copy:
         await anyio.wait_readable(copy)
-    finally:
-        os.close(copy)
 
 
 def _process_json(bundle: str, spec: ProcessSpec) -> str:

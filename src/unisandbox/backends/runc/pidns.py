@@ -16,7 +16,7 @@ from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.services import Host
 from unisandbox.oci.runtime import Created, Runtime
-from unisandbox.oci.task import START_SECONDS, ended_process, null_fd
+from unisandbox.oci.task import START_SECONDS, ended_process, streams
 
 EMPTY_ROOT: Final = "/empty"
 """Below the sandbox's directory; made with its root file system."""
@@ -43,15 +43,10 @@ class SharedPids:
         cgroup = pod.cgroup.child("pid", for_process=True)
         bundle = f"{pod.work}/b/pid"
         planner.pause_bundle(f"{pod.work}{EMPTY_ROOT}").write(host.outside(bundle))
-        null = null_fd()
-        created = await runtime.create(
-            oci_id,
-            bundle,
-            stdio=(null, null, null),
-            extra_fds=(init_fd,),
-            cgroup_procs=cgroup.procs,
-            timeout=START_SECONDS,
-        )
+        with streams() as stdio:
+            created = await runtime.create(
+                oci_id, bundle, stdio=stdio, extra_fds=(init_fd,), cgroup_procs=cgroup.procs, timeout=START_SECONDS
+            )
         made = cls(oci_id, cgroup, created)
         try:
             await runtime.start(oci_id, created=created, timeout=START_SECONDS)

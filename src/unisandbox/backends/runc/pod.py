@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -209,13 +210,12 @@ class PodPlanner:
 
     async def free(self, container_id: str) -> None:
         """Unmount and remove what `prepare` made."""
-        steps: list[Mapping[str, object]] = []
+        # Only the bundle's own files lie there, and no mount.
+        shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)
         if container_id in self._own_roots:
-            steps.append({"do": "unmount", "path": f"{self._pod.work}/c/{container_id}"})
-            steps.append({"do": "remove_tree", "path": f"{self._pod.work}/c/{container_id}"})
-        steps.append({"do": "remove_tree", "path": f"{self._pod.work}/b/{container_id}"})
-        await self._host.keeper.job(steps)
-        self._own_roots.discard(container_id)
+            path = f"{self._pod.work}/c/{container_id}"
+            await self._host.keeper.job([{"do": "unmount", "path": path}, {"do": "remove_tree", "path": path}])
+            self._own_roots.discard(container_id)
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
         pod = self._pod
@@ -251,7 +251,10 @@ class PodPlanner:
         """What the one process of a shared pid namespace runs in: `root` with nothing in it but /proc."""
         return attrs.evolve(
             self._bundle(root, program=["/proc/self/fd/3", "pause"]),
-            mounts=[OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev"))],
+            mounts=[
+                OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
+                OciMount("/dev", "tmpfs", "tmpfs", ("nosuid", "noexec", "mode=755", "size=64k")),
+            ],
             capabilities=frozenset(),
             masked_paths=(),
             readonly_paths=(),
@@ -293,7 +296,7 @@ class PodPlanner:
                 "devpts",
                 ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
             ),
-            OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),  # noqa: S108
+            OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),
             OciMount("/dev/mqueue", "mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
         ]
         if pod.spec.network.kind == "none":
@@ -383,8 +386,6 @@ def _explain(process: ProcessSpec, rootfs: Rootfs) -> str:
         outside = os.path.exists(program) and not os.path.realpath(program).startswith("/usr/")
         where = program
     else:
-        import shutil
-
         where = shutil.which(program) or ""
         outside = bool(where)
     if not outside:

@@ -37,7 +37,7 @@ from unisandbox.backends.runc.rootfs import Layer, Op, host_tree, mount_ops, roo
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
 from unisandbox.host.cgroups import DeviceRule
-from unisandbox.host.init import binary_path
+from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.services import Host
 from unisandbox.oci.runtime import Runtime
@@ -203,7 +203,10 @@ class RuncSandboxer:
         """See `Sandboxer.metrics`."""
         pod = self._get(sandbox_id).pod
         await anyio.lowlevel.checkpoint_if_cancelled()
+        task = self._get(sandbox_id).task
         metrics = metrics_of(pod.cgroup)
+        if task is not None:
+            metrics = attrs.evolve(metrics, oom_kills=task.oom_kills())
         if pod.root_fd < 0:
             return metrics
         layer = os.statvfs(self._host.outside(f"{pod.work}/rw"))
@@ -268,24 +271,7 @@ class RuncSandboxer:
                 await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": host_tree(path, local=local)}])
                 self._trees[local] = f"{self._host.work_dir}{path}"
             if self._init_fd < 0:
-                self._init_fd = self._install_init()
-
-    def _install_init(self) -> int:
-        """Put init's program into the keeper's file system, so that it can be executed by everybody and read by nobody.
-
-        What cannot be read cannot be dumped: the kernel then lets no one inside look into PID 1, whatever rights he has
-        in the sandbox. Source: fs/exec.c, would_dump().
-        """
-        path = self._host.outside(f"{self._host.work_dir}/init")
-        with open(binary_path(), "rb") as source:
-            content = source.read()
-        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o111)
-        try:
-            os.write(target, content)
-            os.fchmod(target, 0o111)
-        finally:
-            os.close(target)
-        return os.open(path, os.O_PATH | os.O_CLOEXEC)
+                self._init_fd = open_binary()
 
     async def _make(self, pod: Pod) -> None:
         """Namespaces and root file system, in one job of the keeper; verified."""

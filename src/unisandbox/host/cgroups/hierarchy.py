@@ -215,6 +215,8 @@ def _detect_v2(mounts: Sequence[Mount], own: Mapping[str, str], parent: str | No
         directory: str | None = _join(mount.directory, parent)
     else:
         directory = _choose_v2(mount, mount.find(own.get("unified", "/")))
+    if directory is None and _read_only(mount.directory):
+        return Layout("v2", (), dict.fromkeys(CONTROLLERS, _not_writable("cgroup2", mount.directory)))
     if directory is None:
         why = (
             f"no cgroup below {mount.directory} was delegated to us; "

@@ -102,8 +102,9 @@ async def _spawn(
     pid_namespace: int | None,
 ) -> Started:
     with contextlib.ExitStack() as kept:
-        life, go = await _ask(kept, control, request, spec, stdio)
-        pid, pidfd = await _started(kept, life, control, request, pid_namespace)
+        with _typed(request):
+            life, go = await _ask(kept, control, request, spec, stdio)
+            pid, pidfd = await _started(kept, life, control, request, pid_namespace)
         if request.oom_score_adj is not None:
             _set_oom_score_adj(pid, pidfd, request.oom_score_adj)
         if hold_life is not None:
@@ -111,10 +112,24 @@ async def _spawn(
         before_exec(pid, pidfd)
         with contextlib.suppress(BrokenPipeError):  # it was killed while it waited: `ended` will say by what
             go.send(b"g", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        master = await _executed(kept, go, request)
+        with _typed(request):
+            master = await _executed(kept, go, request)
         go.close()
         kept.pop_all()
         return Started(pid, pidfd, life, master)
+
+
+@contextlib.contextmanager
+def _typed(request: SpawnRequest) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:  # of this process: no descriptors or memory left, too many of them in flight
+        raise BackendError(
+            f"{_name(request)} could not be started: {error.strerror or error}",
+            hint="Too many open files are cured by a higher limit (ulimit -n) of this process."
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
+            else "",
+        ) from error
 
 
 async def _ask(
@@ -124,14 +139,9 @@ async def _ask(
     spec: bytes,
     stdio: tuple[int, int, int] | None,
 ) -> tuple[socket.socket, socket.socket]:
-    life, their_life = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    go, their_go = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kept.callback(life.close)
-    kept.callback(go.close)
-    # A process-wide socket.setdefaulttimeout() would make Python wait by itself where MSG_DONTWAIT says no.
-    life.setblocking(False)
-    go.setblocking(False)
-    with their_life, their_go:
+    with contextlib.ExitStack() as theirs:
+        life, their_life = _pair(kept, theirs)
+        go, their_go = _pair(kept, theirs)
         memory = _memory(spec)
         try:
             fds = [their_life.fileno(), their_go.fileno(), memory, *(stdio or ())]
@@ -139,6 +149,15 @@ async def _ask(
         finally:
             os.close(memory)
     return life, go
+
+
+def _pair(kept: contextlib.ExitStack, theirs: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:
+    ours, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kept.callback(ours.close)
+    theirs.callback(other.close)
+    # A process-wide socket.setdefaulttimeout() would make Python wait by itself where MSG_DONTWAIT says no.
+    ours.setblocking(False)
+    return ours, other
 
 
 def _memory(content: bytes) -> int:

@@ -50,9 +50,10 @@ class Keeper:
     are passed stay the caller's; fds that come back are the caller's to close, and close-on-exec.
     """
 
-    def __init__(self, state_dir: str, sock: socket.socket) -> None:
+    def __init__(self, state_dir: str, identity: tuple[int, int], sock: socket.socket) -> None:
         """Not for callers: see `start` and `attach`."""
         self.state_dir = state_dir
+        self._identity = identity
         self.hello: Hello
         #: The keeper's process id; `/proc/PID/fd/N` reaches what it holds, `/proc/PID/root` its mounts.
         self.pid = 0
@@ -64,6 +65,7 @@ class Keeper:
         #: How often the keeper had forgotten exits before it could tell us.
         self._gaps = 0
         self._ours: set[tuple[int, int]] = set()
+        self._owns = False
         self._ended = False
 
     # --- opening ---
@@ -86,15 +88,20 @@ class Keeper:
         state_dir, workdir = starting.absolute(state_dir), starting.absolute(workdir)
         dirfd = starting.open_state_dir(state_dir)
         try:
+            identity = starting.identity_of(dirfd)
             os.makedirs(workdir, 0o711, exist_ok=True)
             lock = await starting.lock_state_dir(dirfd, state_dir, policy)
             try:
                 started = starting.spawn_keeper(state_dir, dirfd, lock, workdir=workdir, hide=hide, policy=policy)
+            except BaseException:
+                starting.forget_owned(identity)
+                raise
             finally:
                 os.close(lock)
         finally:
             os.close(dirfd)
-        keeper = cls(state_dir, started.sock)
+        keeper = cls(state_dir, identity, started.sock)
+        keeper._owns = True
         try:
             with anyio.fail_after(_START_TIME):
                 await keeper._greet(after=0)
@@ -127,7 +134,7 @@ class Keeper:
         except FileNotFoundError:
             raise UnavailableError(f"cannot reach the keeper of {state_dir}: there is no such directory") from None
         try:
-            keeper = cls(state_dir, starting.connect(dirfd, state_dir))
+            keeper = cls(state_dir, starting.identity_of(dirfd), starting.connect(dirfd, state_dir))
         finally:
             os.close(dirfd)
         try:
@@ -172,6 +179,8 @@ class Keeper:
             raise
         finally:
             os.close(pidfd)
+        starting.note_owned(self._identity)
+        self._owns = True
         self.hello = attrs.evolve(self.hello, owner=True)
 
     # --- programs and jobs ---
@@ -463,6 +472,9 @@ class Keeper:
             Whether the keeper is known to have ended.
         """
         self._link.close()
+        if self._owns:
+            self._owns = False
+            starting.forget_owned(self._identity)
         if self.pidfd >= 0:
             poll = select.poll()
             poll.register(self.pidfd, select.POLLIN)

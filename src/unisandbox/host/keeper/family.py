@@ -201,7 +201,7 @@ class Family:
         """Kill the job that the same client asked for as request `job`; what it made is not held."""
         number = protocol.integer(packet.message, "job", 0, 1 << 62)
         for job in self._jobs.values():
-            if job.reply.client is reply.client and job.reply.id == number:
+            if job.reply.client is reply.client and job.reply.id == number and job.sock.fileno() >= 0:
                 job.cancelled = True
                 os.kill(job.pid, signal.SIGKILL)
                 reply({})

@@ -64,13 +64,17 @@ class JobResult:
     held: Mapping[str, int]
 
 
+def _as_tuple(paths: Sequence[str]) -> tuple[str, ...]:
+    return tuple(paths)
+
+
 @attrs.frozen
 class Guard:
     """How to undo something; see `Keeper.guard`. Paths are absolute, as the host (not the keeper) sees them."""
 
     name: str
     kind: GuardKind
-    paths: Sequence[str] = attrs.field(converter=tuple)
+    paths: tuple[str, ...] = attrs.field(converter=_as_tuple)
 
 
 @attrs.frozen

@@ -40,6 +40,11 @@ main(sys.argv[2])
 """
 
 
+# State directories (device, inode) whose keeper this process owns; so it can tell an open one from one that it has just
+# left. Bookkeeping of what the process has locked, as the kernel's own table is.
+_owned: Final[set[tuple[int, int]]] = set()
+
+
 @attrs.frozen
 class LockHolder:
     """What the lock file of a state directory says about who holds it.
@@ -51,6 +56,8 @@ class LockHolder:
     start_time: int = 0
     keeper: int = 0
     policy: str = ""
+    #: This very process has it open.
+    is_ours: bool = False
 
     @property
     def is_leaving(self) -> bool:
@@ -59,6 +66,8 @@ class LockHolder:
             return False
         if not self.owner:
             return True
+        if self.owner == os.getpid():
+            return not self.is_ours
         try:
             return pidfds.start_time(self.owner) != self.start_time
         except ProcessLookupError:
@@ -111,7 +120,8 @@ def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
     except BlockingIOError:
         try:
             said = json.loads(os.pread(fd, 4096, 0))
-            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"])
+            ours = identity_of(state_dir) in _owned
+            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"], ours)
         except (ValueError, KeyError, TypeError):
             return LockHolder()  # it is being written
         finally:
@@ -126,6 +136,22 @@ def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
     return fd
 
 
+def identity_of(state_dir: int) -> tuple[int, int]:
+    """Which directory it is, whatever its path."""
+    status = os.fstat(state_dir)
+    return status.st_dev, status.st_ino
+
+
+def note_owned(identity: tuple[int, int]) -> None:
+    """This process owns the keeper of this directory from now on."""
+    _owned.add(identity)
+
+
+def forget_owned(identity: tuple[int, int]) -> None:
+    """This process has closed its connection to the keeper of this directory."""
+    _owned.discard(identity)
+
+
 async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
     """Lock the state directory, waiting for a former keeper that is about to end: the locked fd.
 
@@ -136,6 +162,7 @@ async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
     while True:
         got = _try_state_lock(dirfd, policy)
         if isinstance(got, int):
+            note_owned(identity_of(dirfd))
             return got
         if not got.is_leaving or anyio.current_time() > deadline:
             raise _locked(state_dir, got)

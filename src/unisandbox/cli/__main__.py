@@ -1,0 +1,5 @@
+"""`python -m unisandbox.cli` is `unisandbox`."""
+
+from unisandbox.cli import main
+
+main()

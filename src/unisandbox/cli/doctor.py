@@ -1,0 +1,125 @@
+"""`unisandbox doctor`: what this host is, what can run on it, and what to do where something cannot."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import attrs
+import click
+
+from unisandbox import __version__
+from unisandbox.api import Probe
+from unisandbox.engine.core import probe_all
+from unisandbox.engine.registry import Registry
+from unisandbox.host.cgroups.hierarchy import read_mounts
+
+# Settings that keep ordinary users from making user namespaces; root is not touched by them.
+_USERNS_SWITCHES: Final = ("kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns")
+
+
+@attrs.frozen
+class Report:
+    """What was found.
+
+    Attributes:
+        host: facts by name.
+        probes: what every installed backend says.
+    """
+
+    host: Mapping[str, str]
+    probes: Sequence[Probe]
+
+    @property
+    def code(self) -> int:
+        """0 when something can run here, else 1."""
+        return 0 if any(probe.available for probe in self.probes) else 1
+
+    def as_json(self) -> dict[str, object]:
+        """For `--json`."""
+        return {"host": dict(self.host), "backends": [attrs.asdict(probe) for probe in self.probes]}
+
+    def lines(self) -> list[str]:
+        """For people; styled, which click.echo takes away where there is no terminal."""
+        width = max(len(name) for name in self.host)
+        lines = [f"{name:{width}}  {value}" for name, value in self.host.items()]
+        for probe in self.probes:
+            how = "tried" if probe.deep else "not tried, see --deep"
+            if probe.available:
+                lines += [
+                    "",
+                    f"{probe.backend}: {click.style('can run here', fg='green')} ({how})",
+                    f"  {probe.reason}",
+                ]
+            else:
+                lines += [
+                    "",
+                    f"{probe.backend}: {click.style('cannot run here', fg='red')}",
+                    f"  cause: {probe.reason}",
+                ]
+            lines += [f"  remedy: {probe.hint}"] if probe.hint else []
+            lines += [f"  warning: {warning}" for warning in probe.warnings]
+            lines += [f"  {name}: {value}" for name, value in probe.facts.items() if name not in self.host]
+        if not self.probes:
+            lines += ["", "no backend is installed. Remedy: pip install --force-reinstall unisandbox"]
+        return lines
+
+
+async def examine(*, deep: bool) -> Report:
+    """Look at this host; with `deep` every backend runs something for real."""
+    return Report(host_facts(), await probe_all(Registry(), deep=deep))
+
+
+def host_facts() -> dict[str, str]:
+    """What matters for sandboxes, and what a bug report needs."""
+    uname = os.uname()
+    return {
+        "unisandbox": __version__,
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "system": platform.freedesktop_os_release().get("PRETTY_NAME", "") if _has_os_release() else "unknown",
+        "kernel": f"{uname.release} {uname.machine}",
+        "user": "root" if os.geteuid() == 0 else f"id {os.geteuid()}, not root",
+        "processors": str(len(os.sched_getaffinity(0))),
+        "memory": _memory(),
+        "cgroups": _cgroup_layout(),
+        "user namespaces": _user_namespaces(),
+    }
+
+
+def _has_os_release() -> bool:
+    return any(os.path.exists(path) for path in ("/etc/os-release", "/usr/lib/os-release"))
+
+
+def _memory() -> str:
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{total / (1 << 30):.1f} GiB"
+
+
+def _cgroup_layout() -> str:
+    unified = [mount for mount in read_mounts() if mount.unified]
+    known = {line.split()[0] for line in _read("/proc/cgroups").splitlines() if not line.startswith("#")}
+    old = {name for mount in read_mounts() if not mount.unified for name in mount.controllers} & known
+    if unified and old:
+        return f"hybrid (v1 controllers: {', '.join(sorted(old))})"
+    if unified:
+        controllers = _read(f"{unified[0].directory}/cgroup.controllers").split()
+        return f"v2 (controllers: {', '.join(sorted(controllers)) or 'none'})"
+    return f"v1 (controllers: {', '.join(sorted(old))})" if old else "none is mounted"
+
+
+def _user_namespaces() -> str:
+    limit = _read("/proc/sys/user/max_user_namespaces")
+    if not limit:
+        return "not in this kernel"
+    switches = {name.split("/")[1]: _read(f"/proc/sys/{name}") for name in _USERNS_SWITCHES}
+    return ", ".join([f"at most {limit}", *(f"{name}={value}" for name, value in switches.items() if value)])
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:  # this kernel does not have it
+        return ""

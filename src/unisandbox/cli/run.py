@@ -1,0 +1,266 @@
+"""`unisandbox run`: one program in one new sandbox, with the caller's streams, terminal and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, nullcontext
+from typing import Final
+
+import anyio
+import anyio.abc
+import attrs
+
+from unisandbox.api import Exit, FailedPreconditionError, Terminal
+from unisandbox.cli.local import STDERR, STDIN, STDOUT, LocalInput, LocalOutput, raw_terminal, terminal_size
+from unisandbox.sandbox import Engine, Process, Sandbox
+from unisandbox.sandbox.sandbox import SandboxOptions
+
+TIMEOUT_CODE: Final = 124
+"""What `unisandbox run --timeout` ends with when the time was over; as timeout(1) does."""
+
+_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+_STOPPING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+# Output of a process that has ended is in its pipes already; whoever still holds them is a background process, and
+# that ends with the sandbox.
+_LAST_OUTPUT_SECONDS: Final = 0.05
+
+
+@attrs.frozen
+class Request:
+    """What to run, and with which of the caller's streams.
+
+    Attributes:
+        argv, env, cwd, user: as of `Sandbox.exec`.
+        sandbox: the options of the sandbox.
+        interactive: the caller's standard input goes to the program; otherwise it has none.
+        tty: the program gets a terminal.
+        timeout: seconds from the program's start, then it is killed.
+        collect: keep up to so many bytes of each stream instead of passing the output on; None: pass it on.
+    """
+
+    argv: tuple[str, ...]
+    sandbox: SandboxOptions
+    env: Mapping[str, str]
+    cwd: str | None = None
+    user: str | None = None
+    interactive: bool = False
+    tty: bool = False
+    timeout: float | None = None
+    collect: int | None = None
+
+
+@attrs.frozen
+class Ended:
+    """How it went.
+
+    Attributes:
+        exit: how the program ended; None when a signal came before it ran.
+        signal: the signal that came before it ran.
+        timed_out: we killed it because its time was over.
+        duration: seconds from its start to its end.
+        stdout, stderr: what was collected.
+        truncated: more was written than was kept.
+    """
+
+    exit: Exit | None
+    signal: int | None = None
+    timed_out: bool = False
+    duration: float = 0.0
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+    @property
+    def code(self) -> int:
+        """The exit code for the caller."""
+        if self.timed_out:
+            return TIMEOUT_CODE
+        if self.exit is None:
+            return 128 + (self.signal or 0)
+        return self.exit.code
+
+
+class _Collected:
+    """Output that is kept up to a limit; more is read and thrown away."""
+
+    def __init__(self, limit: int) -> None:
+        self.data = bytearray()
+        self.truncated = False
+        self._limit = limit
+
+    async def write(self, data: bytes) -> None:
+        room = self._limit - len(self.data)
+        self.data += data[:room]
+        self.truncated |= len(data) > room
+
+
+async def run(request: Request) -> Ended:
+    """Run it; the sandbox is gone when this returns or raises.
+
+    SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 go to the program, a second SIGINT kills it. Before the
+    program runs they end everything.
+
+    Raises:
+        InvalidArgumentError: a wrong option; or the program cannot be started, with its `exit_code`.
+        FailedPreconditionError: there is no terminal, or the caller's output cannot be written.
+        SandboxError: as of `Sandbox.create`.
+    """
+    if request.tty and request.interactive and not os.isatty(STDIN):
+        raise FailedPreconditionError(
+            "-t with -i needs a terminal, and standard input is none", hint="Leave out -t, or run it in a terminal."
+        )
+    session = _Session(request)
+    with anyio.open_signal_receiver(*_FORWARDED, signal.SIGWINCH) as signals:
+        return await session.run(signals)
+
+
+class _Session:
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._sandbox: Sandbox | None = None
+        self._process: Process | None = None
+        self._starting = anyio.CancelScope()
+        self._showing = anyio.CancelScope()
+        self._ended = False
+        self._early: int | None = None
+        self._interrupts = 0
+
+    async def run(self, signals: AsyncIterator[signal.Signals]) -> Ended:
+        outcome: Ended | Exception
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._forward, signals)
+            try:
+                outcome = await self._run()
+            except Exception as error:  # raised below: a task group would wrap it
+                outcome = error
+            group.cancel_scope.cancel()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def _forward(self, signals: AsyncIterator[signal.Signals]) -> None:
+        async for number in signals:
+            if number == signal.SIGWINCH:
+                await self._resize()
+            elif self._ended:
+                # Only its last output is still being written: to a reader that does not read, perhaps.
+                if number in _STOPPING:
+                    self._showing.cancel()
+            elif self._process is None:
+                if number in _STOPPING:
+                    self._early = number
+                    self._starting.cancel()
+            else:
+                self._interrupts += number == signal.SIGINT
+                await self._process.signal(signal.SIGKILL if self._interrupts > 1 else number)
+
+    async def _resize(self) -> None:
+        size = terminal_size()
+        if self._request.tty and self._process is not None and not self._ended and size is not None:
+            await self._process.resize(size.rows, size.columns)
+
+    async def _run(self) -> Ended:
+        request = self._request
+        async with AsyncExitStack() as stack:
+            with self._starting:  # a signal interrupts what is in here, but not the leaving of what was entered
+                self._sandbox, self._process = await self._start(stack)
+            if self._sandbox is None or self._process is None:
+                return Ended(None, signal=self._early)
+            if self._early is not None:  # it came in the moment in which the program was started
+                await self._process.signal(self._early)
+            with raw_terminal() if request.tty and request.interactive else nullcontext():
+                return await self._attend(self._sandbox, self._process)
+        raise AssertionError("unreachable: no context here swallows errors")
+
+    async def _start(self, stack: AsyncExitStack) -> tuple[Sandbox, Process]:
+        request = self._request
+        engine = await stack.enter_async_context(Engine.open())
+        sandbox = await stack.enter_async_context(engine.create(**request.sandbox))
+        process = await stack.enter_async_context(
+            sandbox.exec(
+                request.argv,
+                stdin="pipe" if request.interactive else "null",
+                tty=(terminal_size() or Terminal()) if request.tty else False,
+                cwd=request.cwd,
+                env=request.env,
+                user=request.user,
+            )
+        )
+        return sandbox, process
+
+    async def _attend(self, sandbox: Sandbox, process: Process) -> Ended:
+        """Move bytes between the caller and the program until it has ended and its output is written."""
+        request = self._request
+        begun = time.monotonic()
+        limit = request.collect
+        sinks: list[_Collected | LocalOutput] = (
+            [LocalOutput(STDOUT), LocalOutput(STDERR)] if limit is None else [_Collected(limit), _Collected(limit)]
+        )
+        sources = [process.stdout] if request.tty else [process.stdout, process.stderr]
+        shown = [anyio.Event() for _ in sources]
+        problems: list[OSError] = []
+        with self._showing:
+            async with anyio.create_task_group() as group:
+                for source, sink, done in zip(sources, sinks, shown, strict=False):
+                    group.start_soon(_show, source, sink.write, done, problems)
+                typing = anyio.CancelScope()
+                if request.interactive:
+                    group.start_soon(_type, process.stdin, typing)
+                exit, timed_out = await self._end_of(process)
+                duration = time.monotonic() - begun
+                self._ended = True
+                typing.cancel()
+                with anyio.move_on_after(_LAST_OUTPUT_SECONDS):
+                    for done in shown:
+                        await done.wait()
+                if not all(done.is_set() for done in shown):
+                    await sandbox.kill()
+        if problems:
+            raise FailedPreconditionError(f"cannot write the program's output: {problems[0].strerror}") from problems[0]
+        collected = [sink for sink in sinks if isinstance(sink, _Collected)] or [_Collected(0), _Collected(0)]
+        return Ended(
+            exit,
+            timed_out=timed_out,
+            duration=duration,
+            stdout=bytes(collected[0].data),
+            stderr=bytes(collected[1].data),
+            truncated=any(sink.truncated for sink in collected),
+        )
+
+    async def _end_of(self, process: Process) -> tuple[Exit, bool]:
+        with anyio.move_on_after(self._request.timeout):
+            return await process.wait(), False
+        return await process.kill(), True
+
+
+async def _show(
+    source: anyio.abc.ByteReceiveStream,
+    write: Callable[[bytes], Awaitable[None]],
+    done: anyio.Event,
+    problems: list[OSError],
+) -> None:
+    """Pass on a stream to its end. When nobody reads ours any more, the program learns it by SIGPIPE, as in a shell."""
+    try:
+        async for data in source:
+            await write(data)
+    except BrokenPipeError:
+        await source.aclose()
+    except OSError as error:
+        problems.append(error)
+        await source.aclose()
+    finally:
+        done.set()
+
+
+async def _type(stdin: anyio.abc.ByteSendStream, scope: anyio.CancelScope) -> None:
+    local = LocalInput()
+    with scope:
+        try:
+            while data := await local.read():
+                await stdin.send(data)
+        except anyio.BrokenResourceError:
+            return  # the program does not read any more, which is its good right
+        await stdin.aclose()

@@ -1,0 +1,302 @@
+"""Lives: names, ids, states, and endings that may be repeated, may race and may meet the dead."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Awaitable, Callable
+
+import anyio
+import pytest
+
+from unisandbox import (
+    AlreadyExistsError,
+    Engine,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Sandbox,
+    SandboxError,
+)
+from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.waiting import until
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_ids_are_generated_of_one_length_and_never_reused(create: Create, count: Callable[[int], int]) -> None:
+    ids = []
+    for _ in range(count(100)):
+        async with create(name="again") as sandbox:
+            ids.append(sandbox.id)
+
+    assert len(set(ids)) == len(ids)
+    assert len({len(identity) for identity in ids}) == 1
+    assert all(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", identity) for identity in ids)
+
+
+async def test_a_sandbox_is_found_by_name_and_by_id(engine: Engine, create: Create) -> None:
+    async with create(name="web", labels={"who": "me"}) as sandbox:
+        assert (await engine.get("web")).id == sandbox.id
+        assert (await engine.get(sandbox.id)).name == "web"
+        status = await sandbox.status()
+        assert (status.id, status.name, status.state, status.labels) == (sandbox.id, "web", "ready", {"who": "me"})
+        assert [other.id for other in await engine.list()] == [sandbox.id]
+
+    with pytest.raises(NotFoundError):
+        await engine.get("web")
+    assert await engine.list() == []
+
+
+async def test_a_name_is_taken_while_its_sandbox_lives(create: Create) -> None:
+    async with create(name="web"):
+        with pytest.raises(AlreadyExistsError):
+            await create(name="web")
+    async with create(name="web") as second:
+        assert (await second.run(["true"])).exit_code == 0
+
+
+async def test_of_two_that_race_for_a_name_one_gets_it(engine: Engine, create: Create) -> None:
+    outcomes: list[str] = []
+
+    async def make() -> None:
+        try:
+            await create(name="one")
+            outcomes.append("made")
+        except AlreadyExistsError:
+            outcomes.append("refused")
+
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(make)
+
+    assert sorted(outcomes) == ["made", "refused", "refused", "refused"]
+    assert len(await engine.list()) == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", "-a", "a b", "a\n", "a" * 77, "ä", "a\0"])
+async def test_a_name_that_could_be_a_path_is_refused(create: Create, name: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        await create(name=name)
+
+
+async def test_stop_keeps_the_files_and_start_goes_on_with_them(sandbox: Sandbox) -> None:
+    await sandbox.sh("echo kept > /tmp/kept; sleep 60 &", check=True)
+    process = await sandbox.exec(["sleep", "60"])
+
+    await sandbox.stop(grace=0)
+
+    assert (await sandbox.status()).state == "stopped"
+    assert not await anyio.Path(f"/proc/{process.pid}").exists()
+    assert await sandbox.files.read("/tmp/kept") == b"kept\n"
+    with pytest.raises(FailedPreconditionError):
+        await sandbox.run(["true"])
+    await sandbox.start()
+    assert (await sandbox.status()).state == "ready"
+    assert (await sandbox.run(["cat", "/tmp/kept"])).stdout == b"kept\n"
+    assert (await sandbox.sh("ls -d /proc/[0-9]* | wc -l")).text.strip() in {"3", "4"}
+    await process.aclose()
+
+
+async def test_stop_asks_first_and_is_patient(sandbox: Sandbox) -> None:
+    script = "trap 'echo asked > /tmp/asked; exit 3' TERM; echo ready; while :; do sleep 0.05; done"
+    process = await sandbox.exec(["sh", "-c", script])
+    assert await process.stdout.receive() == b"ready\n"
+    begun = time.monotonic()
+
+    await sandbox.stop(grace=20)
+
+    assert time.monotonic() - begun < 15
+    assert await sandbox.files.read("/tmp/asked") == b"asked\n"
+    await process.aclose()
+
+
+async def test_stop_does_not_wait_longer_than_it_was_told(sandbox: Sandbox) -> None:
+    process = await sandbox.exec(["sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.05; done"])
+    assert await process.stdout.receive() == b"ready\n"
+    begun = time.monotonic()
+
+    await sandbox.stop(grace=0.3)
+
+    assert 0.2 < time.monotonic() - begun < 10
+    await process.aclose()
+
+
+async def test_stop_while_somebody_waits_tells_him_the_end(sandbox: Sandbox) -> None:
+    ends = []
+    process = await sandbox.exec(["sleep", "60"])
+
+    async def wait() -> None:
+        ends.append(await process.wait())
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await sandbox.stop(grace=10)
+
+    assert [(end.signal, end.reason) for end in ends] == [(signal.SIGTERM, "signaled")]
+    await process.aclose()
+
+
+@pytest.mark.parametrize("used", [False, True])
+async def test_endings_may_be_repeated_in_any_order(create: Create, used: bool) -> None:
+    sandbox = await create()
+    if used:
+        await sandbox.run(["true"])
+    for end in (sandbox.stop, sandbox.kill, sandbox.stop, sandbox.kill, sandbox.remove, sandbox.remove):
+        await end()
+    await sandbox.stop()
+    await sandbox.kill()
+    with pytest.raises(NotFoundError):
+        await sandbox.status()
+    with pytest.raises(NotFoundError):
+        await sandbox.run(["true"])
+    with pytest.raises(NotFoundError):
+        await sandbox.start()
+    with pytest.raises(SandboxError):
+        await sandbox.files.read("/etc/passwd")
+
+
+async def test_endings_may_race(create: Create, count: Callable[[int], int]) -> None:
+    for _ in range(count(20)):
+        sandbox = await create()
+        process = await sandbox.exec(["sh", "-c", "trap '' TERM; sleep 60 & sleep 60"])
+        async with anyio.create_task_group() as group:
+            for end in (sandbox.kill, sandbox.remove, sandbox.stop, sandbox.remove, process.aclose, process.aclose):
+                group.start_soon(end)
+        with pytest.raises(NotFoundError):
+            await sandbox.status()
+
+
+async def test_a_removal_ends_whoever_waits(create: Create) -> None:
+    sandbox = await create()
+    process = await sandbox.exec(["sleep", "60"])
+    outcomes: list[str] = []
+
+    async def watch(what: Callable[[], Awaitable[object]]) -> None:
+        try:
+            outcomes.append(repr(await what()))
+        except (SandboxError, anyio.ClosedResourceError, anyio.EndOfStream) as error:
+            outcomes.append(type(error).__name__)
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch, process.wait)
+            group.start_soon(watch, process.stdout.receive)
+            group.start_soon(watch, lambda: sandbox.run(["sleep", "60"]))
+            await anyio.wait_all_tasks_blocked()
+            await sandbox.remove()
+
+    assert len(outcomes) == 3
+
+
+async def test_what_ran_in_a_sandbox_whose_processes_were_all_killed_can_be_run_again(sandbox: Sandbox) -> None:
+    await sandbox.sh("echo kept > /tmp/kept")
+    process = await sandbox.exec(["sleep", "60"])
+    # The worst that can come from outside: also the container's first process is gone.
+    parent = int((await anyio.Path(f"/proc/{process.pid}/stat").read_text()).rsplit(") ", 1)[1].split()[1])
+    os.kill(parent, signal.SIGKILL)
+
+    end = await process.wait()
+    assert end.reason in {"signaled", "lost"}
+    assert (await sandbox.run(["cat", "/tmp/kept"])).stdout == b"kept\n"
+    await process.aclose()
+
+
+async def test_leaving_the_context_removes_also_after_an_error(engine: Engine, create: Create) -> None:
+    async def fail() -> None:
+        async with create() as sandbox:
+            await sandbox.exec(["sleep", "60"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fail()
+    assert await engine.list() == []
+
+
+async def test_closing_the_engine_removes_everything(create: Create, engine: Engine) -> None:
+    sandboxes = [await create() for _ in range(3)]
+    for sandbox in sandboxes:
+        await sandbox.exec(["sleep", "60"])
+    await engine.close()
+    await engine.close()
+
+    with pytest.raises(FailedPreconditionError):
+        await create()
+    with pytest.raises(FailedPreconditionError):
+        await sandboxes[0].run(["true"])
+
+
+async def test_closing_the_engine_from_two_tasks_is_one_end(create: Create, engine: Engine) -> None:
+    await (await create()).exec(["sleep", "60"])
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.close)
+        group.start_soon(engine.close)
+
+
+async def test_status_never_waits_for_a_stop(sandbox: Sandbox) -> None:
+    process = await sandbox.exec(["sh", "-c", "trap '' TERM; echo ready; sleep 60; sleep 60"])
+    assert await process.stdout.receive() == b"ready\n"
+    async with anyio.create_task_group() as group:
+        group.start_soon(sandbox.stop, 5)
+        await anyio.wait_all_tasks_blocked()
+        with anyio.fail_after(1):
+            await sandbox.status()
+        await sandbox.kill()
+    await process.aclose()
+
+
+async def test_events_tell_the_life_in_order(engine: Engine, create: Create) -> None:
+    async with create() as sandbox:
+        await sandbox.run(["sh", "-c", "exit 4"])
+    await engine.close()
+
+    events = [event async for event in engine.events()]
+
+    assert [event.seq for event in events] == list(range(1, len(events) + 1))
+    assert all(event.sandbox_id == sandbox.id for event in events)
+    kinds = [event.kind for event in events]
+    assert kinds[:2] == ["sandbox.created", "sandbox.started"]
+    assert kinds[-1] == "sandbox.removed"
+    ended = next(event for event in events if event.kind == "process.exited")
+    assert ended.exit is not None
+    assert ended.exit.code == 4
+
+
+async def test_a_process_outlives_the_task_that_started_it(sandbox: Sandbox) -> None:
+    found = []
+
+    async def start() -> None:
+        found.append(await sandbox.exec(["sh", "-c", "read line; exit 9"], stdin="pipe"))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(start)
+    await found[0].stdin.send(b"\n")
+
+    assert (await found[0].wait()).code == 9
+    await found[0].aclose()
+
+
+async def test_many_processes_at_once_each_have_their_own_end(sandbox: Sandbox) -> None:
+    ends: dict[int, int] = {}
+
+    async def one(number: int) -> None:
+        ends[number] = (await sandbox.run(["sh", "-c", f"exit {number}"])).exit_code
+
+    async with anyio.create_task_group() as group:
+        for number in range(40):
+            group.start_soon(one, number)
+
+    assert ends == {number: number for number in range(40)}
+
+
+async def test_a_closed_process_leaves_nothing_running(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["sh", "-c", "setsid sleep 61 & echo ready; sleep 62"]) as process:
+        assert await process.stdout.receive() == b"ready\n"
+
+    async def gone() -> bool:
+        return "sleep 6" not in (await sandbox.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")).text
+
+    await until(gone, "both sleeps are gone", timeout=2)

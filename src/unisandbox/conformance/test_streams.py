@@ -1,0 +1,239 @@
+"""Streams: everything arrives, in bounds, and who does not read harms nobody but that process."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Callable
+
+import anyio
+import pytest
+
+from unisandbox import FailedPreconditionError, Sandbox, Terminal
+from unisandbox.conformance.waiting import until
+
+pytestmark = pytest.mark.anyio
+
+MIB = 1 << 20
+_WRITE = "import sys\nblock = bytes(range(256)) * 256\nfor _ in range(int(sys.argv[1])): sys.stdout.buffer.write(block)"
+
+
+async def test_both_streams_arrive_apart(sandbox: Sandbox) -> None:
+    done = await sandbox.sh("echo to out; echo to err >&2")
+
+    assert (done.stdout, done.stderr, done.truncated) == (b"to out\n", b"to err\n", False)
+
+
+async def test_large_output_is_complete(sandbox: Sandbox) -> None:
+    done = await sandbox.run(["python3", "-c", _WRITE, str(8 * MIB // 65536)])
+
+    assert len(done.stdout) == 8 * MIB
+    assert done.stdout == bytes(range(256)) * (8 * MIB // 256)
+    assert not done.truncated
+
+
+async def test_output_at_the_very_end_is_not_lost(sandbox: Sandbox, count: Callable[[int], int]) -> None:
+    for number in range(count(500)):
+        done = await sandbox.run(["sh", "-c", f"printf %s {number}; printf err >&2; exit 3"])
+        assert (done.stdout, done.stderr, done.exit_code) == (str(number).encode(), b"err", 3)
+
+
+async def test_output_beyond_the_bound_is_thrown_away_and_blocks_nobody(sandbox: Sandbox) -> None:
+    done = await sandbox.run(["python3", "-c", _WRITE, str(8 * MIB // 65536)], max_output=100_000, timeout=60)
+
+    assert done.exit_code == 0
+    assert done.truncated
+    assert done.stdout == (bytes(range(256)) * 400)[:100_000]
+
+
+async def test_a_bound_that_is_just_reached_is_not_exceeded(sandbox: Sandbox) -> None:
+    exact = await sandbox.sh("printf 12345", max_output=5)
+    nothing = await sandbox.sh("printf 12345", max_output=0)
+
+    assert (exact.stdout, exact.truncated) == (b"12345", False)
+    assert (nothing.stdout, nothing.truncated) == (b"", True)
+
+
+async def test_input_arrives_whole_and_ends(sandbox: Sandbox) -> None:
+    data = bytes(range(256)) * 16384
+    done = await sandbox.run(["sha256sum"], input=data)
+
+    assert done.text.split()[0] == hashlib.sha256(data).hexdigest()
+
+
+async def test_without_input_there_is_nothing_to_read(sandbox: Sandbox) -> None:
+    done = await sandbox.run(["cat"], timeout=20)
+
+    assert (done.exit_code, done.stdout) == (0, b"")
+
+
+async def test_input_that_nobody_reads_does_not_hang(sandbox: Sandbox) -> None:
+    done = await sandbox.run(["true"], input=bytes(4 * MIB), timeout=20)
+
+    assert done.exit_code == 0
+
+
+async def test_input_and_output_flow_at_the_same_time(sandbox: Sandbox) -> None:
+    data = bytes(range(256)) * 16384
+    done = await sandbox.run(["cat"], input=data, timeout=60)
+
+    assert done.stdout == data
+
+
+async def test_text_replaces_what_is_not_utf8(sandbox: Sandbox) -> None:
+    done = await sandbox.sh(r"printf 'a\377\303\251'")
+
+    assert done.stdout == b"a\xff\xc3\xa9"
+    assert done.text == "a\ufffdé"
+
+
+async def test_a_conversation(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["cat"], stdin="pipe") as process:
+        for word in (b"one\n", b"two\n", bytes(range(256))):
+            await process.stdin.send(word)
+            got = b""
+            while len(got) < len(word):
+                got += await process.stdout.receive()
+            assert got == word
+        await process.stdin.aclose()
+        with pytest.raises(anyio.EndOfStream):
+            await process.stdout.receive()
+        end = await process.wait()
+
+    assert end.code == 0
+
+
+async def test_iterating_gives_both_streams_to_their_ends(sandbox: Sandbox) -> None:
+    got = {"stdout": b"", "stderr": b""}
+    async with sandbox.exec(["sh", "-c", "echo a; echo b >&2; echo c; echo d >&2"]) as process:
+        async for output in process:
+            assert output.data
+            got[output.stream] += output.data
+        end = await process.wait()
+
+    assert got == {"stdout": b"a\nc\n", "stderr": b"b\nd\n"}
+    assert end.code == 0
+
+
+async def test_unread_output_blocks_that_process_and_no_other(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["python3", "-c", _WRITE, "16"]) as silent:
+        # It has filled its pipe and sleeps in write(2).
+        async def blocked() -> bool:
+            done = await sandbox.sh("cat /proc/[0-9]*/wchan /proc/[0-9]*/stat 2>/dev/null | grep -c '(python3) S'")
+            return done.text.strip() == "1"
+
+        await until(blocked, "the writer sleeps")
+        with anyio.fail_after(20):
+            assert (await sandbox.run(["echo", "here"])).stdout == b"here\n"
+        assert silent.exit is None
+        size = 0
+        async for output in silent:
+            size += len(output.data)
+        assert size == 16 * 65536
+        assert (await silent.wait()).code == 0
+
+
+async def test_output_stays_readable_after_the_end(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["echo", "late"]) as process:
+        await process.wait()
+        assert await process.stdout.receive() == b"late\n"
+
+
+async def test_a_closed_output_ends_the_writer(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["sh", "-c", "while :; do echo x; done"]) as process:
+        await process.stdout.receive()
+        await process.stdout.aclose()
+        with anyio.fail_after(20):
+            end = await process.wait()
+
+    assert end.signal == signal.SIGPIPE
+
+
+async def test_an_input_that_nobody_has_any_more_is_broken(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["true"], stdin="pipe") as process:
+        await process.wait()
+        with pytest.raises(anyio.BrokenResourceError):
+            await process.stdin.send(b"x")
+
+
+async def test_missing_streams_are_errors_and_never_none(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["true"]) as process:
+        with pytest.raises(FailedPreconditionError):
+            await process.stdin.send(b"x")
+        with pytest.raises(FailedPreconditionError):
+            await process.resize(10, 10)
+        await process.stdin.aclose()
+
+
+async def test_the_end_does_not_wait_for_streams_that_others_hold(sandbox: Sandbox) -> None:
+    with anyio.fail_after(20):
+        done = await sandbox.sh("sleep 60 & echo started; exit 5")
+
+    assert (done.exit_code, done.stdout) == (5, b"started\n")
+
+
+async def test_a_background_writer_is_never_blocked_nor_ended(sandbox: Sandbox) -> None:
+    # It writes 1 MiB, far more than a pipe holds, after the run is over.
+    script = "(while [ ! -e /tmp/go ]; do sleep 0.01; done; head -c 1048576 /dev/zero; echo $? > /tmp/code) &"
+    done = await sandbox.sh(script)
+    await sandbox.files.write("/tmp/go", b"")
+
+    assert done.exit_code == 0
+    await until(lambda: sandbox.files.exists("/tmp/code"), "the background writer ends")
+
+    async def written() -> bool:
+        return await sandbox.files.read("/tmp/code") == b"0\n"
+
+    await until(written, "its code is 0")
+
+
+@pytest.mark.needs("tty")
+async def test_a_terminal_is_one_with_the_size_asked_for(sandbox: Sandbox) -> None:
+    async with sandbox.exec(
+        ["sh", "-c", "test -t 0 && test -t 1 && test -t 2 && stty size"], tty=Terminal(30, 100)
+    ) as p:
+        got = b""
+        async for output in p:
+            assert output.stream == "stdout"
+            got += output.data
+        end = await p.wait()
+
+    assert (end.code, got) == (0, b"30 100\r\n")
+
+
+@pytest.mark.needs("tty")
+async def test_a_terminal_can_be_resized(sandbox: Sandbox) -> None:
+    script = "import signal, os\nsignal.signal(signal.SIGWINCH, lambda *_: None)\nprint('ready')\nsignal.pause()\n"
+    script += "print(*os.get_terminal_size())"
+    async with sandbox.exec(["python3", "-u", "-c", script], tty=True) as process:
+        assert await process.stdout.receive() == b"ready\r\n"
+        await process.resize(51, 132)
+        got = b""
+        async for output in process:
+            got += output.data
+
+        assert got == b"132 51\r\n"
+        assert (await process.wait()).code == 0
+
+
+@pytest.mark.needs("tty")
+async def test_a_terminal_passes_keys_on(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["sh", "-c", "stty -echo; echo ready; cat"], tty=True) as process:
+        assert await process.stdout.receive() == b"ready\r\n"
+        await process.stdin.send(b"typed\n")
+        assert await process.stdout.receive() == b"typed\r\n"
+        await process.stdin.aclose()
+        assert (await process.wait()).code == 0
+
+    async with sandbox.exec(["sh", "-c", "echo ready; sleep 60"], tty=True) as process:
+        assert await process.stdout.receive() == b"ready\r\n"
+        await process.stdin.send(b"\x03")
+        with anyio.fail_after(20):
+            assert (await process.wait()).code == 128 + signal.SIGINT
+
+
+@pytest.mark.needs("tty")
+async def test_a_terminal_has_no_stderr(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["true"], tty=True) as process:
+        with pytest.raises(FailedPreconditionError):
+            await process.stderr.receive()

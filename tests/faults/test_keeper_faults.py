@@ -1,0 +1,598 @@
+"""What the keeper does when its clients, itself or the machine fail. Big counts run in full with --long."""
+
+# ruff: noqa: ASYNC221, ASYNC230, ASYNC240 - a test may block its own event loop
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from tests.keepers import DEADLINE, fd_count, keeper_at, private_bytes, sh, sh_exit, until, wait_ended
+
+from unisandbox.api.errors import FailedPreconditionError, UnavailableError
+from unisandbox.host.keeper import ExitRecord, Guard, Keeper, SpawnFailed, protocol
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+_HOST = """
+import anyio, os, signal, sys, time
+from unisandbox.host.keeper import Guard, Keeper
+place = sys.argv[1]
+async def main():
+    keeper = await Keeper.start(place + "/state", workdir=place + "/work", policy=sys.argv[3])
+    print(keeper.pid, flush=True)
+    {body}
+anyio.run(main, backend=sys.argv[2])
+"""
+
+
+@contextmanager
+def host(place: Path, backend: str, policy: str, body: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A host program that has a keeper, and the keeper's pid."""
+    argv = [sys.executable, "-c", _HOST.format(body=body), str(place), backend, policy]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        try:
+            yield program, pid
+        finally:
+            program.kill()
+            program.wait()
+
+
+def said(program: subprocess.Popen[str]) -> str:
+    assert program.stdout is not None
+    return program.stdout.readline().strip()
+
+
+_RUNNING = """
+    for name in ("tree", "tree/sub"):
+        await keeper.guard([Guard(name, "rmdir", [f"{place}/{name}"])])
+        os.mkdir(f"{place}/{name}")
+    script = "sleep 1000 & echo $!; exec sleep 1000"
+    await keeper.spawn("k", ["/bin/sh", "-c", script], env={"PATH": "/bin"}, fds=[0, 1, 2])
+    await anyio.sleep_forever()
+"""
+
+
+# --- the client dies ---
+
+
+async def test_after_kill_of_the_owner_the_guards_run_and_nothing_is_left(tmp_path: Path, anyio_backend: str) -> None:
+    with host(tmp_path, anyio_backend, "stop", _RUNNING) as (program, keeper):
+        orphan = int(said(program))
+        program.kill()
+        wait_ended(keeper)
+        wait_ended(orphan)
+    assert not (tmp_path / "tree").exists()
+    assert sorted(os.listdir(tmp_path / "state")) == ["exits", "keeper.log", "lock"]
+    async with keeper_at(tmp_path):  # and the directory is free
+        pass
+
+
+async def test_a_forked_child_that_keeps_the_socket_open_delays_nothing(tmp_path: Path, anyio_backend: str) -> None:
+    body = "if (pid := os.fork()) == 0: time.sleep(1000)\n    print(pid, flush=True)" + _RUNNING
+    with host(tmp_path, anyio_backend, "stop", body) as (program, keeper):
+        child, orphan = int(said(program)), int(said(program))
+        try:
+            program.kill()
+            wait_ended(keeper)
+            wait_ended(orphan)
+            assert Path(f"/proc/{child}").exists()
+            assert not (tmp_path / "tree").exists()
+        finally:
+            os.kill(child, signal.SIGKILL)
+            wait_ended(child)
+
+
+async def test_the_last_words_of_a_dying_owner_count(tmp_path: Path, anyio_backend: str) -> None:
+    # Exits that it never reads are in its socket then: the kernel answers the keeper's next read with ECONNRESET.
+    body = """
+    for n in range(20):
+        await keeper.spawn(f"k{n}", ["/bin/true"], env={})
+    os.kill(keeper.pid, signal.SIGSTOP)
+    for n in range(100):
+        os.mkdir(f"{place}/d{n}")
+        await keeper.guard([Guard(f"d{n}", "rmdir", [f"{place}/d{n}"])])
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with host(tmp_path, anyio_backend, "stop", body) as (program, keeper):
+        program.wait()
+        os.kill(keeper, signal.SIGCONT)
+        wait_ended(keeper)
+    assert sorted(os.listdir(tmp_path)) == ["state", "work"]
+
+
+async def test_a_closed_connection_is_an_end_of_the_owner_too(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        (tmp_path / "d").mkdir()
+        await keeper.guard([Guard("d", "rmdir", [f"{tmp_path}/d"])])
+        assert keeper.abandon(wait=DEADLINE)
+    assert not (tmp_path / "d").exists()
+
+
+async def test_sigterm_of_the_keeper_undoes_everything(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path, policy="keep") as keeper:
+        (tmp_path / "d").mkdir()
+        await keeper.guard([Guard("d", "rmdir", [f"{tmp_path}/d"])])
+        await keeper.held()
+        os.kill(keeper.pid, signal.SIGTERM)
+        wait_ended(keeper.pid)
+        with pytest.raises(UnavailableError):
+            await keeper.held()
+    assert not (tmp_path / "d").exists()
+
+
+# --- policy keep: detach and adopt ---
+
+
+async def test_exits_while_nobody_was_attached_are_exact(tmp_path: Path, anyio_backend: str) -> None:
+    codes = [0, 1, 7, 255]
+    body = """
+    for code in (0, 1, 7, 255):
+        s = await keeper.spawn(f"k{code}", ["/bin/sh", "-c", f"read x; exit {code}"], env={}, fds=[0])
+        print(s.pid, s.start_time, flush=True)
+    s = await keeper.spawn("kill", ["/bin/sh", "-c", "read x; kill -9 $$"], env={}, fds=[0])
+    print(s.pid, s.start_time, flush=True)
+    await anyio.sleep_forever()
+"""
+    with host(tmp_path, anyio_backend, "keep", body) as (program, pid):
+        processes = [tuple(map(int, said(program).split())) for _ in range(5)]
+        program.kill()
+        program.wait()
+        assert program.stdin is not None
+        program.stdin.close()  # only now they go on
+        for number, _ in processes:
+            wait_ended(number)
+        with pytest.raises(FailedPreconditionError, match="waits for an owner"):
+            until(lambda: json.loads((tmp_path / "state/lock").read_text())["owner"] == 0, "the owner is forgotten")
+            await Keeper.start(f"{tmp_path}/state", workdir=f"{tmp_path}/work")
+        keeper = await Keeper.attach(f"{tmp_path}/state", own=True)
+        try:
+            assert keeper.pid == pid
+            assert keeper.hello.owner
+            assert keeper.hello.policy == "keep"
+            records = [await keeper.wait_exit(*process) for process in processes]
+            assert [os.waitstatus_to_exitcode(record.status) for record in records] == [*codes, -9]
+            assert sorted(record.seq for record in records) == [1, 2, 3, 4, 5]
+            again = await keeper.spawn("k7", ["/bin/false"], env={})
+            assert (again.pid, again.start_time) == processes[2]
+        finally:
+            await keeper.close()
+
+
+async def test_the_keeper_waits_for_an_owner_again_and_again(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path, policy="keep") as first:
+        null = os.open("/dev/null", os.O_RDONLY)
+        await first.hold("null", null)
+        os.close(null)
+        first.abandon()
+        for _ in range(5):
+            keeper = await _adopt(tmp_path)
+            assert list(await keeper.held()) == ["null"]
+            keeper.abandon()
+        keeper = await _adopt(tmp_path)
+        await keeper.close()
+
+
+async def _adopt(place: Path) -> Keeper:
+    """Its former owner's end may not have reached the keeper yet."""
+    with anyio.fail_after(DEADLINE):
+        while True:
+            try:
+                return await Keeper.attach(f"{place}/state", own=True)
+            except FailedPreconditionError:
+                await anyio.sleep(0.002)
+
+
+# --- the keeper dies ---
+
+
+async def test_when_the_keeper_is_killed_every_call_fails_and_none_hangs(tmp_path: Path) -> None:
+    errors: list[str] = []
+
+    async def wait(keeper: Keeper, pid: int, start_time: int) -> None:
+        try:
+            await keeper.wait_exit(pid, start_time)
+        except UnavailableError as error:
+            errors.append(str(error))
+
+    async with keeper_at(tmp_path) as keeper:
+        spawned = await sh(keeper, "exec sleep 1000")
+        try:
+            with anyio.fail_after(DEADLINE):
+                async with anyio.create_task_group() as group:
+                    for _ in range(3):
+                        group.start_soon(wait, keeper, spawned.pid, spawned.start_time)
+                    await anyio.wait_all_tasks_blocked()
+                    os.kill(keeper.pid, signal.SIGKILL)
+            for call in (keeper.held(), keeper.guard([]), sh(keeper, "true"), keeper.close()):
+                with pytest.raises(UnavailableError, match=f"keeper {keeper.pid} .*has ended"):
+                    await call
+        finally:
+            os.kill(spawned.pid, signal.SIGKILL)
+            wait_ended(spawned.pid)
+    assert [f"keeper {keeper.pid}" in error for error in errors] == [True] * 3
+    async with keeper_at(tmp_path):  # the lock went with it
+        pass
+
+
+async def test_the_journal_of_a_killed_keeper_can_be_read(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        record = await sh_exit(keeper, "exit 9")
+        os.kill(keeper.pid, signal.SIGKILL)
+        wait_ended(keeper.pid)
+        head, line = (tmp_path / "state/exits").read_text().splitlines()
+    assert head == f"boot {keeper.hello.boot_id} keeper {keeper.pid}"
+    assert line.split()[:4] == [str(record.seq), str(record.pid), str(record.start_time), str(9 << 8)]
+
+
+# --- load ---
+
+
+async def test_many_spawns_grow_nothing(tmp_path: Path, count: Callable[[int], int]) -> None:
+    async def some(keeper: Keeper, name: str, number: int) -> None:
+        for index in range(number):
+            spawned = await keeper.spawn(f"{name}-{index}", ["/bin/true"], env={})
+            os.close(spawned.pidfd)
+            record = await keeper.wait_exit(spawned.pid, spawned.start_time)
+            assert record.status == 0
+            if index % 100 == 99:
+                await keeper.ack(keeper.last_seq)
+
+    async with keeper_at(tmp_path) as keeper:
+        await some(keeper, "warm", 100)
+        await keeper.held()
+        fds, ours, memory = fd_count(keeper.pid), fd_count(os.getpid()), private_bytes(keeper.pid)
+        total = count(10_000)
+        async with anyio.create_task_group() as group:
+            for task in range(4):
+                group.start_soon(some, keeper, f"t{task}", total // 4)
+        await keeper.held()
+        grown = private_bytes(keeper.pid) - memory
+
+        assert keeper.last_seq == 100 + total // 4 * 4
+        assert fd_count(keeper.pid) == fds
+        assert fd_count(os.getpid()) == ours
+        # It remembers 4096 exits and 4096 keys, bounded: some 700 bytes for both.
+        assert grown < 256 * 1024 + min(total, 4096) * 1200, f"{grown} bytes for {total} spawns"
+        assert (tmp_path / "state/exits").stat().st_size < 200_000
+
+
+async def test_a_client_that_does_not_read_harms_no_other_and_misses_nothing(
+    tmp_path: Path, count: Callable[[int], int]
+) -> None:
+    number = count(10_000)
+    script = f"i=0; while [ $i -lt {number} ]; do (exit 3) & i=$((i+1)); done; exec 3<&-; exit 0"
+    async with keeper_at(tmp_path) as keeper:
+        idle = await Keeper.attach(f"{tmp_path}/state")
+        # A shell that reaps none of its children leaves them all to the keeper.
+        for part in range(10):
+            await sh_exit(keeper, script.replace(str(number), str(number // 10)), key=f"k{part}")
+        with anyio.fail_after(DEADLINE):
+            await keeper.held()
+        seen = keeper.last_seq
+        assert idle.last_seq == 0
+        with anyio.fail_after(DEADLINE):
+            while idle.last_seq < seen:
+                await idle.held()
+        records, first = await idle.exits_after(0)
+        assert first == 1
+        assert [record.seq for record in records] == list(range(1, len(records) + 1))
+        idle.abandon()
+
+
+async def test_a_client_that_missed_more_than_the_journal_holds_still_learns_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        reading, writing = os.pipe()
+        early = await sh(keeper, "read x; exit 5", fds=[reading])
+        os.close(reading)
+        # As the keeper would tell a client whose cursor lies before what is left.
+        got: list[ExitRecord] = []
+
+        async def wait() -> None:
+            got.append(await keeper.wait_exit(early.pid, early.start_time))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            keeper._pushed({"push": "exits", "gap": True, "exits": []})
+            os.close(writing)
+        assert got[0].status == 5 << 8
+
+
+async def test_a_full_queue_makes_the_client_wait_and_loses_nothing(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        (tmp_path / "d").mkdir()
+        os.kill(keeper.pid, signal.SIGSTOP)
+
+        async def register() -> None:
+            for number in range(2000):
+                await keeper.guard([Guard(f"g{number}", "unlink", [f"{tmp_path}/d/{number}"])])
+
+        with anyio.fail_after(DEADLINE):
+            async with anyio.create_task_group() as group:
+                group.start_soon(register)
+                await anyio.wait_all_tasks_blocked()
+                os.kill(keeper.pid, signal.SIGCONT)
+        for number in range(2000):
+            (tmp_path / f"d/{number}").write_text("")
+        report = await keeper.close()
+        assert (report.done, report.failures) == (2000, 0)
+        assert os.listdir(tmp_path / "d") == []
+
+
+# --- exhaustion ---
+
+
+async def test_a_keeper_without_free_fds_says_so_and_recovers(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        null = os.open("/dev/null", os.O_RDONLY)
+        reading, writing = os.pipe()
+        running = await sh(keeper, "read x; exit 6", fds=[reading])
+        os.close(reading)
+        limit = fd_count(keeper.pid) + 8
+        hard = resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE)[1]
+        resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE, (limit, hard))
+        held = 0
+        with pytest.raises(OSError, match="no room") as caught:
+            while held < 100:
+                await keeper.hold(f"n{held}", null)
+                held += 1
+        assert caught.value.errno == errno.EMFILE
+        with pytest.raises(SpawnFailed) as failed:
+            await keeper.spawn("k", ["/bin/true"], env={})
+        assert failed.value.errno == errno.EMFILE
+        with pytest.raises(OSError, match="Too many open files"):
+            await keeper.job([])
+        with pytest.raises((UnavailableError, OSError)):
+            await Keeper.attach(f"{tmp_path}/state")
+        os.close(writing)
+        assert (await keeper.wait_exit(running.pid, running.start_time)).status == 6 << 8  # exact all the same
+        await keeper.drop([f"n{number}" for number in range(held)])
+        assert (await sh_exit(keeper, "exit 4")).status == 4 << 8
+        resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        other = await Keeper.attach(f"{tmp_path}/state")
+        other.abandon()
+        os.close(null)
+
+
+async def test_a_client_without_free_fds_gets_an_error_and_its_keeper_goes_on(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        null = os.open("/dev/null", os.O_RDONLY)
+        await keeper.hold("null", null)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used: list[int] = []
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                while True:
+                    used.append(os.dup(null))
+            with pytest.raises(OSError, match="no file descriptor left here"):
+                await keeper.take("null")
+            with pytest.raises(SpawnFailed, match="no file descriptor left here"):
+                await keeper.spawn("k", ["/bin/sleep", "1000"], env={})
+        finally:
+            for fd in [*used, null]:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        copy = await keeper.take("null")
+        os.close(copy)
+        assert (await sh_exit(keeper, "exit 4")).status == 4 << 8
+
+
+# --- hostile clients ---
+
+
+def raw_client(place: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(DEADLINE)
+    sock.connect(f"{place}/state/keeper.sock")
+    return sock
+
+
+def is_ended(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1 << 16) == b""
+    except ConnectionResetError:
+        return True
+
+
+_GARBAGE = [
+    b"\0",
+    b"not json",
+    b"[]",
+    b'"text"',
+    b"{" * 100_000,
+    b"[" * 100_000 + b"]" * 100_000,
+    b'{"id":"text","op":"held"}',
+    b'{"id":1e400}',
+    b'{"op":"held","fds":1}',
+    b'{"op":"held","fds":-1}',
+    b'{"op":"held","fds":1000000}',
+    b'\xff\xfe{"op":"held"}',
+    b'{"op":' + b"1" * 10_000 + b"}",
+    b"x" * 204_801,
+]
+
+
+@pytest.mark.parametrize("data", _GARBAGE, ids=range(len(_GARBAGE)))
+async def test_garbage_ends_its_own_connection_only(tmp_path: Path, data: bytes) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        await keeper.held()
+        fds = fd_count(keeper.pid)
+        with raw_client(tmp_path) as sock:
+            sock.send(data)
+            if data.startswith(b'{"op":111'):  # a wrong request without an id: no answer, no end
+                sock.send(b"")
+            assert is_ended(sock)
+        assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
+        assert fd_count(keeper.pid) == fds
+
+
+async def test_more_fds_than_allowed_end_the_connection_and_leak_nothing(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        await keeper.held()
+        fds = fd_count(keeper.pid)
+        for number, announced in ((65, 65), (65, 64), (200, 200), (3, 2), (3, 0)):
+            with raw_client(tmp_path) as sock:
+                socket.send_fds(sock, [json.dumps({"op": "held", "fds": announced}).encode()], [0] * number)
+                assert is_ended(sock)
+        # Those that nobody asked for are closed.
+        with raw_client(tmp_path) as sock:
+            request = {"id": 1, "op": "held", "prefix": "", "after": "", "fds": 64}
+            socket.send_fds(sock, [json.dumps(request).encode()], [0] * 64)
+            assert json.loads(sock.recv(1000))["held"] == {}
+        until(lambda: fd_count(keeper.pid) == fds, "no fd is left")
+
+
+_WRONG: list[dict[str, object]] = [
+    {},
+    {"op": 1},
+    {"op": "no such"},
+    {"op": "spawn"},
+    {"op": "spawn", "key": "k", "argv": [], "env": {}, "cwd": "/", "cgroup_procs": []},
+    {"op": "spawn", "key": "k", "argv": ["/bin/true"], "env": {"A": 1}, "cwd": "/", "cgroup_procs": []},
+    {"op": "spawn", "key": "k", "argv": ["/bin/true"], "env": {}, "cwd": "x", "cgroup_procs": []},
+    {"op": "spawn", "key": "k", "argv": ["/bin/true", "a\0b"], "env": {}, "cwd": "/", "cgroup_procs": []},
+    {"op": "spawn", "key": "k", "argv": "/bin/true", "env": {}, "cwd": "/", "cgroup_procs": [1]},
+    {"op": "job", "steps": 1},
+    {"op": "job", "steps": [1], "hold": {}, "timeout": 1},
+    {"op": "job", "steps": [], "hold": {"a": "x", "b": "x"}, "timeout": 1},
+    {"op": "job", "steps": [], "hold": {}, "timeout": -1},
+    {"op": "job", "steps": [], "hold": {}, "timeout": "1"},
+    {"op": "hold", "name": "no fd came"},
+    {"op": "hold", "name": "x" * 200},
+    {"op": "take", "name": ["x"]},
+    {"op": "held", "prefix": None},
+    {"op": "ring", "name": "r", "limit": 0},
+    {"op": "ring_read", "name": "r", "offset": 0},
+    {"op": "guard", "guards": 1},
+    {"op": "guard", "guards": [{"name": "g", "kind": "rm -rf", "paths": ["/x"]}]},
+    {"op": "guard", "guards": [{"name": "g", "kind": "remove_tree", "paths": ["/"]}]},
+    {"op": "guard", "guards": [{"name": "g", "kind": "remove_tree", "paths": ["/a/../.."]}]},
+    {"op": "lease", "directory": "relative", "first": 0, "count": 1},
+    {"op": "lease", "directory": "/no/such", "first": 0, "count": 1},
+    {"op": "lease", "directory": "/tmp", "first": -1, "count": 1},
+    {"op": "release", "directory": "/tmp", "number": 1},
+    {"op": "ack", "seq": 1},
+    {"op": "close", "run_guards": True},
+    {"op": "own"},
+    {"op": "exit_of", "pid": 0, "start_time": 0},
+    {"op": "hello", "after": -1},
+]
+
+
+async def test_wrong_requests_are_answered_with_an_error(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        fds = fd_count(keeper.pid)
+        with raw_client(tmp_path) as sock:
+            for number, request in enumerate(_WRONG):
+                sock.send(json.dumps({"id": number, **request}).encode())
+                answer = json.loads(sock.recv(1 << 16))
+                assert answer["id"] == number
+                assert answer["error"], request
+                assert answer["errno"] > 0
+                assert "the keeper failed" not in answer["error"], answer
+                # The same, of somebody who does not want an answer.
+                sock.send(json.dumps(request).encode())
+        assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
+        until(lambda: fd_count(keeper.pid) == fds, "no fd is left")
+
+
+async def test_a_client_that_asks_and_never_reads_is_not_served_for_ever(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        await keeper.held()
+        memory = private_bytes(keeper.pid)
+        names = [f"{number:0120}" for number in range(200)]
+        null = os.open("/dev/null", os.O_RDONLY)
+        for name in names:
+            await keeper.hold(name, null)
+        os.close(null)
+        with raw_client(tmp_path) as sock:
+            sock.setblocking(False)
+            request = json.dumps({"id": 1, "op": "held", "prefix": "", "after": ""}).encode()
+            sent = 0
+            with pytest.raises(BlockingIOError):
+                while sent < 20_000:
+                    sock.send(request)
+                    sent += 1
+                    if sent % 100 == 0:
+                        await keeper.exits_after(0)  # the keeper answers others, and works on
+            grown = private_bytes(keeper.pid) - memory
+            assert sent < 5_000
+            assert grown < 40 << 20
+        assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
+
+
+async def test_clients_beyond_the_limit_are_refused_and_others_go_on(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        clients = [raw_client(tmp_path) for _ in range(70)]
+        try:
+            assert is_ended(clients[-1])
+            assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
+        finally:
+            for client in clients:
+                client.close()
+
+
+async def test_a_keeper_that_speaks_another_version_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with keeper_at(tmp_path):
+        monkeypatch.setattr(protocol, "VERSION", 2)
+        with pytest.raises(UnavailableError, match="speaks version 1 .* this library version 2"):
+            await Keeper.attach(f"{tmp_path}/state")
+
+
+async def test_a_keeper_that_says_garbage_is_as_good_as_dead(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(state / "keeper.sock"))
+        listener.listen()
+        for garbage in (b"garbage", b'{"id":1,"fds":3}', b"x" * 204_801):
+
+            def answer(garbage: bytes = garbage) -> None:
+                sock, _ = listener.accept()
+                with sock:
+                    sock.recv(1000)
+                    sock.send(garbage)
+                    sock.recv(1000)
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(anyio.to_thread.run_sync, answer)
+                with anyio.fail_after(DEADLINE), pytest.raises(UnavailableError, match="cannot be understood"):
+                    await Keeper.attach(str(state))
+
+
+async def test_a_full_disk_takes_the_file_but_not_the_memory_of_exits(tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
+    try:
+        async with keeper_at(full) as keeper:
+            with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
+                file.write(b"x" * (1 << 20))
+            records = [await sh_exit(keeper, f"exit {n}") for n in range(100)]
+            assert [record.status >> 8 for record in records] == list(range(100))
+            os.unlink(full / "filler")
+            await keeper.ack(50)
+            await sh_exit(keeper, "exit 1", key="last")
+            report = await keeper.close()
+            assert report.failures == 0
+    finally:
+        subprocess.run(["umount", str(full)], check=True)

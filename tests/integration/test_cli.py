@@ -1,0 +1,521 @@
+"""The command line as a user meets it: a process with streams, signals, a terminal and an exit code."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import unisandbox
+
+pytestmark = pytest.mark.root
+
+CLI: Final = [sys.executable, "-X", "dev", "-W", "error", "-m", "unisandbox.cli"]
+SECONDS: Final = 30.0
+
+
+def run(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [*CLI, *args], input=stdin, capture_output=True, check=False, timeout=SECONDS, env={**os.environ, **(env or {})}
+    )
+
+
+@contextmanager
+def started(*args: str, stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+    """The command line in the background; killed at the end if it still runs."""
+    with subprocess.Popen([*CLI, *args], stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def read_until(fd: int, wanted: bytes) -> bytes:
+    """What comes, up to `wanted`."""
+    deadline = time.monotonic() + SECONDS
+    seen = b""
+    while wanted not in seen:
+        assert select.select([fd], [], [], max(deadline - time.monotonic(), 0))[0], f"no {wanted!r} in {seen!r}"
+        piece = os.read(fd, 65536)
+        assert piece, f"it ended without {wanted!r} after {seen!r}"
+        seen += piece
+    return seen
+
+
+def output_of(process: subprocess.Popen[bytes]) -> int:
+    assert process.stdout is not None
+    return process.stdout.fileno()
+
+
+# Output, input, exit codes
+
+
+def test_output_streams_and_exit_code_pass_through() -> None:
+    done = run("run", "--", "sh", "-c", "echo out; echo err >&2; exit 3")
+    assert (done.returncode, done.stdout, done.stderr) == (3, b"out\n", b"err\n")
+
+
+def test_output_comes_while_the_program_runs() -> None:
+    with started("run", "sh", "-c", "echo first; read never; sleep 1000") as process:
+        assert read_until(output_of(process), b"first\n") == b"first\n"
+        process.terminate()
+        assert process.wait(SECONDS) == 128 + signal.SIGTERM
+
+
+def test_words_after_the_program_are_its_own() -> None:
+    done = run("run", "echo", "--memory", "-e", "--", "--json")
+    assert (done.returncode, done.stdout) == (0, b"--memory -e -- --json\n")
+
+
+def test_stdin_is_read_only_with_i() -> None:
+    assert run("run", "cat", stdin=b"typed").stdout == b""
+    assert run("run", "-i", "cat", stdin=b"typed").stdout == b"typed"
+
+
+def test_stdin_may_be_a_file_or_not_be_there(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(os.urandom(300_000))
+    with source.open("rb") as file:
+        done = subprocess.run([*CLI, "run", "-i", "cat"], stdin=file, capture_output=True, check=False, timeout=SECONDS)
+    assert (done.returncode, done.stdout) == (0, source.read_bytes())
+    shell = f"exec {' '.join(CLI)} run -- echo fine <&-"
+    assert subprocess.run(["sh", "-c", shell], capture_output=True, check=False, timeout=SECONDS).stdout == b"fine\n"
+
+
+def test_large_input_and_output_are_whole() -> None:
+    data = os.urandom(5_000_000)
+    done = run("run", "-i", "cat", stdin=data)
+    assert done.returncode == 0
+    assert done.stdout == data
+
+
+def test_input_that_the_program_does_not_read_is_no_error() -> None:
+    done = run("run", "-i", "true", stdin=bytes(5_000_000))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+def test_program_learns_that_its_reader_has_left() -> None:
+    with started("run", "yes") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"y\n"
+        process.stdout.close()
+        assert process.wait(SECONDS) == 128 + signal.SIGPIPE
+
+
+def test_full_disk_under_our_output_is_said() -> None:
+    with Path("/dev/full").open("wb") as full, started("run", "echo", "lost", stdout=full.fileno()) as process:
+        assert process.stderr is not None
+        assert process.stderr.read() == b"unisandbox: cannot write the program's output: No space left on device\n"
+        assert process.wait(SECONDS) == 125
+
+
+def test_background_process_does_not_keep_the_sandbox() -> None:
+    done = run("run", "sh", "-c", "sleep 1000 & echo over")
+    assert (done.returncode, done.stdout) == (0, b"over\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM, signal.SIGUSR1])
+def test_program_ended_by_a_signal_gives_128_and_its_number(number: signal.Signals) -> None:
+    assert run("run", "sh", "-c", f"kill -{int(number)} $$").returncode == 128 + number
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "says"),
+    [
+        (["run", "no-such-program"], 127, "cannot start 'no-such-program'"),
+        (["run", "/etc/passwd"], 126, "cannot start '/etc/passwd'"),
+        (["run", "--no-such-option", "true"], 125, "No such option '--no-such-option'"),
+        (["run"], 125, "Missing argument"),
+        (["no-such-command"], 125, "No such command 'no-such-command'"),
+        (["run", "--memory", "lots", "true"], 125, "--memory must be bytes or a string like '512M'"),
+        (["run", "--memory", "0", "true"], 125, "--memory must be > 0"),
+        (["run", "--cpus", "-1", "true"], 125, "cpu must be > 0"),
+        (["run", "--timeout", "0", "true"], 125, "--timeout must be > 0 seconds"),
+        (["run", "--isolation", "no-such", "true"], 125, "isolation 'no-such' is not known"),
+        (["run", "--rootfs", "/no/such", "true"], 125, "/no/such"),
+        (["run", "--rootfs", "image", "true"], 125, "not supported by backend"),
+        (["run", "--network", "bridge", "true"], 125, "network 'bridge' is not known"),
+        (["run", "-v", "/no/such:/x", "true"], 125, "'/no/such' does not exist on this host"),
+        (["run", "-v", "/usr", "true"], 125, "-v '/usr' is not valid"),
+        (["run", "-e", "=x", "true"], 125, "has no name"),
+        (["run", "-u", "no-such-user", "true"], 125, "no-such-user"),
+        (["run", "-t", "--json", "true"], 125, "cannot be used together"),
+        (["run", "-it", "true"], 125, "needs a terminal"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_error_is_one_line_and_a_hint(args: list[str], code: int, says: str) -> None:
+    done = run(*args)
+    lines = done.stderr.decode().splitlines()
+    assert done.returncode == code
+    assert done.stdout == b"" or "--json" in args
+    assert lines[0].startswith("unisandbox: ")
+    assert says in lines[0]
+    assert [line[:6] for line in lines[1:]] in ([], ["hint: "])
+
+
+def test_debug_shows_where_an_error_was_raised() -> None:
+    done = run("run", "--debug", "--isolation", "no-such", "true")
+    assert b"Traceback" in done.stderr
+    assert done.stderr.splitlines()[-2].startswith(b"unisandbox: isolation 'no-such'")
+
+
+def test_missing_extra_is_one_readable_line() -> None:
+    code = "import sys; sys.modules['click'] = None; import unisandbox.cli; unisandbox.cli.main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        "unisandbox: the command line needs click, which is missing: pip install 'unisandbox[cli]'"
+    ]
+
+
+# What the options do
+
+
+def test_options_of_the_sandbox_and_the_process() -> None:
+    done = run(
+        *("run", "-e", "GIVEN=1", "-e", "TAKEN", "-e", "ABSENT", "-w", "/usr/lib", "-u", "1000:65534"),
+        *("--hostname", "box", "--pids", "50", "--cpus", "0.5", "--disk", "8M", "--memory", "64M", "--name", "n"),
+        *("sh", "-c", "echo $GIVEN $TAKEN ${ABSENT-unset} ${OTHER-unset} $PWD $(id -u):$(id -g) $(uname -n)"),
+        env={"TAKEN": "2", "OTHER": "3"},
+    )
+    assert done.stdout.decode() == "1 2 unset unset /usr/lib 1000:65534 box\n", done.stderr
+
+
+def test_disk_is_limited() -> None:
+    done = run("run", "--disk", "4M", "sh", "-c", "head -c 8M /dev/zero > /tmp/full")
+    assert done.returncode != 0
+    assert b"No space left" in done.stderr
+
+
+def test_processes_are_limited() -> None:
+    assert run("run", "--pids", "10", "sh", "-c", "for i in $(seq 30); do sleep 1000 & done").returncode != 0
+    assert run("run", "--unlimited", "sh", "-c", "for i in $(seq 300); do sleep 1000 & done").returncode == 0
+
+
+def test_volume_is_writable_unless_ro(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("read\n")
+    script = "cat /mnt/x/there; echo written > /mnt/x/new"
+    readonly = run("run", "-v", f"{tmp_path}:/mnt/x:ro", "sh", "-c", script)
+    assert readonly.stdout == b"read\n"
+    assert readonly.returncode != 0
+    assert not (tmp_path / "new").exists()
+    assert run("run", "-v", f"{tmp_path}:/mnt/x", "sh", "-c", script).returncode == 0
+    assert (tmp_path / "new").read_text() == "written\n"
+
+
+def test_network_is_none_unless_host() -> None:
+    interfaces = ["run", "python3", "-c", "import socket; print(*[name for _, name in socket.if_nameindex()])"]
+    assert run(*interfaces).stdout == b"lo\n"
+    host = run("run", "--network", "host", *interfaces[1:])
+    assert set(host.stdout.decode().split()) == set(os.listdir("/sys/class/net")) - {"bonding_masters"}, host.stderr
+
+
+def test_userns_host_is_root_of_the_host() -> None:
+    assert run("run", "--userns", "host", "cat", "/proc/self/uid_map").stdout.split() == [b"0", b"0", b"4294967295"]
+    assert run("run", "cat", "/proc/self/uid_map").stdout.split()[2] == b"65536"
+
+
+def test_timeout_kills_all_that_runs() -> None:
+    done = run("run", "--timeout", "0.2", "sh", "-c", "sleep 1000 & echo begun; sleep 1000")
+    assert (done.returncode, done.stdout) == (124, b"begun\n")
+    assert done.stderr == b"unisandbox: 'sh' did not end within 0.2 s; it was killed\n"
+
+
+# --json
+
+FIELDS: Final = {
+    "argv": list,
+    "exit_code": int,
+    "code": int,
+    "signal": int | None,
+    "reason": str,
+    "oom_kills": int,
+    "timed_out": bool,
+    "duration": float,
+    "truncated": bool,
+    "stdout": str,
+    "stdout_encoding": str,
+    "stderr": str,
+    "stderr_encoding": str,
+}
+
+
+def run_json(*args: str) -> tuple[int, dict[str, Any]]:
+    done = run("run", "--json", *args)
+    answer: dict[str, Any] = json.loads(done.stdout)
+    assert done.stdout.count(b"\n") == 1
+    return done.returncode, answer
+
+
+def test_json_is_one_object_with_every_field() -> None:
+    code, answer = run_json("sh", "-c", "echo out; echo err >&2; exit 3")
+    assert {name: type(value) for name, value in answer.items()} == {
+        name: type(None) if name == "signal" else kind for name, kind in FIELDS.items()
+    }
+    assert code == answer["exit_code"] == answer["code"] == 3
+    assert (answer["stdout"], answer["stderr"], answer["reason"]) == ("out\n", "err\n", "exited")
+    assert 0 < answer["duration"] < SECONDS
+
+
+def test_json_says_signal_oom_and_timeout() -> None:
+    assert run_json("sh", "-c", "kill -9 $$")[1].items() >= {"signal": 9, "reason": "signaled", "code": 137}.items()
+    code, answer = run_json("--memory", "32M", "python3", "-c", "bytearray(200 << 20)")
+    assert code == 137
+    assert answer["reason"] == "oom"
+    assert answer["oom_kills"] >= 1
+    code, answer = run_json("--timeout", "0.2", "sleep", "1000")
+    assert code == answer["exit_code"] == 124
+    assert answer.items() >= {"timed_out": True, "code": 137, "reason": "signaled"}.items()
+
+
+def test_json_gives_bytes_that_are_no_text_as_base64() -> None:
+    _, answer = run_json("printf", r"\377\000")
+    assert answer["stdout_encoding"] == "base64"
+    assert base64.b64decode(answer["stdout"]) == b"\xff\x00"
+
+
+def test_json_bounds_the_output() -> None:
+    _, answer = run_json("head", "-c", str(17 << 20), "/dev/zero")
+    assert answer["truncated"] is True
+    assert len(answer["stdout"]) == 16 << 20
+
+
+def test_json_of_an_error_is_one_object_too() -> None:
+    code, answer = run_json("no-such-program")
+    assert code == answer["exit_code"] == 127
+    assert answer["error"]["type"] == "InvalidArgumentError"
+    assert "no-such-program" in answer["error"]["message"]
+
+
+# Signals to the command line
+
+TELL_SIGNALS: Final = """
+import signal, sys
+def tell(number, frame):
+    print("got", number, flush=True)
+    if number != signal.SIGINT:
+        sys.exit(7)
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, tell)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
+def test_signal_is_forwarded_and_the_program_decides(number: signal.Signals) -> None:
+    with started("run", "python3", "-c", TELL_SIGNALS) as process:
+        read_until(output_of(process), b"ready\n")
+        process.send_signal(number)
+        assert read_until(output_of(process), b"\n") == f"got {int(number)}\n".encode()
+        assert process.wait(SECONDS) == 7
+
+
+def test_second_sigint_kills() -> None:
+    with started("run", "python3", "-c", TELL_SIGNALS) as process:
+        read_until(output_of(process), b"ready\n")
+        process.send_signal(signal.SIGINT)
+        read_until(output_of(process), b"got 2\n")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 128 + signal.SIGKILL
+
+
+def test_signal_at_any_moment_of_the_start_leaves_nothing(count: Callable[[int], int]) -> None:
+    times = count(100)
+    for number in range(times):
+        with started("run", "sleep", "1000") as process:
+            select.select([process.stdout], [], [], 0.6 * number / times)  # nothing is written: a delay
+            process.terminate()
+            # -15: it had not begun to take signals yet
+            assert process.wait(SECONDS) in {128 + signal.SIGTERM, -signal.SIGTERM}
+            assert process.stderr is not None
+            assert process.stderr.read() == b""
+
+
+def test_killed_command_line_leaves_nothing() -> None:
+    with started("run", "sh", "-c", "echo ready; sleep 1000") as process:
+        read_until(output_of(process), b"ready\n")
+        process.kill()
+        assert process.wait(SECONDS) == -signal.SIGKILL
+
+
+def test_signal_ends_waiting_for_a_reader_that_does_not_read() -> None:
+    with started("run", "sh", "-c", "head -c 100k /dev/zero; sleep 1000 & head -c 30k /dev/zero") as process:
+        # 64 KiB are in the pipe to us, the rest on its way: the program ends, and its output cannot be written.
+        _wait_until_blocked_after_the_end(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SECONDS) == 0
+
+
+def _wait_until_blocked_after_the_end(process: subprocess.Popen[bytes]) -> None:
+    """Until nothing but the keeper is left below the command line's sandbox: it has killed the sleep, too."""
+    deadline = time.monotonic() + SECONDS
+    seen = False
+    while time.monotonic() < deadline:
+        running = _sleeping_inside()
+        seen |= running
+        if seen and not running:
+            return
+        time.sleep(0.002)
+    pytest.fail("the program in the sandbox did not end")
+
+
+def _sleeping_inside() -> bool:
+    for name in os.listdir("/proc"):
+        try:
+            if name.isdigit() and Path(f"/proc/{name}/cmdline").read_bytes() == b"sleep\x001000\x00":
+                return True
+        except OSError:  # ended meanwhile
+            continue
+    return False
+
+
+# A terminal
+
+
+@contextmanager
+def in_terminal(*args: str, rows: int = 31, columns: int = 97) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """The command line with a terminal of its own: (what its user types into and looks at, the process)."""
+    master, slave = os.openpty()
+    try:
+        resize(master, rows, columns)
+        with subprocess.Popen(["setsid", "--ctty", *CLI, *args], stdin=slave, stdout=slave, stderr=slave) as process:
+            try:
+                yield master, process
+            finally:
+                process.kill()
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def resize(master: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def test_terminal_has_the_callers_size_and_follows_it() -> None:
+    script = (
+        "import os, signal\n"
+        "def tell(*_): print('size', *os.get_terminal_size(), flush=True)\n"
+        "signal.signal(signal.SIGWINCH, tell); tell()\n"
+        "while True: signal.pause()\n"
+    )
+    with in_terminal("run", "-it", "python3", "-c", script) as (master, process):
+        read_until(master, b"size 97 31\r\n")
+        resize(master, 40, 120)
+        read_until(master, b"size 120 40\r\n")
+        os.write(master, b"\x03")
+        read_until(master, b"KeyboardInterrupt")
+        assert process.wait(SECONDS) == 128 + signal.SIGINT
+
+
+def test_terminal_echoes_once_and_ends_with_control_d() -> None:
+    with in_terminal("run", "-it", "sh", "-c", "echo ready; cat") as (master, process):
+        read_until(master, b"ready\r\n")
+        os.write(master, b"typed\r")
+        assert read_until(master, b"typed\r\ntyped\r\n") == b"typed\r\ntyped\r\n"
+        os.write(master, b"\x04")
+        assert process.wait(SECONDS) == 0
+
+
+def test_shell_in_a_terminal_has_job_control_and_its_own_exit_code() -> None:
+    with in_terminal("run", "-it", "-e", "PS1=? ", "sh") as (master, process):
+        read_until(master, b"? ")
+        os.write(master, b"stty size; tty; sleep 1000\r")
+        assert b"31 97\r\n/dev/pts/0\r\n" in read_until(master, b"/dev/pts/0\r\n")
+        os.write(master, b"\x03")
+        read_until(master, b"? ")
+        os.write(master, b"exit 9\r")
+        assert process.wait(SECONDS) == 9
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
+def test_terminal_is_restored(number: signal.Signals | None) -> None:
+    with in_terminal("run", "-it", "sh", "-c", "echo ready; read line; exit 0") as (master, process):
+        before = termios.tcgetattr(master)
+        read_until(master, b"ready\r\n")
+        assert termios.tcgetattr(master) != before
+        if number is None:
+            os.write(master, b"\r")
+        else:
+            process.send_signal(number)
+        assert process.wait(SECONDS) == (128 + number if number else 0)
+        assert termios.tcgetattr(master) == before
+
+
+def test_terminal_for_output_only() -> None:
+    with started("run", "-t", "sh", "-c", "test -t 1 && stty size && echo $TERM") as process:
+        out, err = process.communicate(timeout=SECONDS)
+        assert (process.returncode, err) == (0, b"")
+        assert out.startswith(b"24 80\r\n")
+
+
+# doctor, bench, version
+
+
+def test_version() -> None:
+    assert run("--version").stdout.decode() == f"unisandbox {unisandbox.__version__}\n"
+
+
+def test_doctor_finds_a_backend() -> None:
+    done = run("doctor", "--deep")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"runc: can run here (tried)" in done.stdout
+
+
+def test_doctor_as_json() -> None:
+    answer = json.loads(run("doctor", "--json").stdout)
+    assert answer["host"]["kernel"].startswith(os.uname().release)
+    assert {"unisandbox", "python", "cgroups", "user namespaces"} <= set(answer["host"])
+    backends = {probe["backend"]: probe for probe in answer["backends"]}
+    assert backends["runc"]["available"] is True
+    assert backends["runc"]["facts"]["runtime"]
+
+
+def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
+    done = run("doctor", env={"PATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert b"runc: cannot run here\n  cause: " in done.stdout
+    assert b"  remedy: " in done.stdout
+
+
+def test_bench_measures_against_a_plain_process() -> None:
+    done = run("bench", "--rounds", "2", "--json")
+    answer = json.loads(done.stdout)
+    measured = {m["name"]: m for m in answer["measurements"]}
+    assert answer["rounds"] == 2
+    assert measured["plain process"]["ratio"] == 1
+    assert all(0 < m["least"] <= m["median"] <= m["most"] for m in measured.values())
+    assert {"sandbox, create to first output", "sandbox, a further run in it", "sandbox, remove"} <= set(measured)
+    assert b"2 rounds of each" in run("bench", "--rounds", "2").stdout
+
+
+def test_help_does_not_load_the_engine() -> None:
+    code = (
+        "import sys; sys.argv = ['unisandbox', 'run', '--help']\n"
+        "import unisandbox.cli\n"
+        "try: unisandbox.cli.main()\n"
+        "except SystemExit: pass\n"
+        "print('engine:', any(m.startswith(('unisandbox.engine', 'unisandbox.sandbox', 'anyio')) for m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=SECONDS)
+    assert done.stdout.splitlines()[-1] == "engine: False"

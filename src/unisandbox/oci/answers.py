@@ -30,7 +30,8 @@ _PROGRAM_MISSING: Final = re.compile(
     re.IGNORECASE,
 )
 _PROGRAM_REFUSED: Final = re.compile(
-    r"(?:exec|executable|open executable)\b.*(?:permission denied|operation not permitted|exec format error|is a directory|not a directory)"
+    r"(?:exec|executable|open executable)\b.*"
+    r"(?:permission denied|operation not permitted|exec format error|is a directory|not a directory)"
     r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory)",
     re.IGNORECASE,
 )

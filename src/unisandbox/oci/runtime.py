@@ -30,7 +30,7 @@ from unisandbox.api.errors import (
 )
 from unisandbox.api.names import check_name
 from unisandbox.host import pidfd as pidfds
-from unisandbox.host.cgroups import hierarchy
+from unisandbox.host.cgroups import ending, hierarchy
 from unisandbox.oci import fifo
 from unisandbox.oci.answers import failure, last_message, read_log
 from unisandbox.oci.calls import Call, Spawner, children, kill_tree, nsenter, run
@@ -40,6 +40,7 @@ from unisandbox.oci.sealed import sealed_copy
 DEFAULT_TIMEOUT: Final = 30.0
 # For cleaning up after a call that failed or was cancelled.
 _CLEANUP_SECONDS: Final = 10.0
+_KILL_SECONDS: Final = 1.0
 _STATE_BYTES: Final = 1 << 20
 # Source: PID_MAX_LIMIT, include/linux/threads.h.
 _PID_LIMIT: Final = 1 << 22
@@ -297,6 +298,8 @@ class Runtime:
         except BackendError:
             if not force:
                 raise
+        if force:
+            await self._remove_cgroups(container_id)
         if force and self._exists(container_id) and not self._discard(container_id):
             # A state that the runtime cannot read (it was killed while it wrote) belongs to nothing that we could ask.
             raise BackendError(f"{self.program.name} could not delete container {container_id!r} by force")
@@ -494,14 +497,27 @@ class Runtime:
 
     async def _scrap(self, container_id: str) -> None:
         """Remove what a failed or cancelled `create` left."""
-        if not self._exists(container_id):
-            return
         # The error that is under way says what happened; a remainder is found again by `delete`.
         with (
             anyio.CancelScope(shield=True),
             contextlib.suppress(BackendError, DeadlineExceededError, UnavailableError, OSError),
         ):
-            await self.delete(container_id, force=True, timeout=_CLEANUP_SECONDS)
+            if self._exists(container_id):
+                await self.delete(container_id, force=True, timeout=_CLEANUP_SECONDS)
+            await self._remove_cgroups(container_id)
+
+    async def _remove_cgroups(self, container_id: str) -> None:
+        """Remove the runtime's own cgroups of a container that it has forgotten, or never knew.
+
+        runc makes them before it writes its state: killed in between, it leaves them.
+        """
+        left = [path for path in self.own_cgroups(container_id) if os.path.isdir(path)]  # noqa: ASYNC240 (kernfs)
+        if not left:
+            return
+        ending.kill(left, _KILL_SECONDS)
+        with anyio.move_on_after(_CLEANUP_SECONDS):
+            while not ending.remove(left, 0.0):
+                await anyio.sleep(0.002)  # the kernel counts an ended process a moment longer; no event tells
 
     # --- files ---
 

@@ -207,14 +207,14 @@ class OciTaskService:
                         plan.bundle,
                         stdio=stdio,
                         extra_fds=(theirs.fileno(), *plan.extra_fds),
-                        cgroup_procs=leaf.procs,
+                        cgroup_procs=leaf.entry,
                         timeout=START_SECONDS,
                     )
         else:
             main.cgroup = leaf
             with streams(main.stdio) as stdio:
                 container.created = await self._runtime.create(
-                    plan.oci_id, plan.bundle, stdio=stdio, cgroup_procs=leaf.procs, timeout=START_SECONDS
+                    plan.oci_id, plan.bundle, stdio=stdio, cgroup_procs=leaf.entry, timeout=START_SECONDS
                 )
         plan.verify(container.created.pid)
 
@@ -277,7 +277,7 @@ class OciTaskService:
                 _process_json(container.plan.bundle, process.spec),
                 stdio=stdio,
                 exec_id=process.exec_id,
-                cgroup_procs=process.cgroup.procs,
+                cgroup_procs=process.cgroup.entry,
                 timeout=START_SECONDS,
             )
         process.pid, process.pidfd, process.start_time = created.pid, created.pidfd, created.start_time

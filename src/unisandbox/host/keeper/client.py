@@ -203,8 +203,8 @@ class Keeper:
             argv: `argv[0]` is a path; PATH is not searched.
             env: its whole environment.
             cwd: absolute.
-            cgroup_procs: paths of `cgroup.procs` files, entered in this order before the exec, as the host sees them,
-                also below what is hidden.
+            cgroup_procs: paths of `tasks` and `cgroup.procs` files, entered before the exec, as the host sees them,
+                also below what is hidden. In a cgroup2 directory it is born: that is the quick way.
             fds: become its 0..n-1; of 0-2 the missing ones are /dev/null. Nothing else is open in it.
 
         Cancelled, it kills what it has started.

@@ -241,7 +241,7 @@ async def closing(process: Started) -> AsyncIterator[Started]:
 async def until(true: Callable[[], bool], *, timeout: float = 5) -> None:
     """Look again and again, with a deadline: only for what has no event to wait for (a zombie that is reaped)."""
     with anyio.fail_after(timeout):
-        while not true():  # noqa: ASYNC110 - what is waited for happens in another process, which tells nobody
+        while not true():
             await anyio.sleep(0.005)
 
 

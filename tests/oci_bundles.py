@@ -45,13 +45,12 @@ class Lab:
         rows = [[0, FIRST_ID, 65536]]
         kinds = [*(["user"] if userns else []), "net", "ipc", "uts"]
         namespaces = {"do": "namespaces", "kinds": kinds, **({"uid_map": rows, "gid_map": rows} if userns else {})}
-        ops: list[dict[str, object]] = [
-            {"op": "tmpfs", "path": "/", "size": 1 << 20, "inodes": 100, "uid": owner, "gid": owner},
-            *({"op": "mkdir", "path": path, "uid": owner, "gid": owner} for path in ("/proc", "/dev", "/usr", "/tmp")),
-            *({"op": "symlink", "path": f"/{name}", "target": f"usr/{name}"} for name in ("bin", "lib", "lib64")),
-            {"op": "bind", "path": "/usr", "source": "/usr", "attributes": ["readonly", "nosuid", "nodev"]},
-            {"op": "file", "path": "/tmp/not-executable", "content": "", "mode": 0o644},
-        ]
+        ops: list[dict[str, object]] = [{"op": "tmpfs", "path": "/", "size": 1 << 20, "inodes": 100}]
+        ops += [{"op": "mkdir", "path": path} for path in ("/proc", "/dev", "/usr", "/tmp")]
+        ops += [{"op": "symlink", "path": f"/{path}", "target": f"usr/{path}"} for path in ("bin", "lib", "lib64")]
+        ops += [{"op": "file", "path": "/tmp/not-executable", "content": ""}]
+        ops = [{**op, "uid": owner, "gid": owner} for op in ops]
+        ops += [{"op": "bind", "path": "/usr", "source": "/usr", "attributes": ["readonly", "nosuid", "nodev"]}]
         held = {kind: f"{name}/{kind}" for kind in kinds}
         result = await self.keeper.job([namespaces, {"do": "mounts", "root": root, "ops": ops}], hold=held)
         paths = {kind: f"/proc/{self.keeper.pid}/fd/{result.held[held[kind]]}" for kind in kinds}

@@ -13,6 +13,8 @@
  *   spec   memfd: groups, rlimits, cwd, argv, env. Only the child reads it, so that nothing of variable size ever
  *          gets into PID 1.
  *   stdin, stdout, stderr   unless a terminal was asked for
+ *   cgroup, tasks...   with FLAG_CGROUP: a cgroup2 directory in which the child is born, and `ntasks` open v1 files
+ *          `tasks` into which it writes itself. Both are quick; a host that moves it by its pid waits 10 ms and more.
  * A packet that is not a request is dropped with its fds: the host sees EOF on `life`.
  * EOF on fd 3 (all hosts are gone) ends init, and the kernel ends its pid namespace with it.
  *
@@ -20,11 +22,17 @@
  * the memory to the user namespace that owns the file (would_dump(), fs/exec.c), so CAP_SYS_PTRACE of an inner user
  * namespace does not reach PID 1, nor a child before its exec: no /proc/1/{mem,fd,exe,root,ns}, no ptrace, no
  * pidfd_getfd. Signals are ignored rather than blocked: the kernel queues blocked ones, ignored ones cost nothing.
+ * What does not: having our user id he may lower our limits (prlimit) and our priority, and so slow or end his own
+ * container; the host then sees EOF without ENDED, and never a status that was made up.
  *
- * System calls used; a seccomp profile must allow them (clone and not clone3, which profiles answer with ENOSYS):
- *   capset chdir clone close close_range dup3 execve exit_group getpid ioctl kill lseek mmap openat pidfd_open ppoll
+ * With FLAG_MAIN the end of the process is the end of init, and so of its pid namespace.
+ * With FLAG_DENY_CLONE3 the child is left without clone3, whose flags no seccomp filter can see; init needs it for
+ * FLAG_CGROUP, so the container's filter has to let it through.
+ *
+ * System calls used; a seccomp profile must allow them (clone3 only for FLAG_CGROUP):
+ *   capset chdir clone clone3 close close_range dup3 execve exit_group getpid ioctl kill lseek mmap openat pidfd_open ppoll
  *   prctl prlimit64 read recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait sendmsg setfsuid setgroups setresgid
- *   setresuid setsid signalfd4 umask wait4
+ *   setresuid setsid signalfd4 umask wait4 write
  */
 
 typedef unsigned char u8;
@@ -33,12 +41,12 @@ typedef unsigned int u32;
 typedef unsigned long u64;
 
 #if defined(__x86_64__)
-enum { NR_read = 0, NR_close = 3, NR_lseek = 8, NR_mmap = 9, NR_rt_sigaction = 13, NR_rt_sigprocmask = 14,
+enum { NR_read = 0, NR_write = 1, NR_close = 3, NR_lseek = 8, NR_mmap = 9, NR_rt_sigaction = 13, NR_rt_sigprocmask = 14,
 	NR_ioctl = 16, NR_getpid = 39, NR_sendmsg = 46, NR_recvmsg = 47, NR_clone = 56, NR_execve = 59, NR_wait4 = 61,
 	NR_kill = 62, NR_chdir = 80, NR_umask = 95, NR_setsid = 112, NR_setgroups = 116, NR_setresuid = 117,
 	NR_setresgid = 119, NR_setfsuid = 122, NR_capset = 126, NR_rt_sigtimedwait = 128,
 	NR_prctl = 157, NR_exit_group = 231, NR_openat = 257, NR_ppoll = 271, NR_signalfd4 = 289, NR_dup3 = 292,
-	NR_prlimit64 = 302, NR_pidfd_open = 434, NR_close_range = 436 };
+	NR_prlimit64 = 302, NR_pidfd_open = 434, NR_clone3 = 435, NR_close_range = 436 };
 static long syscall6(long n, long a, long b, long c, long d, long e, long f)
 {
 	long ret;
@@ -51,13 +59,13 @@ static long syscall6(long n, long a, long b, long c, long d, long e, long f)
 }
 __asm__(".text\n.global _start\n_start:\n\txor %ebp,%ebp\n\tmov %rsp,%rdi\n\tand $-16,%rsp\n\tcall start\n\thlt\n");
 #elif defined(__aarch64__)
-enum { NR_read = 63, NR_close = 57, NR_lseek = 62, NR_mmap = 222, NR_rt_sigaction = 134, NR_rt_sigprocmask = 135,
+enum { NR_read = 63, NR_write = 64, NR_close = 57, NR_lseek = 62, NR_mmap = 222, NR_rt_sigaction = 134, NR_rt_sigprocmask = 135,
 	NR_ioctl = 29, NR_getpid = 172, NR_sendmsg = 211, NR_recvmsg = 212, NR_clone = 220, NR_execve = 221,
 	NR_wait4 = 260, NR_kill = 129, NR_chdir = 49, NR_umask = 166, NR_setsid = 157, NR_setgroups = 159,
 	NR_setresuid = 147, NR_setresgid = 149, NR_setfsuid = 151, NR_capset = 91,
 	NR_rt_sigtimedwait = 137, NR_prctl = 167, NR_exit_group = 94, NR_openat = 56, NR_ppoll = 73, NR_signalfd4 = 74,
 	NR_dup3 = 24, NR_prlimit64 = 261, NR_pidfd_open = 434,
-	NR_close_range = 436 };
+	NR_clone3 = 435, NR_close_range = 436 };
 static long syscall6(long n, long a, long b, long c, long d, long e, long f)
 {
 	register long x8 __asm__("x8") = n;
@@ -100,7 +108,7 @@ enum { SOL_SOCKET = 1, SCM_RIGHTS = 1, MSG_CTRUNC = 8, MSG_TRUNC = 0x20, MSG_DON
 enum { O_RDWR = 2, O_NOCTTY = 0400, O_CLOEXEC = 02000000, AT_FDCWD = -100, SEEK_END = 2 };
 enum { WNOHANG = 1, WALL = 0x40000000 };
 enum { SIGKILL = 9, SIGCHLD = 17, SIGSTOP = 19, NSIG = 64, SIG_BLOCK = 0, SIG_SETMASK = 2 };
-enum { PR_SET_DUMPABLE = 4, PR_SET_KEEPCAPS = 8, PR_SET_NAME = 15, PR_CAPBSET_READ = 23, PR_CAPBSET_DROP = 24,
+enum { PR_SET_DUMPABLE = 4, PR_SET_KEEPCAPS = 8, PR_SET_NAME = 15, PR_SET_SECCOMP = 22, PR_CAPBSET_READ = 23, PR_CAPBSET_DROP = 24,
 	PR_SET_CHILD_SUBREAPER = 36, PR_SET_NO_NEW_PRIVS = 38, PR_CAP_AMBIENT = 47, PR_CAP_AMBIENT_RAISE = 2,
 	PR_CAP_AMBIENT_CLEAR_ALL = 4 };
 enum { TIOCSPTLCK = 0x40045431, TIOCGPTPEER = 0x5441, TIOCSCTTY = 0x540e, TIOCSWINSZ = 0x5414 };
@@ -115,32 +123,41 @@ struct kernel_sigaction { u64 handler, flags, restorer, mask; };
 struct cap_header { u32 version; int pid; };
 struct cap_data { u32 effective, permitted, inheritable; };
 struct winsize { u16 rows, cols, xpixel, ypixel; };
+struct clone_args { u64 flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size,
+	cgroup; };
+struct sock_filter { u16 code; u8 jt, jf; u32 k; };
+struct sock_fprog { u16 len; const struct sock_filter *filter; };
+enum { BPF_LD_W_ABS = 0x20, BPF_JEQ_K = 0x15, BPF_RET_K = 0x06, SECCOMP_MODE_FILTER = 2 };
+static const u32 SECCOMP_RET_ALLOW = 0x7fff0000, SECCOMP_RET_ENOSYS = 0x00050000 | 38;
+static const u64 CLONE_INTO_CGROUP = 0x200000000ul;
 static const u64 SIG_IGN = 1, SIG_DFL = 0;
 
 /* ---- the protocol; src/unisandbox/host/init/protocol.py says the same ---- */
 enum { MAGIC = 0x54494e55 /* "UNIT" */, VERSION = 1 };
 enum { CONTROL = 3, SIGNALS = 4, FIRST_FREE = 5, MAX_FDS = 253 /* SCM_MAX_FD */, MAX_LIVE = 4096 };
-enum { FLAG_TTY = 1, FLAG_NO_NEW_PRIVS = 2, FLAG_AMBIENT = 4, FLAGS = 7 };
-enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16 };
+enum { FLAG_TTY = 1, FLAG_NO_NEW_PRIVS = 2, FLAG_AMBIENT = 4, FLAG_MAIN = 8, FLAG_CGROUP = 16, FLAG_DENY_CLONE3 = 32,
+	FLAGS = 63 };
+enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16, MAX_TASKS = 8 };
 enum { STARTED = 1, ENDED = 2, FAILED = 3, TTY = 4 };
 enum { STEP_TABLE = 1, STEP_CLONE, STEP_REPLY, STEP_FDS, STEP_SPEC, STEP_SETSID, STEP_TTY, STEP_RLIMITS, STEP_BOUNDING,
 	STEP_GROUPS, STEP_GID, STEP_UID, STEP_CAPABILITIES, STEP_AMBIENT, STEP_NO_NEW_PRIVS, STEP_CWD, STEP_SIGNALS,
-	STEP_EXEC };
+	STEP_EXEC, STEP_CGROUP };
 struct request {
 	u32 magic;
 	u16 version, flags;
 	u32 spec_size, ngroups, nrlimits, argc, envc;
 	u32 uid, gid, umask;
 	u16 rows, cols;
-	u32 reserved[3];
+	u32 ntasks, reserved[2];
 	u64 capabilities;
 };
 _Static_assert(sizeof(struct request) == 64 && sizeof(long) == 8, "the layout is part of the protocol");
 struct answer { u32 kind; int a, b; };
 struct spec_rlimit { u32 resource, reserved; struct rlimit limit; };
 
-static struct live { int pid, life, ended, status; } live[MAX_LIVE];
+static struct live { int pid, life, ended, status, main; } live[MAX_LIVE];
 static u32 live_count, unsent;
+static int main_ended;
 static u32 live_limit = MAX_LIVE;
 static struct rlimit first_nofile;
 
@@ -225,6 +242,19 @@ static void child_credentials(const struct request *r, const u32 *groups)
 		for (int cap = 0; cap < 64; cap++)
 			if (r->capabilities >> cap & 1)
 				must(STEP_AMBIENT, CALL3(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap));
+}
+
+/* seccomp(2): filters add up, and the strictest answer counts. */
+static void child_without_clone3(void)
+{
+	static const struct sock_filter filter[] = {
+		{BPF_LD_W_ABS, 0, 0, 0}, /* offsetof(struct seccomp_data, nr) */
+		{BPF_JEQ_K, 0, 1, NR_clone3},
+		{BPF_RET_K, 0, 0, SECCOMP_RET_ENOSYS},
+		{BPF_RET_K, 0, 0, SECCOMP_RET_ALLOW},
+	};
+	const struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
+	must(STEP_NO_NEW_PRIVS, CALL5(prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0));
 }
 
 static void child_signals(void)
@@ -327,6 +357,8 @@ static void child(const struct request *r)
 	child_credentials(r, (u32 *)spec);
 	if (r->flags & FLAG_NO_NEW_PRIVS)
 		must(STEP_NO_NEW_PRIVS, CALL5(prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+	if (r->flags & FLAG_DENY_CLONE3)
+		child_without_clone3();
 	must(STEP_CWD, CALL1(chdir, cwd));
 	child_signals();
 	fail(STEP_EXEC, child_exec(argv, env));
@@ -337,6 +369,7 @@ static void forget(struct live *l)
 {
 	close(l->life);
 	unsent -= (u32)l->ended;
+	main_ended |= l->main;
 	*l = live[--live_count];
 }
 
@@ -370,12 +403,18 @@ static int reap(void)
 	return 0;
 }
 
+static int base_fds(const struct request *r)
+{
+	return r->flags & FLAG_TTY ? 3 : 6;
+}
+
 static int valid(const struct request *r, long size, int nfds)
 {
 	return size == sizeof *r && r->magic == MAGIC && r->version == VERSION && !(r->flags & ~FLAGS) &&
-	       nfds == (r->flags & FLAG_TTY ? 3 : 6) && r->spec_size && r->spec_size <= MAX_SPEC &&
+	       r->ntasks <= (r->flags & FLAG_CGROUP ? MAX_TASKS : 0) &&
+	       nfds == base_fds(r) + (r->flags & FLAG_CGROUP ? 1 + (int)r->ntasks : 0) && r->spec_size && r->spec_size <= MAX_SPEC &&
 	       r->ngroups <= MAX_GROUPS && r->nrlimits <= MAX_RLIMITS && r->argc && r->argc <= r->spec_size &&
-	       r->envc <= r->spec_size && r->umask <= 0777 && !(r->reserved[0] | r->reserved[1] | r->reserved[2]) &&
+	       r->envc <= r->spec_size && r->umask <= 0777 && !(r->reserved[0] | r->reserved[1]) &&
 	       r->uid != ~0u && r->gid != ~0u; /* -1 would mean "as it is" to setresuid: root */
 }
 
@@ -387,7 +426,9 @@ static void spawn(const struct request *r, const int *fds)
 		close(life);
 		return;
 	}
-	long pid = CALL5(clone, SIGCHLD, 0, 0, 0, 0);
+	const int *cgroup = fds + base_fds(r);
+	struct clone_args args = {CLONE_INTO_CGROUP, 0, 0, 0, SIGCHLD, 0, 0, 0, 0, 0, (u64)*cgroup};
+	long pid = r->flags & FLAG_CGROUP ? CALL2(clone3, &args, sizeof args) : CALL5(clone, SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0) {
 		/* What came by SCM_RIGHTS lies above 4, so no order of these can overwrite one that is still needed.
 		 * From here on the child holds nothing of init's: no control socket, no life of another process. */
@@ -396,6 +437,8 @@ static void spawn(const struct request *r, const int *fds)
 			bad = CALL3(dup3, fds[2], 4, O_CLOEXEC);
 		for (int i = 0; i < 3 && bad >= 0 && !(r->flags & FLAG_TTY); i++)
 			bad = CALL3(dup3, fds[3 + i], i, 0);
+		for (u32 i = 1; i <= r->ntasks && bad >= 0; i++) /* "0" is the writer himself */
+			must(STEP_CGROUP, CALL3(write, cgroup[i], "0", 1));
 		if (bad >= 0)
 			bad = CALL3(close_range, FIRST_FREE, ~0u, 0);
 		must(STEP_FDS, bad);
@@ -417,7 +460,7 @@ static void spawn(const struct request *r, const int *fds)
 		close(life);
 		return;
 	}
-	live[live_count++] = (struct live){(int)pid, life, 0, 0};
+	live[live_count++] = (struct live){(int)pid, life, 0, 0, r->flags & FLAG_MAIN};
 }
 
 /* Use all the descriptors that the hard limit gives: there is one `life` per process. Root inside has our user id,
@@ -470,7 +513,7 @@ static void serve(void)
 {
 	struct pollfd polled[2] = {{CONTROL, POLLIN | POLLRDHUP, 0}, {SIGNALS, POLLIN, 0}};
 	int reaped = 1;
-	for (;;) {
+	while (!main_ended) {
 		struct timespec now = {0, 0}, soon = {0, 100000000};
 		struct timespec *wait = !reaped ? &now : unsent ? &soon : 0;
 		if (CALL5(ppoll, polled, 2, wait, 0, 8) < 0) {

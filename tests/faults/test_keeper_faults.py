@@ -1,6 +1,7 @@
 """What the keeper does when its clients, itself or the machine fail. Big counts run in full with --long."""
 
 # ruff: noqa: ASYNC221, ASYNC230, ASYNC240 - a test may block its own event loop
+# ruff: noqa: PT012 - where the error comes from a loop, the loop is what raises
 
 from __future__ import annotations
 
@@ -274,15 +275,16 @@ async def test_a_client_that_does_not_read_harms_no_other_and_misses_nothing(
     tmp_path: Path, count: Callable[[int], int]
 ) -> None:
     number = count(10_000)
-    script = f"i=0; while [ $i -lt {number} ]; do (exit 3) & i=$((i+1)); done; exec 3<&-; exit 0"
+    # A shell that reaps none of its children leaves them all to the keeper.
+    script = f"i=0; while [ $i -lt {number // 10} ]; do (exit 3) & i=$((i+1)); done; exit 0"
     async with keeper_at(tmp_path) as keeper:
         idle = await Keeper.attach(f"{tmp_path}/state")
-        # A shell that reaps none of its children leaves them all to the keeper.
         for part in range(10):
-            await sh_exit(keeper, script.replace(str(number), str(number // 10)), key=f"k{part}")
+            await sh_exit(keeper, script, key=f"k{part}")
         with anyio.fail_after(DEADLINE):
             await keeper.held()
         seen = keeper.last_seq
+        assert seen >= number
         assert idle.last_seq == 0
         with anyio.fail_after(DEADLINE):
             while idle.last_seq < seen:
@@ -404,6 +406,10 @@ def raw_client(place: Path) -> socket.socket:
     return sock
 
 
+async def in_thread(action: Callable[[], None]) -> None:
+    await anyio.to_thread.run_sync(action)
+
+
 def is_ended(sock: socket.socket) -> bool:
     try:
         return sock.recv(1 << 16) == b""
@@ -436,8 +442,6 @@ async def test_garbage_ends_its_own_connection_only(tmp_path: Path, data: bytes)
         fds = fd_count(keeper.pid)
         with raw_client(tmp_path) as sock:
             sock.send(data)
-            if data.startswith(b'{"op":111'):  # a wrong request without an id: no answer, no end
-                sock.send(b"")
             assert is_ended(sock)
         assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
         assert fd_count(keeper.pid) == fds
@@ -554,7 +558,7 @@ async def test_a_keeper_that_speaks_another_version_is_not_used(
 ) -> None:
     async with keeper_at(tmp_path):
         monkeypatch.setattr(protocol, "VERSION", 2)
-        with pytest.raises(UnavailableError, match="speaks version 1 .* this library version 2"):
+        with pytest.raises(UnavailableError, match=r"speaks version 1 .* this library version 2"):
             await Keeper.attach(f"{tmp_path}/state")
 
 
@@ -574,7 +578,7 @@ async def test_a_keeper_that_says_garbage_is_as_good_as_dead(tmp_path: Path) -> 
                     sock.recv(1000)
 
             async with anyio.create_task_group() as group:
-                group.start_soon(anyio.to_thread.run_sync, answer)
+                group.start_soon(in_thread, answer)
                 with anyio.fail_after(DEADLINE), pytest.raises(UnavailableError, match="cannot be understood"):
                     await Keeper.attach(str(state))
 

@@ -21,10 +21,11 @@ from typing import Any, Final
 import pytest
 
 import unisandbox
+from unisandbox.cli.app import run_app
 
 pytestmark = pytest.mark.root
 
-CLI: Final = [sys.executable, "-X", "dev", "-W", "error", "-m", "unisandbox.cli"]
+CLI: Final = [sys.executable, "-W", "error", "-m", "unisandbox.cli"]
 SECONDS: Final = 30.0
 
 
@@ -157,18 +158,26 @@ def test_program_ended_by_a_signal_gives_128_and_its_number(number: signal.Signa
         (["run", "-e", "=x", "true"], 125, "has no name"),
         (["run", "-u", "no-such-user", "true"], 125, "no-such-user"),
         (["run", "-t", "--json", "true"], 125, "cannot be used together"),
-        (["run", "-it", "true"], 125, "needs a terminal"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_error_is_one_line_and_a_hint(args: list[str], code: int, says: str) -> None:
-    done = run(*args)
-    lines = done.stderr.decode().splitlines()
-    assert done.returncode == code
-    assert done.stdout == b"" or "--json" in args
+def test_error_is_one_line_and_a_hint(args: list[str], code: int, says: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_app(args) == code
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert out == "" or "--json" in args
     assert lines[0].startswith("unisandbox: ")
     assert says in lines[0]
     assert [line[:6] for line in lines[1:]] in ([], ["hint: "])
+
+
+def test_terminal_without_a_terminal_is_an_error() -> None:
+    done = run("run", "-it", "true")
+    assert (done.returncode, done.stdout) == (125, b"")
+    assert done.stderr.decode().splitlines() == [
+        "unisandbox: -t with -i needs a terminal, and standard input is none",
+        "hint: Leave out -t, or run it in a terminal.",
+    ]
 
 
 def test_debug_shows_where_an_error_was_raised() -> None:
@@ -308,14 +317,14 @@ def test_json_of_an_error_is_one_object_too() -> None:
 # Signals to the command line
 
 TELL_SIGNALS: Final = """
-import signal, sys
+import os, signal, sys
 def tell(number, frame):
-    print("got", number, flush=True)
+    os.write(1, b"got %d\\n" % number)  # print() may have been interrupted by this signal and is not reentrant
     if number != signal.SIGINT:
         sys.exit(7)
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, tell)
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while True:
     signal.pause()
 """
@@ -343,7 +352,7 @@ def test_signal_at_any_moment_of_the_start_leaves_nothing(count: Callable[[int],
     times = count(100)
     for number in range(times):
         with started("run", "sleep", "1000") as process:
-            select.select([process.stdout], [], [], 0.6 * number / times)  # nothing is written: a delay
+            select.select([output_of(process)], [], [], 0.6 * number / times)  # nothing is written: a delay
             process.terminate()
             # -15: it had not begun to take signals yet
             assert process.wait(SECONDS) in {128 + signal.SIGTERM, -signal.SIGTERM}
@@ -415,7 +424,7 @@ def resize(master: int, rows: int, columns: int) -> None:
 def test_terminal_has_the_callers_size_and_follows_it() -> None:
     script = (
         "import os, signal\n"
-        "def tell(*_): print('size', *os.get_terminal_size(), flush=True)\n"
+        "def tell(*_): os.write(1, b'size %d %d\\n' % os.get_terminal_size())\n"
         "signal.signal(signal.SIGWINCH, tell); tell()\n"
         "while True: signal.pause()\n"
     )
@@ -491,11 +500,16 @@ def test_doctor_as_json() -> None:
     assert backends["runc"]["facts"]["runtime"]
 
 
-def test_doctor_says_what_is_missing_and_how_to_get_it(tmp_path: Path) -> None:
-    done = run("doctor", env={"PATH": str(tmp_path)})
+def test_doctor_says_what_is_missing_and_how_to_get_it() -> None:
+    hide = 'for p in crun runc youki; do p=$(command -v $p) && mount --bind /dev/null "$p"; done; exec "$@"'
+    hidden = ["unshare", "--mount", "sh", "-c", hide, "sh", *CLI]
+    done = subprocess.run([*hidden, "doctor"], capture_output=True, check=False, timeout=SECONDS)
     assert done.returncode == 1
     assert b"runc: cannot run here\n  cause: " in done.stdout
     assert b"  remedy: " in done.stdout
+    done = subprocess.run([*hidden, "run", "true"], capture_output=True, check=False, timeout=SECONDS)
+    assert done.returncode == 125
+    assert [line.split(b":")[0] for line in done.stderr.splitlines()] == [b"unisandbox", b"hint"]
 
 
 def test_bench_measures_against_a_plain_process() -> None:

@@ -512,11 +512,14 @@ async def test_a_job_is_killed_at_its_time(tmp_path: Path) -> None:
 
 async def test_a_cancelled_job_holds_nothing_and_is_over_before_the_next_begins(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
+
+        async def job() -> None:
+            await keeper.job([{"do": "dirfd", "path": "/usr", "name": "one"}], hold={"one": "one"})
+
         for number in range(20):
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as group:
-                    step = {"do": "dirfd", "path": "/usr", "name": "one"}
-                    group.start_soon(lambda step=step: keeper.job([step], hold={"one": "one"}))
+                    group.start_soon(job)
                     for _ in range(number % 5):
                         await anyio.lowlevel.checkpoint()
                     scope.cancel()

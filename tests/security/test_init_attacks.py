@@ -237,7 +237,7 @@ async def test_a_fork_bomb_of_orphans_does_not_keep_the_host_waiting(container: 
 # ---- hostile requests ----
 
 _HEADER = protocol.REQUEST.pack(
-    protocol.MAGIC, protocol.VERSION, protocol.FLAG_NO_NEW_PRIVS, 12, 0, 0, 1, 0, 0, 0, 0o022, 0, 0, 0
+    protocol.MAGIC, protocol.VERSION, protocol.FLAG_NO_NEW_PRIVS, 12, 0, 0, 1, 0, 0, 0, 0o022, 0, 0, 0, 0
 )
 _FIELDS = [
     (0, 4),

@@ -113,7 +113,8 @@ async def run(request: Request) -> Ended:
             "-t with -i needs a terminal, and standard input is none", hint="Leave out -t, or run it in a terminal."
         )
     session = _Session(request)
-    with anyio.open_signal_receiver(*_FORWARDED, signal.SIGWINCH) as signals:
+    numbers = (*_FORWARDED, signal.SIGWINCH) if request.tty else _FORWARDED
+    with anyio.open_signal_receiver(*numbers) as signals:
         return await session.run(signals)
 
 

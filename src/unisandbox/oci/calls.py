@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import signal
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
@@ -171,7 +170,7 @@ async def _spawn(spawner: Spawner, call: Call) -> Child:
     try:
         return await spawner.spawn(
             # Never asked for twice: a call that lost its answer is not repeated but cleaned up after.
-            f"runtime/{uuid.uuid4().hex}",
+            f"runtime/{os.urandom(8).hex()}",
             call.argv,
             env=ENVIRONMENT,
             cgroup_procs=call.cgroup_procs,

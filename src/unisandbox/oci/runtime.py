@@ -11,7 +11,6 @@ import errno
 import fcntl
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -133,7 +132,7 @@ class Runtime:
         self._check_fds(extra_fds)
         if self._exists(container_id):
             raise AlreadyExistsError(f"{self.program.name} has a container {container_id!r} already")
-        pid_file = f"{bundle}/{uuid.uuid4().hex}.pid"
+        pid_file = f"{bundle}/{os.urandom(8).hex()}.pid"
         log = f"{bundle}/{_BUNDLE_LOG}"
         arguments = ["--bundle", bundle, "--pid-file", pid_file]
         if extra_fds:
@@ -229,7 +228,7 @@ class Runtime:
         """
         self._check_exists(container_id)
         self._check_fds(extra_fds)
-        base = f"{bundle}/exec-{uuid.uuid4().hex}"
+        base = f"{bundle}/exec-{os.urandom(8).hex()}"
         pid_file, request, log = f"{base}.pid", f"{base}.json", f"{base}.log"
         arguments = ["--detach", "--pid-file", pid_file, "--process", request]
         if extra_fds:
@@ -359,7 +358,7 @@ class Runtime:
         self, verb: str, container_id: str, arguments: Sequence[str], *, stdout: int | None = None, timeout: float
     ) -> None:
         """A call that makes no process of ours; raises by what its log says."""
-        log = f"{self._logs()}/{uuid.uuid4().hex}.log"
+        log = f"{self._logs()}/{os.urandom(8).hex()}.log"
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
             fds = (null, null if stdout is None else stdout, null)

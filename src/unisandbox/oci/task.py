@@ -68,6 +68,7 @@ class Plan:
         bundle: the directory with config.json.
         cgroup: the container's own, with its limits.
         request: how its processes start: a program's spec to what init is asked for.
+        admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
         extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
         verify: raises when the container is not what it shall be; given the pid of its first process.
         explain: a hint for a program that was not found, or "".
@@ -77,6 +78,7 @@ class Plan:
     bundle: str
     cgroup: Cgroup
     request: Callable[[ProcessSpec], SpawnRequest]
+    admitted: int | None
     extra_fds: Sequence[int]
     verify: Callable[[int], None]
     explain: Callable[[ProcessSpec], str]
@@ -250,15 +252,18 @@ class OciTaskService:
     async def _spawn(self, container: _Container, process: _Process) -> None:
         assert container.control is not None and process.spec is not None  # noqa: S101, PT018 (a container of the SDK)
         request = container.plan.request(process.spec)
+        if process.exec_id == "":
+            request = attrs.evolve(request, main=True)
         process.cgroup = container.plan.cgroup.child(process.exec_id or "main", for_process=True)
         try:
-            with streams(process.stdio) as stdio:
+            with streams(process.stdio) as stdio, _birthplace(process.cgroup, container.plan.admitted) as cgroup:
                 started = await spawn(
                     container.control,
                     request,
                     None if request.tty is not None else stdio,
                     before_exec=lambda pid, _: _enter(process, pid),
                     timeout=START_SECONDS,
+                    cgroup=cgroup,
                 )
         except ExecFailed as error:
             raise self._not_started(container, process.spec, error) from error
@@ -603,6 +608,23 @@ def _duplicate(stdio: Stdio) -> list[int]:
                 os.close(copy)
         raise
     return copies
+
+
+@contextlib.contextmanager
+def _birthplace(cgroup: Cgroup, admitted: int | None) -> Iterator[list[int]]:
+    """Descriptors for `host.init.spawn` of where a process is born; none where it has to be moved after its birth."""
+    directory = cgroup.clone_into
+    fds: list[int] = []
+    try:
+        if directory is not None and admitted is not None:
+            cgroup.admit(admitted)
+            fds.append(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            tasks = [f"{own}/tasks" for own in cgroup.dirs if own != directory]
+            fds += [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in tasks]
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 def _enter(process: _Process, pid: int) -> None:

@@ -62,6 +62,14 @@ class Cgroups:
         """The hierarchies in use, in the order in which directories are made."""
         return self._layout.places
 
+    @property
+    def namespaces_are_borders(self) -> bool:
+        """Whether a process in a cgroup namespace of its own cannot have children in cgroups outside of it.
+
+        Source: mount option nsdelegate, Documentation/admin-guide/cgroup-v2.rst; systemd mounts with it.
+        """
+        return any(place.mount.nsdelegate for place in self.places)
+
     def reasons(self) -> list[str]:
         """What cannot be done here and why, one sentence each; empty when all is well."""
         grouped: dict[str, list[str]] = {}

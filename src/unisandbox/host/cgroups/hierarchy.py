@@ -40,6 +40,8 @@ class Mount:
     root: str
     controllers: frozenset[str]
     unified: bool
+    nsdelegate: bool = False
+    """cgroup2 only: a cgroup namespace is a border that no process, nor its birth, may cross."""
 
     def find(self, path: str) -> str | None:
         """The directory of the cgroup that /proc/PID/cgroup calls `path`; None when it is not below this mount."""
@@ -89,7 +91,8 @@ def read_mounts() -> list[Mount]:
             if kind in ("cgroup", "cgroup2"):
                 root, directory = (_ESCAPE.sub(lambda m: chr(int(m[1], 8)), fields[i]) for i in (3, 4))
                 names = frozenset() if kind == "cgroup2" else frozenset(options.split(","))
-                mounts.append(Mount(directory, root, names, kind == "cgroup2"))
+                nsdelegate = kind == "cgroup2" and "nsdelegate" in options.split(",")
+                mounts.append(Mount(directory, root, names, kind == "cgroup2", nsdelegate))
     return mounts
 
 

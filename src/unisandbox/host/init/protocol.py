@@ -17,12 +17,15 @@ from unisandbox.api.errors import InvalidArgumentError
 
 MAGIC: Final = 0x54494E55  # "UNIT" in little endian
 VERSION: Final = 1
-REQUEST: Final = struct.Struct("=IHHIIIIIIIIHH12xQ")
+REQUEST: Final = struct.Struct("=IHHIIIIIIIIHHI8xQ")
 ANSWER: Final = struct.Struct("=Iii")
 
 FLAG_TTY: Final = 1
 FLAG_NO_NEW_PRIVS: Final = 2
 FLAG_AMBIENT: Final = 4
+FLAG_MAIN: Final = 8
+FLAG_CGROUP: Final = 16
+FLAG_DENY_CLONE3: Final = 32
 
 STARTED: Final = 1
 ENDED: Final = 2
@@ -53,6 +56,7 @@ STEPS: Final = (
     "cwd",
     "signals",
     "exec",
+    "cgroup",
 )
 """Where a start can fail, in the order of the numbers that init sends (from 1)."""
 
@@ -173,7 +177,8 @@ class SpawnRequest:
     `capabilities` become the bounding set, and for uid 0 (or with `ambient`) the permitted and effective sets.
     `rlimits` are (soft, hard) by OCI name, -1 for unlimited; they can only lower what the container has. `tty` is
     (rows, columns) of a terminal of its own in place of three fds. Without a "/" in it `argv[0]` is looked up in the
-    PATH of `env`.
+    PATH of `env`. With `main` the end of the process ends the container. `deny_clone3` takes clone3 from the process
+    where the container's seccomp filter lets it through for init; it needs `no_new_privs`.
 
     Raises:
         InvalidArgumentError: a value that no kernel could take.
@@ -192,6 +197,8 @@ class SpawnRequest:
     no_new_privs: bool = True
     tty: tuple[int, int] | None = None
     oom_score_adj: int | None = None
+    main: bool = False
+    deny_clone3: bool = False
 
     def __attrs_post_init__(self) -> None:
         if not self.argv:
@@ -229,15 +236,18 @@ def encode_spec(request: SpawnRequest) -> bytes:
     return spec
 
 
-def encode_request(request: SpawnRequest, spec_size: int) -> bytes:
-    """The packet itself; the fds go beside it."""
+def encode_request(request: SpawnRequest, spec_size: int, tasks: int | None = None) -> bytes:
+    """The packet itself; the fds go beside it: with `tasks` a cgroup2 directory and so many open files `tasks`."""
     rows, columns = request.tty or (0, 0)
     return REQUEST.pack(
         MAGIC,
         VERSION,
         (FLAG_TTY if request.tty is not None else 0)
         | (FLAG_NO_NEW_PRIVS if request.no_new_privs else 0)
-        | (FLAG_AMBIENT if request.ambient else 0),
+        | (FLAG_AMBIENT if request.ambient else 0)
+        | (FLAG_MAIN if request.main else 0)
+        | (FLAG_CGROUP if tasks is not None else 0)
+        | (FLAG_DENY_CLONE3 if request.deny_clone3 else 0),
         spec_size,
         len(request.groups),
         len(request.rlimits),
@@ -248,6 +258,7 @@ def encode_request(request: SpawnRequest, spec_size: int) -> bytes:
         request.umask,
         rows,
         columns,
+        tasks or 0,
         request.capabilities,
     )
 

@@ -16,7 +16,7 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Final
 
 import anyio
@@ -61,6 +61,7 @@ async def spawn(
     timeout: float,
     hold_life: Callable[[int], Awaitable[None]] | None = None,
     pid_namespace: int | None = None,
+    cgroup: Sequence[int] = (),
 ) -> Started:
     """Start `request` through the init behind `control`; return when its exec has worked.
 
@@ -73,6 +74,9 @@ async def spawn(
         timeout: seconds for all of it.
         hold_life: called with the number of `life` before exec, so that somebody else can keep a copy. When the
             start fails after it, the copy is the caller's to drop.
+        cgroup: a descriptor of the cgroup2 directory in which the process is born (init must have been admitted there,
+            `Cgroup.admit`), then open `tasks` files of v1 cgroups that it enters itself. Empty: it is born in init's
+            cgroups, and `before_exec` moves it.
         pid_namespace: the inode of the pid namespace that the process must be in; None: only not our own.
 
     Raises:
@@ -86,7 +90,7 @@ async def spawn(
     spec = protocol.encode_spec(request)
     started: Started | None = None
     with anyio.move_on_after(timeout):
-        started = await _spawn(control, request, spec, stdio, before_exec, hold_life, pid_namespace)
+        started = await _spawn(control, request, spec, stdio, before_exec, hold_life, pid_namespace, cgroup)
     if started is None:
         raise DeadlineExceededError(f"{_name(request)} was not started within {timeout:g} s and was ended")
     return started
@@ -100,10 +104,11 @@ async def _spawn(
     before_exec: Callable[[int, int], None],
     hold_life: Callable[[int], Awaitable[None]] | None,
     pid_namespace: int | None,
+    cgroup: Sequence[int],
 ) -> Started:
     with contextlib.ExitStack() as kept:
         with _typed(request):
-            life, go = await _ask(kept, control, request, spec, stdio)
+            life, go = await _ask(kept, control, request, spec, stdio, cgroup)
             pid, pidfd = await _started(kept, life, control, request, pid_namespace)
         if request.oom_score_adj is not None:
             _set_oom_score_adj(pid, pidfd, request.oom_score_adj)
@@ -138,14 +143,16 @@ async def _ask(
     request: SpawnRequest,
     spec: bytes,
     stdio: tuple[int, int, int] | None,
+    cgroup: Sequence[int],
 ) -> tuple[socket.socket, socket.socket]:
     with contextlib.ExitStack() as theirs:
         life, their_life = _pair(kept, theirs)
         go, their_go = _pair(kept, theirs)
         memory = _memory(spec)
         try:
-            fds = [their_life.fileno(), their_go.fileno(), memory, *(stdio or ())]
-            await _send(control, protocol.encode_request(request, len(spec)), fds)
+            fds = [their_life.fileno(), their_go.fileno(), memory, *(stdio or ()), *cgroup]
+            packet = protocol.encode_request(request, len(spec), len(cgroup) - 1 if cgroup else None)
+            await _send(control, packet, fds)
         finally:
             os.close(memory)
     return life, go

@@ -81,9 +81,7 @@ def _start_in_cgroup(program: Program, fds: Sequence[int], writing: int) -> int:
     except OSError:
         return -1  # the child that writes will tell what is wrong with it
     try:
-        return _fork(
-            lambda: _become(program, others, list(fds), writing), lambda: syscalls.fork_into_cgroup(directory)
-        )
+        return _fork(lambda: _become(program, others, list(fds), writing), lambda: syscalls.fork_into_cgroup(directory))
     except OSError:
         return -1  # a v1 directory, or an older kernel
     finally:

@@ -144,6 +144,8 @@ def _packet(buffer: memoryview, length: int, flags: int, fds: list[int]) -> Pack
         raise ProtocolError(f"not JSON: {error}") from None
     if type(message) is not dict:
         raise ProtocolError("not a JSON object")
+    if type(message.get("id", 0)) is not int:
+        raise ProtocolError("id must be an integer")
     declared = message.pop("fds", 0)
     if type(declared) is not int or not len(fds) <= declared <= FDS_LIMIT:
         raise ProtocolError(f"{len(fds)} file descriptors came, {declared!r} were announced")

@@ -121,9 +121,7 @@ class Server:
     def _handle(self, client: Client, packet: Packet) -> None:
         message = packet.message
         request = message.get("id")
-        if request is not None and type(request) is not int:
-            raise protocol.ProtocolError(f"id must be an integer, got {request!r:.80}")
-        reply = Reply(self._connections, client, request)
+        reply = Reply(self._connections, client, request if type(request) is int else None)
         try:
             if packet.lost:
                 raise OSError(errno.EMFILE, f"keeper {os.getpid()} has no room for {packet.lost} more file descriptors")

@@ -5,7 +5,7 @@ Must not know: OCI runtimes, sandboxes; who loads a filter, and when. `Profile.t
 """
 
 from unisandbox.host.seccomp.compile import cache_key, compile_bpf, library_version
-from unisandbox.host.seccomp.default import DEFAULT
+from unisandbox.host.seccomp.default import DEFAULT, INIT
 from unisandbox.host.seccomp.profile import ArgumentTest, Profile, Rule
 
-__all__ = ["DEFAULT", "ArgumentTest", "Profile", "Rule", "cache_key", "compile_bpf", "library_version"]
+__all__ = ["DEFAULT", "INIT", "ArgumentTest", "Profile", "Rule", "cache_key", "compile_bpf", "library_version"]

@@ -134,11 +134,11 @@ def _socket_rules() -> list[Rule]:
     return allowed + [Rule(("socket",), errno.EAFNOSUPPORT, (test,)) for test in denied]
 
 
-def _rules() -> tuple[Rule, ...]:
+def _rules(*, clone3: bool) -> tuple[Rule, ...]:
     rules = [Rule(tuple(group.split())) for group in (_FILES, _WAITING, _MEMORY, _PROCESSES, _TALKING)]
     rules.append(Rule(tuple(_DENIED.split()), errno.EPERM))
     # Its flags lie in memory, where a filter cannot look. The C libraries fall back to clone(2).
-    rules.append(Rule(("clone3",), errno.ENOSYS))
+    rules.append(Rule(("clone3",), 0 if clone3 else errno.ENOSYS))
     for name, mask in _NEW_NAMESPACES.items():
         rules += _namespace_rules(name, mask)
     rules += _socket_rules()
@@ -146,5 +146,8 @@ def _rules() -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-DEFAULT = Profile("default", _rules(), errno.ENOSYS, _NUMBERS)
-"""What every sandbox gets unless its spec says otherwise."""
+DEFAULT = Profile("default", _rules(clone3=False), errno.ENOSYS, _NUMBERS)
+"""What every process gets unless its spec says otherwise."""
+
+INIT = Profile("init", _rules(clone3=True), errno.ENOSYS, _NUMBERS)
+"""The same for a container's init, which starts processes in their cgroups by clone3; it takes clone3 from each."""

@@ -1,0 +1,222 @@
+"""Containers of one sandbox: what they share, and what is their own."""
+
+from __future__ import annotations
+
+import signal
+import stat
+from pathlib import Path
+
+import anyio
+import pytest
+
+from unisandbox import AlreadyExistsError, InvalidArgumentError, NotFoundError, Resources, Sandbox
+from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.waiting import until
+
+pytestmark = [pytest.mark.anyio, pytest.mark.needs("containers")]
+
+_SERVER = (
+    "import socket\ns = socket.create_server(('127.0.0.1', 8080))\nprint('ready', flush=True)\n"
+    "c, _ = s.accept()\nc.sendall(b'hello from the other container')\nc.close()"
+)
+_CLIENT = "import socket; print(socket.create_connection(('localhost', 8080), 10).recv(100).decode())"
+
+
+async def test_two_containers_talk_over_localhost(sandbox: Sandbox, rootfs: str) -> None:
+    server = await sandbox.containers.add(rootfs=rootfs, argv=["python3", "-u", "-c", _SERVER])
+
+    async def ready() -> bool:
+        return await server.logs() == b"ready\n"
+
+    await until(ready, "the server listens")
+    client = await sandbox.containers.add(rootfs=rootfs, argv=["python3", "-c", _CLIENT])
+
+    assert (await client.wait()).code == 0
+    assert await client.logs() == b"hello from the other container\n"
+    assert (await server.wait()).code == 0
+
+
+async def test_they_share_memory_hostname_and_network_but_not_files(create: Create, rootfs: str) -> None:
+    async with create(hostname="pod") as sandbox:
+        await sandbox.sh("echo shared > /dev/shm/x; echo own > /tmp/x", check=True)
+        script = "cat /dev/shm/x; hostname; ls /tmp; readlink /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts"
+        other = await sandbox.containers.add(rootfs=rootfs, argv=["sh", "-c", script])
+        assert (await other.wait()).code == 0
+
+        words = (await other.logs()).decode().split()
+        assert words[:2] == ["shared", "pod"]
+        names = (await sandbox.status()).namespaces
+        assert words[2:] == [f"{kind}:[{names[kind]}]" for kind in ("net", "ipc", "uts")]
+        assert await sandbox.files.read("/tmp/x") == b"own\n"
+
+
+@pytest.mark.needs("shared_pid")
+@pytest.mark.parametrize("shared", [False, True])
+async def test_they_see_each_other_when_that_was_asked_for(create: Create, rootfs: str, shared: bool) -> None:
+    async with create(share_pid=shared) as sandbox:
+        await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "4242"])
+        seen = await sandbox.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")
+
+        assert ("sleep 4242" in seen.text) is shared
+
+
+@pytest.mark.needs("shared_pid")
+async def test_a_shared_view_of_processes_does_not_show_the_hosts_files(
+    create: Create, rootfs: str, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("of the host only")
+    async with create(share_pid=True) as sandbox:
+        await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"])
+        done = await sandbox.sh(f"for p in /proc/[0-9]*/root /proc/[0-9]*/cwd; do cat $p{tmp_path}/secret; done; true")
+
+        assert b"of the host only" not in done.stdout
+
+
+async def test_exits_are_exact(sandbox: Sandbox, rootfs: str) -> None:
+    async def add(*argv: str) -> tuple[int, int | None, str]:
+        end = await (await sandbox.containers.add(rootfs=rootfs, argv=argv)).wait()
+        return end.code, end.signal, end.reason
+
+    assert await add("sh", "-c", "exit 0") == (0, None, "exited")
+    assert await add("sh", "-c", "exit 255") == (255, None, "exited")
+    assert await add("sh", "-c", "kill -9 $$") == (137, 9, "signaled")
+    assert await add("python3", "-c", "import os; os.abort()") == (134, signal.SIGABRT, "signaled")
+
+
+async def test_memory_of_its_own_is_limited_and_told(create: Create, rootfs: str) -> None:
+    eat = ["python3", "-c", "data = bytearray()\nwhile True: data += bytes(1 << 20)"]
+    async with create(resources=Resources(memory="512M")) as sandbox:
+        greedy = await sandbox.containers.add(rootfs=rootfs, argv=eat, resources=Resources(memory="64M"))
+        with anyio.fail_after(60):
+            end = await greedy.wait()
+        assert (end.reason, end.signal) == ("oom", 9)
+        assert (await sandbox.run(["true"])).exit.oom_kills == 0
+
+
+async def test_logs_keep_both_streams_and_the_last_of_them(sandbox: Sandbox, rootfs: str) -> None:
+    script = "import sys\nfor n in range(300000): print(n)\nprint('error', file=sys.stderr)"
+    noisy = await sandbox.containers.add(rootfs=rootfs, argv=["python3", "-c", script])
+    with anyio.fail_after(60):
+        assert (await noisy.wait()).code == 0
+
+    async def complete() -> bool:
+        return (await noisy.logs()).endswith(b"\n299999\n") and await noisy.logs("stderr") == b"error\n"
+
+    await until(complete, "the last line is in the logs")
+    assert len(await noisy.logs()) <= 1 << 20
+
+
+async def test_signals_kill_and_remove(sandbox: Sandbox, rootfs: str) -> None:
+    one = await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="one")
+    assert (await one.status()).state == "running"
+    await one.signal(signal.SIGTERM)
+    assert (await one.wait()).signal == signal.SIGTERM
+    assert (await one.status()).state == "stopped"
+    await one.signal(signal.SIGTERM)
+
+    two = await sandbox.containers.add(rootfs=rootfs, argv=["sh", "-c", "trap '' TERM; sleep 60 & sleep 60"])
+    assert (await two.kill()).signal == signal.SIGKILL
+    assert (await two.kill()).signal == signal.SIGKILL
+    await two.remove()
+    await two.remove()
+    assert (await two.wait()).signal == signal.SIGKILL
+
+    assert [status.name for status in await sandbox.containers.list() if status.name != "main"] == ["one"]
+    await one.remove()
+    with pytest.raises(NotFoundError):
+        await one.status()
+
+
+async def test_with_its_main_process_everything_in_it_ends(sandbox: Sandbox, rootfs: str) -> None:
+    async with sandbox.containers.add(
+        rootfs=rootfs, argv=["sh", "-c", "setsid sleep 4242 & echo $!; exit 0"], name="left"
+    ) as left:
+        assert (await left.wait()).code == 0
+        with anyio.fail_after(20):
+            await left.remove()
+    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+    assert not [pid for pid in pids if b"4242" in _cmdline(pid)]
+
+
+def _cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
+
+
+async def test_names_are_unique_and_never_in_the_way(sandbox: Sandbox, rootfs: str) -> None:
+    async with sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="c1"):
+        with pytest.raises(AlreadyExistsError):
+            await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="c1")
+        async with sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"]) as unnamed:
+            assert unnamed.name != "c1"
+    async with sandbox.containers.add(rootfs=rootfs, argv=["true"], name="c1") as again:
+        assert (await again.wait()).code == 0
+
+
+async def test_the_name_of_the_main_container_is_taken(sandbox: Sandbox, rootfs: str) -> None:
+    # Also before `run` has made it.
+    with pytest.raises((AlreadyExistsError, InvalidArgumentError)):
+        await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="main")
+    assert (await sandbox.run(["true"])).exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "a b", "a" * 77])
+async def test_a_name_that_could_be_a_path_is_refused(sandbox: Sandbox, rootfs: str, name: str) -> None:
+    with pytest.raises(InvalidArgumentError):
+        await sandbox.containers.add(rootfs=rootfs, argv=["true"], name=name)
+
+
+async def test_a_program_that_cannot_be_started_leaves_nothing(sandbox: Sandbox, rootfs: str) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        await sandbox.containers.add(rootfs=rootfs, argv=["/no/such/program"], name="x")
+    assert caught.value.exit_code == 127
+    assert await sandbox.containers.list() == []
+    async with sandbox.containers.add(rootfs=rootfs, argv=["true"], name="x") as again:
+        assert (await again.wait()).code == 0
+
+
+async def test_environment_directory_and_user_are_its_own(sandbox: Sandbox, rootfs: str) -> None:
+    c = await sandbox.containers.add(
+        rootfs=rootfs,
+        argv=["sh", "-c", "echo $WORD; pwd; id -u; id -g"],
+        env={"WORD": "x"},
+        cwd="/tmp",
+        user="1000:1001",
+    )
+    assert (await c.wait()).code == 0
+
+    assert (await c.logs()).decode().split() == ["x", "/tmp", "1000", "1001"]
+
+
+@pytest.mark.needs("rootfs:dir")
+async def test_a_root_of_its_own(sandbox: Sandbox, rootfs: str, tmp_path: Path) -> None:
+    for name in ("usr", "bin", "lib", "lib64", "sbin"):
+        if Path("/", name).is_symlink():
+            (tmp_path / name).symlink_to(Path("/", name).readlink())
+    (tmp_path / "mark").write_text("mine")
+    (tmp_path / "usr").mkdir(exist_ok=True)
+    assert stat.S_ISDIR((tmp_path / "usr").stat().st_mode)
+    if rootfs != "host":
+        pytest.skip("the programs of this test come from the host's /usr")
+    from unisandbox import Mount
+
+    c = await sandbox.containers.add(
+        rootfs=tmp_path,
+        argv=["sh", "-c", "cat /mark; echo y > /mark && cat /mark"],
+        mounts=[Mount.bind("/usr", "/usr")],
+    )
+    assert (await c.wait()).code == 0, await c.logs("stderr")
+    assert await c.logs() == b"miney\n"
+    assert (tmp_path / "mark").read_text() == "mine"
+
+
+async def test_all_end_with_the_sandbox(create: Create, rootfs: str) -> None:
+    sandbox = await create()
+    added = [await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"]) for _ in range(3)]
+    await sandbox.stop(grace=0)
+    assert not [status for status in (await sandbox.status()).containers if status.state == "running"]
+    await sandbox.remove()
+    for container in added:
+        await container.remove()

@@ -23,6 +23,7 @@ async def keeper_at(place: Path, **options: object) -> AsyncIterator[Keeper]:
     """A keeper of our own, closed at the end if the test has not done it."""
     with anyio.fail_after(DEADLINE):
         keeper = await Keeper.start(f"{place}/state", workdir=f"{place}/work", **options)  # type: ignore[arg-type]
+        await keeper.held()  # so what its greeting opened is closed
     try:
         yield keeper
     finally:

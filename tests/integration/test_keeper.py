@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -19,6 +20,7 @@ import pytest
 from tests.keepers import DEADLINE, fd_count, keeper_at, sh, sh_exit, sh_output, until, wait_ended
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import ExitRecord, Guard, JobFailed, Keeper, SpawnFailed, undo
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -223,28 +225,41 @@ async def test_a_program_that_cannot_be_started_says_how_far_it_came(tmp_path: P
             await keeper.spawn("relative", ["true"], env={})
 
 
-async def test_a_program_is_in_its_cgroup_before_it_runs(tmp_path: Path) -> None:
+@pytest.fixture
+def cgroup() -> Iterator[str]:
+    """A cgroup directory below our own, where `cgroup.kill` or the freezer is."""
     with open("/proc/self/cgroup", encoding="ascii") as file:
-        own = next(line.strip().split(":")[2] for line in file if ":pids:" in line or line.startswith("0::"))
-    root = "/sys/fs/cgroup/pids" if os.path.exists("/sys/fs/cgroup/pids") else "/sys/fs/cgroup"
-    cgroup = f"{root}{own.rstrip('/')}/unisandbox-test-{os.getpid()}"
-    os.mkdir(cgroup)
-    try:
-        async with keeper_at(tmp_path) as keeper:
-            output = await sh_output(keeper, "cat /proc/self/cgroup", cgroup_procs=[f"{cgroup}/cgroup.procs"])
-        assert f"unisandbox-test-{os.getpid()}" in output.decode()
-    finally:
-        until(lambda: _gone(cgroup), "the cgroup can be removed")
+        own = dict(line.strip().split(":")[1:] for line in file)
+    trees = {"": "/sys/fs/cgroup/unified", "freezer": "/sys/fs/cgroup/freezer"}
+    where = next((f"{root}{own[name]}" for name, root in trees.items() if name in own and os.path.isdir(root)), None)
+    path = f"{where or '/sys/fs/cgroup' + own['']}/unisandbox-test-{os.getpid()}"
+    os.mkdir(path)
+    yield path
+    ending.kill([path])
+    assert ending.remove([path], DEADLINE)
 
 
-def _gone(cgroup: str) -> bool:
-    try:
-        os.rmdir(cgroup)
-    except FileNotFoundError:
-        pass
-    except OSError:
-        return False
-    return True
+async def test_a_program_is_in_its_cgroup_before_it_runs(tmp_path: Path, cgroup: str) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        output = await sh_output(keeper, "cat /proc/self/cgroup", cgroup_procs=[f"{cgroup}/cgroup.procs"])
+    assert os.path.basename(cgroup) in output.decode()
+
+
+async def test_guards_end_and_remove_cgroups_also_where_the_keeper_does_not_see_them(
+    tmp_path: Path, cgroup: str
+) -> None:
+    hide = [os.path.dirname(cgroup)]
+    inside = f"{cgroup}/s1"
+    async with keeper_at(tmp_path, hide=hide) as keeper:
+        await keeper.guard([Guard("kill", "kill_cgroup", [inside]), Guard("remove", "rmdir_cgroup", [inside])])
+        os.mkdir(inside)
+        # Not a child of the keeper: only the cgroup leads to it.
+        with subprocess.Popen(["/bin/sleep", "1000"]) as stranger:
+            Path(f"{inside}/cgroup.procs").write_text(str(stranger.pid))
+            report = await keeper.close()
+            assert stranger.wait(DEADLINE) == -signal.SIGKILL
+    assert report.failures == 0, report
+    assert not os.path.exists(inside)
 
 
 async def test_a_repeated_key_starts_nothing_and_answers_the_same(tmp_path: Path) -> None:
@@ -481,7 +496,6 @@ async def test_a_job_runs_in_the_keepers_mounts_and_its_fds_are_held(tmp_path: P
 
 async def test_a_failed_job_names_its_step(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
-        await keeper.held()  # what the greeting opened is closed now
         fds = fd_count(keeper.pid)
         steps: list[dict[str, object]] = [
             {"do": "dirfd", "path": "/usr", "name": "one"},
@@ -500,7 +514,6 @@ async def test_a_failed_job_names_its_step(tmp_path: Path) -> None:
 
 async def test_a_job_is_killed_at_its_time(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
-        await keeper.held()  # what the greeting opened is closed now
         fds = fd_count(keeper.pid)
         with pytest.raises(JobFailed) as caught:
             await keeper.job([{"do": "dirfd", "path": "/usr", "name": "one"}], hold={"one": "one"}, timeout=0.0)
@@ -514,7 +527,8 @@ async def test_a_cancelled_job_holds_nothing_and_is_over_before_the_next_begins(
     async with keeper_at(tmp_path) as keeper:
 
         async def job() -> None:
-            await keeper.job([{"do": "dirfd", "path": "/usr", "name": "one"}], hold={"one": "one"})
+            done = await keeper.job([{"do": "dirfd", "path": "/usr", "name": "one"}], hold={"one": "one"})
+            await keeper.drop(list(done.held))  # it was quicker than the cancelling
 
         for number in range(20):
             with anyio.CancelScope() as scope:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import stat
 from pathlib import Path
 
 import anyio
 import pytest
 
-from unisandbox import AlreadyExistsError, InvalidArgumentError, NotFoundError, Resources, Sandbox
+from unisandbox import AlreadyExistsError, InvalidArgumentError, Mount, NotFoundError, Resources, Sandbox
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.waiting import until
 
@@ -134,11 +134,10 @@ async def test_with_its_main_process_everything_in_it_ends(sandbox: Sandbox, roo
         assert (await left.wait()).code == 0
         with anyio.fail_after(20):
             await left.remove()
-    pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
-    assert not [pid for pid in pids if b"4242" in _cmdline(pid)]
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and b"4242" in _cmdline(pid)]
 
 
-def _cmdline(pid: int) -> bytes:
+def _cmdline(pid: str) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has ended
@@ -190,17 +189,11 @@ async def test_environment_directory_and_user_are_its_own(sandbox: Sandbox, root
     assert (await c.logs()).decode().split() == ["x", "/tmp", "1000", "1001"]
 
 
-@pytest.mark.needs("rootfs:dir")
+@pytest.mark.needs("rootfs:dir", "host_mounts")
 async def test_a_root_of_its_own(sandbox: Sandbox, rootfs: str, tmp_path: Path) -> None:
-    for name in ("usr", "bin", "lib", "lib64", "sbin"):
-        if Path("/", name).is_symlink():
-            (tmp_path / name).symlink_to(Path("/", name).readlink())
-    (tmp_path / "mark").write_text("mine")
-    (tmp_path / "usr").mkdir(exist_ok=True)
-    assert stat.S_ISDIR((tmp_path / "usr").stat().st_mode)
     if rootfs != "host":
         pytest.skip("the programs of this test come from the host's /usr")
-    from unisandbox import Mount
+    _make_root(tmp_path)
 
     c = await sandbox.containers.add(
         rootfs=tmp_path,
@@ -210,6 +203,14 @@ async def test_a_root_of_its_own(sandbox: Sandbox, rootfs: str, tmp_path: Path) 
     assert (await c.wait()).code == 0, await c.logs("stderr")
     assert await c.logs() == b"miney\n"
     assert (tmp_path / "mark").read_text() == "mine"
+
+
+def _make_root(path: Path) -> None:
+    for name in ("bin", "lib", "lib64", "sbin"):
+        if os.path.islink(f"/{name}"):
+            os.symlink(os.readlink(f"/{name}"), path / name)
+    (path / "mark").write_text("mine")
+    (path / "usr").mkdir()
 
 
 async def test_all_end_with_the_sandbox(create: Create, rootfs: str) -> None:

@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Final, Literal
 
 import anyio
+import anyio.lowlevel
 
 from unisandbox.api import (
     AlreadyExistsError,
     ContainerSpec,
     CreateSandbox,
     CreateTask,
+    DeadlineExceededError,
     Event,
     EventKind,
     Exit,
@@ -29,6 +31,7 @@ from unisandbox.api import (
     SandboxStatus,
     Stdio,
     TaskService,
+    UnavailableError,
     check_id,
 )
 from unisandbox.engine.choice import Choice, choose
@@ -36,7 +39,7 @@ from unisandbox.engine.events import EventLog
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
-from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.cgroups import Cgroups, ending
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.services import Host
 
@@ -46,6 +49,9 @@ _CLEANING_SECONDS: Final = 10.0
 
 # What is kept of each output stream of a container that nobody reads.
 LOG_BYTES: Final = 1 << 20
+
+# Guards whose failure means nothing: another engine uses the directory that all share.
+_MAY_FAIL: Final = frozenset({"engine/runtime"})
 
 Policy = Literal["stop", "keep"]
 LogStream = Literal["stdout", "stderr"]
@@ -104,6 +110,13 @@ class Entry:
     def task(self) -> TaskService:
         """Its task service."""
         self._check_alive()
+        if self._task is None:
+            raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
+        return self._task
+
+    @property
+    def last_task(self) -> TaskService:
+        """Its task service, also after the end: it still knows how processes ended."""
         if self._task is None:
             raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
         return self._task
@@ -263,12 +276,19 @@ class Entry:
         if self._state == "removed":
             return
         self.kill_now()
-        async with self._lock:
-            if self.removed:
-                return
-            self._core.write_record(self, "removing")
-            await self._free()
-        self.emit("sandbox.removed")
+        # Not to be cancelled: what was begun is finished, or left to the engine's close and the keeper's guards.
+        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLEANING_SECONDS):
+            async with self._lock:
+                if not self.removed:
+                    self._core.write_record(self, "removing")
+                    await self._free()
+                    self.emit("sandbox.removed")
+        if not self.removed:
+            raise DeadlineExceededError(
+                f"sandbox {self.label!r} could not be removed within {_CLEANING_SECONDS:g} s",
+                hint="Something in it may sit in the kernel (a disk, a network file system). Remove it again later.",
+            )
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def status(self) -> SandboxStatus:
         """The state at this moment; never waits for another call."""
@@ -318,6 +338,7 @@ class EngineCore:
         self._boot_id = boot_id()
         self._sandboxers: dict[str, Sandboxer] = {}
         self._entries: dict[str, Entry] = {}
+        self._closing = anyio.Lock()
 
     @classmethod
     async def open(
@@ -434,28 +455,27 @@ class EngineCore:
 
     async def close(self) -> None:
         """Remove every sandbox, end the keeper, leave nothing. Repeating is harmless."""
-        if self.closed:
-            return
-        errors: list[SandboxError] = []
-        try:
-            async with anyio.create_task_group() as group:
-                for entry in self.entries():
-                    group.start_soon(self._remove, entry, errors)
-            for sandboxer in self._sandboxers.values():
-                await sandboxer.close()
-        except BaseException:
-            # Cancelled, or something that no one foresaw: the keeper finishes what was begun.
-            self.abandon()
-            raise
-        self.closed = True
-        self.events.close()
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_CLEANING_SECONDS) as scope:
-            await self.host.keeper.close(run_guards=True)
-        if scope.cancelled_caught:
-            self.host.keeper.abandon(wait=_CLEANING_SECONDS)
-        self._state.discard()
-        if errors:
-            raise errors[0]
+        async with self._closing:
+            if self.closed:
+                return
+            self.closed = True
+            self.events.close()
+            errors: list[SandboxError] = []
+            try:
+                async with anyio.create_task_group() as group:
+                    for entry in self.entries():
+                        group.start_soon(self._remove, entry, errors)
+                for sandboxer in self._sandboxers.values():
+                    await sandboxer.close()
+                with anyio.CancelScope(shield=True):
+                    report = await self.host.keeper.close(run_guards=True)
+                errors = errors if set(report.failed) - _MAY_FAIL else []
+            except UnavailableError:
+                errors = []  # the keeper is dead; its mounts, pins and runtimes went with it
+            finally:
+                self._sweep()
+            if errors:
+                raise errors[0]
 
     def abandon(self) -> None:
         """Close without an event loop: the keeper runs the guards (policy "stop"), and its end is waited for."""
@@ -468,7 +488,15 @@ class EngineCore:
                 entry.kill_now()
             for close in tuple(entry.closing):
                 close()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Whatever happened before: no process, cgroup or directory of the engine stays. Synchronous."""
         self.host.keeper.abandon(wait=_CLEANING_SECONDS)
+        dirs = [f"{place.parent}/{self.host.cgroups.name}" for place in self.host.cgroups.places]
+        if any(os.path.isdir(directory) for directory in dirs):
+            ending.kill(dirs)
+            ending.remove(dirs, _CLEANING_SECONDS)
         self._state.discard()
 
     @staticmethod

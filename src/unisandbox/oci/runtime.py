@@ -35,6 +35,7 @@ from unisandbox.oci.answers import failure, last_message, read_log
 from unisandbox.oci.calls import Call, Spawner, children, kill_tree, nsenter, run
 from unisandbox.oci.features import RuntimeProgram
 from unisandbox.oci.sealed import sealed_copy
+from unisandbox.oci.states import RuntimeFiles
 
 DEFAULT_TIMEOUT: Final = 30.0
 # For cleaning up after a call that failed or was cancelled.
@@ -130,7 +131,7 @@ class Runtime:
         """
         check_name(container_id, "container id")
         self._check_fds(extra_fds)
-        if self._exists(container_id):
+        if self._files.exists(container_id):
             raise AlreadyExistsError(f"{self.program.name} has a container {container_id!r} already")
         pid_file = f"{bundle}/{os.urandom(8).hex()}.pid"
         log = f"{bundle}/{_BUNDLE_LOG}"
@@ -160,7 +161,7 @@ class Runtime:
             await self._scrap(container_id)
             raise
         finally:
-            self._unlink(pid_file)
+            self._files.unlink(pid_file)
 
     async def start(
         self, container_id: str, *, created: Created | None = None, timeout: float = DEFAULT_TIMEOUT
@@ -177,10 +178,10 @@ class Runtime:
             DeadlineExceededError: it did not come to the point of starting in time.
         """
         self._check_exists(container_id)
-        if created is None or not self.program.features.fifo or self._has_hooks(created.bundle, "poststart"):
+        if created is None or not self.program.features.fifo or self._files.has_hooks(created.bundle, "poststart"):
             await self._simple("start", container_id, [container_id], timeout=timeout)
             return
-        path = f"{self._state_dir(container_id)}/exec.fifo"
+        path = f"{self._files.state_dir(container_id)}/exec.fifo"
         try:
             with anyio.fail_after(timeout):
                 await fifo.release(path, self.program.features.fifo, created.pidfd)
@@ -191,7 +192,7 @@ class Runtime:
         except FileNotFoundError:
             raise FailedPreconditionError(f"container {container_id!r} was started before") from None
         except fifo.InitEnded:
-            log = read_log(self._view(f"{created.bundle}/{_BUNDLE_LOG}"))
+            log = read_log(self._files.view(f"{created.bundle}/{_BUNDLE_LOG}"))
             reason = last_message(log) or "its log is empty"
             raise BackendError(f"container {container_id!r} ended before it was started: {reason}", log=log) from None
         except OSError as error:
@@ -236,7 +237,7 @@ class Runtime:
         if console_socket is not None:
             arguments += ["--console-socket", console_socket]
         try:
-            self._write(request, json.dumps(process) if isinstance(process, Mapping) else process)
+            self._files.write(request, json.dumps(process) if isinstance(process, Mapping) else process)
             call = await self._call(
                 "exec",
                 container_id,
@@ -257,7 +258,7 @@ class Runtime:
             return created
         finally:
             for path in (pid_file, request, log):
-                self._unlink(path)
+                self._files.unlink(path)
 
     async def kill(self, container_id: str, signal: int, *, timeout: float = DEFAULT_TIMEOUT) -> None:
         """Send a signal to a container's first process; one that has ended is no error.
@@ -286,7 +287,9 @@ class Runtime:
             BackendError, DeadlineExceededError: it could not be done; try again.
         """
         check_name(container_id, "container id")
-        if not self._exists(container_id) or self._remove_stopped(container_id):
+        if not self._files.exists(container_id) or (
+            self.program.features.removable_state and self._files.remove_stopped(container_id)
+        ):
             await anyio.lowlevel.checkpoint()
             return
         arguments = ["--force", container_id] if force else [container_id]
@@ -299,14 +302,14 @@ class Runtime:
                 raise
         if force:
             await self._remove_cgroups(container_id)
-        if force and self._exists(container_id) and not self._discard(container_id):
+        if force and self._files.exists(container_id) and not self._files.discard(container_id):
             # A state that the runtime cannot read (it was killed while it wrote) belongs to nothing that we could ask.
             raise BackendError(f"{self.program.name} could not delete container {container_id!r} by force")
 
     async def state(self, container_id: str, *, timeout: float = DEFAULT_TIMEOUT) -> ContainerState | None:
         """What the runtime says about a container; None when it has none of this id."""
         check_name(container_id, "container id")
-        if not self._exists(container_id):
+        if not self._files.exists(container_id):
             await anyio.lowlevel.checkpoint()
             return None
         reader, writer = os.pipe()
@@ -358,7 +361,7 @@ class Runtime:
         self, verb: str, container_id: str, arguments: Sequence[str], *, stdout: int | None = None, timeout: float
     ) -> None:
         """A call that makes no process of ours; raises by what its log says."""
-        log = f"{self._logs()}/{os.urandom(8).hex()}.log"
+        log = f"{self._files.logs()}/{os.urandom(8).hex()}.log"
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
             fds = (null, null if stdout is None else stdout, null)
@@ -368,7 +371,7 @@ class Runtime:
                 raise failure(call.label, code, read_log(call.log))
         finally:
             os.close(null)
-            self._unlink(log)
+            self._files.unlink(log)
 
     async def _call(
         self,
@@ -385,22 +388,22 @@ class Runtime:
     ) -> Call:
         name = self.program.name
         try:
-            os.makedirs(self._view(self._states()), mode=0o700, exist_ok=True)
-            self._logs()
+            os.makedirs(self._files.view(self._files.states()), mode=0o700, exist_ok=True)
+            self._files.logs()
             executable = await self._executable()
         except OSError as error:
             raise BackendError(
                 f"{name} {verb} of container {container_id!r} failed: its directory {self.root} cannot be used: "
                 f"{error.strerror or error}"
             ) from error
-        options = ["--root", self._states(), "--log", log, "--log-format", "json"]
+        options = ["--root", self._files.states(), "--log", log, "--log-format", "json"]
         if self.program.features.cgroup_disabled:
             options.append("--cgroup-manager=disabled")
         prefix = nsenter(netns) if netns is not None else []
         return Call(
             label=f"{name} {what or f'{verb} of container {container_id!r}'}",
             argv=[*prefix, executable, *options, verb, *arguments],
-            log=self._view(log),
+            log=self._files.view(log),
             fds=fds,
             cgroup_procs=cgroup_procs if self.program.features.cgroup_disabled else (),
             timeout=timeout,
@@ -459,7 +462,7 @@ class Runtime:
 
     def _read_pid(self, call: Call, pid_file: str) -> int:
         try:
-            with open(self._view(pid_file), "rb") as file:
+            with open(self._files.view(pid_file), "rb") as file:
                 raw = file.read(64)
         except OSError as error:
             raise BackendError(
@@ -501,7 +504,7 @@ class Runtime:
             anyio.CancelScope(shield=True),
             contextlib.suppress(BackendError, DeadlineExceededError, UnavailableError, OSError),
         ):
-            if self._exists(container_id):
+            if self._files.exists(container_id):
                 await self.delete(container_id, force=True, timeout=_CLEANUP_SECONDS)
             await self._remove_cgroups(container_id)
 
@@ -518,97 +521,15 @@ class Runtime:
             while not ending.remove(left, 0.0):
                 await anyio.sleep(0.002)  # the kernel counts an ended process a moment longer; no event tells
 
-    # --- files ---
-
-    def _states(self) -> str:
-        return f"{self.root}/state"
-
-    def _logs(self) -> str:
-        path = f"{self.root}/log"
-        os.makedirs(self._view(path), mode=0o700, exist_ok=True)
-        return path
-
-    def _exists(self, container_id: str) -> bool:
-        return os.path.lexists(self._state_dir(container_id))
-
-    def _state_dir(self, container_id: str) -> str:
-        """As seen from here."""
-        return self._view(f"{self._states()}/{container_id}")
-
-    def _view(self, path: str) -> str:
-        """A path of the keeper's mount namespace as it is reached from here."""
-        return f"/proc/{self.keeper.pid}/root{path}"
-
-    def _write(self, path: str, text: str | bytes) -> None:
-        data = text.encode() if isinstance(text, str) else text
-        try:
-            descriptor = os.open(
-                self._view(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-            )
-            with open(descriptor, "wb") as file:
-                file.write(data)
-        except OSError as error:
-            raise BackendError(f"cannot write {path}: {error.strerror}") from error
-
-    def _unlink(self, path: str) -> None:
-        # Missing is the usual case; whatever else prevents it, the directory goes with its owner.
-        with contextlib.suppress(OSError):
-            os.unlink(self._view(path))
-
-    def _has_hooks(self, directory: str, kind: str, *, seen: bool = False) -> bool:
-        """Whether the config.json in a bundle, or (`seen`: as seen from here) a state directory, has such hooks."""
-        path = f"{directory}/config.json"
-        try:
-            with open(path if seen else self._view(path), "rb") as file:
-                raw = file.read()
-            if b'"hooks"' not in raw:
-                return False
-            hooks = json.loads(raw).get("hooks") or {}
-            return bool(hooks.get(kind))
-        except (OSError, ValueError, AttributeError):
-            return True  # it cannot be told, so the runtime shall decide
-
-    def _remove_stopped(self, container_id: str) -> bool:
-        """Delete a stopped container without the runtime, where that is only a directory: whether it was done.
-
-        Source: crun 1.8.1 src/libcrun/{container,status}.c: with its cgroup manager disabled, `delete` of a stopped
-        container runs the poststop hooks and removes the state directory. Anything unexpected: False.
-        """
-        if not self.program.features.removable_state:
-            return False
-        directory = self._state_dir(container_id)
-        try:
-            with open(f"{directory}/status", "rb") as file:
-                status = json.load(file)
-            pid, start_time = status["pid"], status["process-start-time"]
-            if type(pid) is not int or type(start_time) is not int or pid <= 1:
-                return False
-            with contextlib.suppress(ProcessLookupError):
-                if pidfds.start_time(pid) == start_time:
-                    return False
-            if self._has_hooks(directory, "poststop", seen=True):
-                return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-        return self._discard(container_id)
-
-    def _discard(self, container_id: str) -> bool:
-        directory = self._state_dir(container_id)
-        try:
-            for entry in os.listdir(directory):
-                os.unlink(f"{directory}/{entry}")
-            os.rmdir(directory)
-        except FileNotFoundError:
-            return not os.path.lexists(directory)
-        except OSError:
-            return False
-        return True
+    @property
+    def _files(self) -> RuntimeFiles:
+        return RuntimeFiles(self.root, self.keeper.pid)
 
     # --- checks ---
 
     def _check_exists(self, container_id: str) -> None:
         check_name(container_id, "container id")
-        if not self._exists(container_id):
+        if not self._files.exists(container_id):
             raise NotFoundError(f"{self.program.name} has no container {container_id!r}")
 
     def _check_fds(self, extra_fds: Sequence[int]) -> None:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import select
 import signal as signals
 import socket
 import struct
@@ -153,6 +154,8 @@ class OciTaskService:
         self._planner = planner
         self._containers: dict[str, _Container] = {}
         self._oom_kills_gone = 0
+        # Exits of processes whose container is gone, for those who have not asked yet.
+        self._exits: dict[tuple[str, str], Exit] = {}
 
     @property
     def container_ids(self) -> list[str]:
@@ -172,6 +175,7 @@ class OciTaskService:
     async def create(self, request: CreateTask) -> None:
         """See `TaskService.create`."""
         name = check_id(request.container_id)
+        self._exits = {key: exit for key, exit in self._exits.items() if key != (name, "")}
         if (request.container is None) == (not request.bundle):
             raise InvalidArgumentError("a container is made from either a spec or a bundle")
         if name in self._containers:
@@ -340,6 +344,9 @@ class OciTaskService:
 
     async def wait(self, container_id: str, exec_id: str = "") -> Exit:
         """See `TaskService.wait`."""
+        if (container_id, exec_id) in self._exits:
+            await anyio.lowlevel.checkpoint()
+            return self._exits[container_id, exec_id]
         process = self._process(self._container(container_id), exec_id)
         if process.exit is None:
             if process.pid is None:
@@ -377,7 +384,7 @@ class OciTaskService:
         container = self._containers.get(container_id)
         if container is None:
             await anyio.lowlevel.checkpoint()
-            return None
+            return self._exits.pop((container_id, exec_id), None)
         if exec_id:
             return await self._delete_process(container, exec_id)
         return await self._delete_container(container)
@@ -421,9 +428,11 @@ class OciTaskService:
         main = container.processes.get("")
         self._oom_kills_gone += self._oom_kills(container)
         container.lingering.clear()
-        for process in container.processes.values():
+        for exec_id, process in container.processes.items():
             process.close()
             process.cgroup = None
+            if process.pid is not None:
+                self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
         with anyio.move_on_after(_END_SECONDS):
             while not container.plan.cgroup.remove():
                 # The kernel frees the last process a moment after its end, and no event tells.
@@ -633,11 +642,10 @@ def _enter(process: _Process, pid: int) -> None:
 
 
 def _has_ended(pidfd: int) -> bool:
-    try:
-        signals.pidfd_send_signal(pidfd, 0)
-    except ProcessLookupError:
-        return True
-    return False
+    # Readable from the moment of its death, before anybody has reaped it. Source: pidfd_open(2).
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 async def _readable(fd: int) -> None:

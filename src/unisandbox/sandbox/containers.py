@@ -35,7 +35,7 @@ class Container:
     async def wait(self) -> Exit:
         """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
         if self._exit is None:
-            self._exit = await self._entry.task.wait(self.name)
+            self._exit = await self._entry.last_task.wait(self.name)
         return self._exit
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout") -> bytes:
@@ -53,7 +53,7 @@ class Container:
 
     async def kill(self) -> Exit:
         """End everything in the container at once."""
-        self._entry.task.kill_now(self.name)
+        self._entry.last_task.kill_now(self.name)
         return await self.wait()
 
     async def remove(self) -> None:

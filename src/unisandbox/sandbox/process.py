@@ -13,7 +13,16 @@ import anyio.abc
 import anyio.lowlevel
 import attrs
 
-from unisandbox.api import ExecTask, Exit, FailedPreconditionError, ProcessSpec, Stdio, Terminal
+from unisandbox.api import (
+    ExecTask,
+    Exit,
+    FailedPreconditionError,
+    ProcessSpec,
+    StartedTask,
+    Stdio,
+    Terminal,
+    UnavailableError,
+)
 from unisandbox.engine.core import Entry
 from unisandbox.sandbox.streams import (
     Descriptor,
@@ -96,16 +105,11 @@ async def start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, int
     On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
     """
     try:
-        task = await entry.ready()
-        exec_id = entry.next_exec_id()
         try:
-            await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
-            started = await task.start(entry.main, exec_id)
-        except BaseException:
-            task.kill_now(entry.main, exec_id)
-            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                await task.delete(entry.main, exec_id)
-            raise
+            exec_id, started = await _start(entry, spec, pipes)
+        except UnavailableError:
+            # The main container ended between the look at it and the start; once more, in a new one.
+            exec_id, started = await _start(entry, spec, pipes)
     except BaseException:
         pipes.close()
         raise
@@ -113,6 +117,19 @@ async def start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, int
         pipes.close_inside()
     entry.emit("process.started", exec_id=exec_id)
     return exec_id, started.pid, started.terminal
+
+
+async def _start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, StartedTask]:
+    task = await entry.ready()
+    exec_id = entry.next_exec_id()
+    try:
+        await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
+        return exec_id, await task.start(entry.main, exec_id)
+    except BaseException:
+        task.kill_now(entry.main, exec_id)
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+            await task.delete(entry.main, exec_id)
+        raise
 
 
 class Process:
@@ -185,10 +202,11 @@ class Process:
             UnavailableError: the sandbox is gone and the exit could not be learned; never guessed.
         """
         if self._exit is None:
-            exit = await self._entry.task.wait(self._entry.main, self._exec_id)
+            task = self._entry.last_task
+            exit = await task.wait(self._entry.main, self._exec_id)
             if self._exit is None:
                 self._exit = exit
-                await self._entry.task.delete(self._entry.main, self._exec_id)
+                await task.delete(self._entry.main, self._exec_id)
                 self._entry.emit("process.exited", exec_id=self._exec_id, exit=exit)
         else:
             await anyio.lowlevel.checkpoint()
@@ -204,7 +222,7 @@ class Process:
     async def kill(self) -> Exit:
         """End the process and everything that it has started, and wait for its end."""
         if self._exit is None:
-            self._entry.task.kill_now(self._entry.main, self._exec_id)
+            self._entry.last_task.kill_now(self._entry.main, self._exec_id)
         return await self.wait()
 
     async def resize(self, rows: int, columns: int) -> None:
@@ -221,7 +239,7 @@ class Process:
         """End it and all that it has started if it still runs, and close its streams. Repeating is harmless."""
         try:
             if self._exit is None:
-                self._entry.task.kill_now(self._entry.main, self._exec_id)
+                self._entry.last_task.kill_now(self._entry.main, self._exec_id)
                 with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
                     await self.wait()
         finally:

@@ -160,13 +160,13 @@ async def run(
                 if collector.writer_left():
                     # A background process goes on, and goes on writing: somebody has to take it.
                     await entry.take_over_output(collector.source.fileno())
-            await entry.task.delete(entry.main, exec_id)
+            await entry.last_task.delete(entry.main, exec_id)
         except BaseException:
-            entry.task.kill_now(entry.main, exec_id)
+            entry.last_task.kill_now(entry.main, exec_id)
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                exit = await entry.task.wait(entry.main, exec_id)
+                exit = await entry.last_task.wait(entry.main, exec_id)
                 exchange.drain()
-                await entry.task.delete(entry.main, exec_id)
+                await entry.last_task.delete(entry.main, exec_id)
             raise
         finally:
             pipes.close()
@@ -199,7 +199,7 @@ async def _end_of(entry: Entry, exec_id: str, exchange: _Exchange) -> Exit:
     async with anyio.create_task_group() as group:
         group.start_soon(exchange.pump)
         try:
-            outcome = await entry.task.wait(entry.main, exec_id)
+            outcome = await entry.last_task.wait(entry.main, exec_id)
         except SandboxError as error:
             outcome = error  # raised below: a task group would wrap it
         group.cancel_scope.cancel()

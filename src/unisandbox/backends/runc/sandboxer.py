@@ -36,7 +36,7 @@ from unisandbox.backends.runc.pod import IDS, Pod, PodPlanner, open_sources, tra
 from unisandbox.backends.runc.rootfs import Layer, Op, host_tree, mount_ops, root_ops
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
-from unisandbox.host.cgroups import DeviceRule
+from unisandbox.host.cgroups import DeviceRule, ending
 from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.services import Host
@@ -98,18 +98,21 @@ class RuncSandboxer:
         dirs = root.predict(short, limits=limits_of(spec.resources))
         image = os.path.join(host.state_dir, f"layer-{short}.img")
         sources = open_sources(spec.rootfs, spec.mounts, request.sandbox_id)
+        undo = [
+            Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
+            Guard(f"{short}/processes", "kill_cgroup", dirs),
+        ]
+        if not Layer.of(spec.resources).in_memory:
+            undo.append(Guard(f"{short}/image", "unlink", (image,)))
         try:
-            undo = [
-                Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
-                Guard(f"{short}/processes", "kill_cgroup", dirs),
-            ]
-            if not Layer.of(spec.resources).in_memory:
-                undo.append(Guard(f"{short}/image", "unlink", (image,)))
             await host.keeper.guard(undo)
             cgroup = root.child(short, limits=limits_of(spec.resources))
         except BaseException:
             for fd in sources:
                 os.close(fd)
+            ending.remove(dirs, 1.0)
+            with anyio.CancelScope(shield=True):
+                await host.keeper.unguard([guard.name for guard in undo])
             raise
         pod = Pod(request.sandbox_id, spec, short, f"{host.work_dir}/{short}", cgroup, image, sources=sources)
         self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
@@ -237,6 +240,7 @@ class RuncSandboxer:
             _unlink(pod.image)
         if pod.lease is not None:
             await keeper.release(os.path.dirname(self._host.work_dir), pod.lease)
+            pod.lease = None
         await keeper.unguard([f"{pod.short}/cgroup-directories", f"{pod.short}/processes", f"{pod.short}/image"])
         self._sandboxes.pop(sandbox_id, None)
 

@@ -134,7 +134,7 @@ class Keeper:
         except FileNotFoundError:
             raise UnavailableError(f"cannot reach the keeper of {state_dir}: there is no such directory") from None
         try:
-            keeper = cls(state_dir, starting.identity_of(dirfd), starting.connect(dirfd, state_dir))
+            keeper = cls(state_dir, starting.identity_of(dirfd), await starting.connect(dirfd, state_dir))
         finally:
             os.close(dirfd)
         try:

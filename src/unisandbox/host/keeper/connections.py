@@ -150,21 +150,21 @@ class Connections:
         def refuse() -> None:
             listener.accept()[0].close()
 
-        try:
-            sock, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno not in {errno.EMFILE, errno.ENFILE}:
-                raise
-            # It would stay in the queue and wake us for ever.
-            self._loop.with_spare(refuse)
-            return
-        uid = peer(sock)[1]
-        if uid not in {0, os.geteuid()} or len(self._clients) >= _CLIENTS_LIMIT:
-            sock.close()
-            return
-        self.add(sock)
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno not in {errno.EMFILE, errno.ENFILE}:
+                    raise
+                # It would stay in the queue and wake us for ever.
+                self._loop.with_spare(refuse)
+                return
+            if peer(sock)[1] in {0, os.geteuid()} and len(self._clients) < _CLIENTS_LIMIT:
+                self.add(sock)
+            else:
+                sock.close()
 
     def _ready(self, client: Client, events: int) -> None:
         if events & (select.EPOLLHUP | select.EPOLLERR):

@@ -27,6 +27,7 @@ from unisandbox.host.keeper.records import Policy
 # A former keeper of the same directory may be running guards (10 s) and waiting for deaths (2 s).
 _LOCK_WAIT: Final = 15.0
 _LOCK_POLL: Final = 0.01
+_CONNECT_WAIT: Final = 5.0
 
 # Leaves the process that started it (and its session) before it loads anything: what it forks then is small. The path
 # comes last, so that the standard library wins.
@@ -262,17 +263,25 @@ def finish_child(started: Started, *, kill: bool) -> None:
         os.close(started.child_pidfd)
 
 
-def connect(state_dir: int, path: str) -> socket.socket:
-    """Connect to the keeper of a state directory.
+async def connect(state_dir: int, path: str) -> socket.socket:
+    """Connect to the keeper of a state directory; waits a while when many others do so at this moment.
 
     Raises:
         UnavailableError: none listens there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    deadline = anyio.current_time() + _CONNECT_WAIT
     try:
         sock.setblocking(False)
-        # Unix connects do not wait, but for a full queue of the listener: then EAGAIN.
-        sock.connect(f"/proc/self/fd/{state_dir}/{protocol.SOCKET_NAME}")
+        while True:
+            try:
+                sock.connect(f"/proc/self/fd/{state_dir}/{protocol.SOCKET_NAME}")
+                break
+            except BlockingIOError:
+                # The listener's queue is full. There is no event for a place in it. Source: unix(7), connect(2).
+                if anyio.current_time() > deadline:
+                    raise
+                await anyio.sleep(_LOCK_POLL)
     except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
         sock.close()
         why = "does not answer" if error.errno == errno.EAGAIN else "there is none"

@@ -1,0 +1,123 @@
+"""What a backend does not claim is refused before anything happened."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from unisandbox import Engine, Event, InvalidArgumentError, Resources, UnsupportedError
+from unisandbox.api import Capabilities
+from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.selection import Candidate
+from unisandbox.sandbox import SandboxOptions
+
+pytestmark = pytest.mark.anyio
+
+ASKED: dict[str, SandboxOptions] = {
+    "rootfs:image": {"rootfs": "debian"},
+    "rootfs:dir": {"rootfs": "/usr"},
+    "rootfs:host": {"rootfs": "host"},
+    "networks:host": {"network": "host"},
+    "userns_host": {"userns": "host"},
+    "shared_pid": {"share_pid": True},
+    "ttl": {"ttl": 60.0},
+}
+
+
+def _claims(capabilities: Capabilities, need: str) -> bool:
+    from unisandbox.conformance.selection import claims
+
+    return claims(capabilities, need)
+
+
+@pytest.mark.parametrize("need", ASKED)
+async def test_what_is_not_claimed_is_refused_and_what_is_claimed_works(
+    engine: Engine, create: Create, capabilities: Capabilities, backend: Candidate, need: str
+) -> None:
+    if _claims(capabilities, need):
+        async with create(**ASKED[need]) as sandbox:
+            assert (await sandbox.status()).state == "ready"
+        return
+    with pytest.raises(UnsupportedError) as caught:
+        await create(**ASKED[need])
+    assert caught.value.backend == backend.name
+    assert await engine.list() == []
+    assert [event async for event in _so_far(engine)] == []
+
+
+async def _so_far(engine: Engine) -> AsyncIterator[Event]:
+    await engine.close()
+    async for event in engine.events():
+        yield event
+
+
+@pytest.fixture
+def network_namespace() -> Iterator[str]:
+    """The path of a network namespace that this test has made."""
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo made; exec sleep 600"], stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        if child.stdout.readline() != b"made\n":
+            pytest.skip("no network namespace can be made here")
+        yield f"/proc/{child.pid}/ns/net"
+        child.kill()
+
+
+@pytest.mark.needs("networks:namespace")
+async def test_a_given_network_is_joined(create: Create, network_namespace: str) -> None:
+    async with create(network=network_namespace) as sandbox:
+        inside = (await sandbox.run(["readlink", "/proc/self/ns/net"])).text.strip()
+
+        assert inside == _link(network_namespace) != _link("/proc/self/ns/net")
+        assert (await sandbox.status()).namespaces["net"] == int(inside[5:-1])
+
+
+def _link(path: str) -> str:
+    return str(Path(path).readlink())
+
+
+@pytest.mark.needs("networks:namespace")
+async def test_the_hosts_own_network_is_not_given_by_its_path(create: Create) -> None:
+    with pytest.raises(InvalidArgumentError):
+        await create(network="/proc/self/ns/net")
+
+
+async def test_updates_are_done_or_refused(create: Create, capabilities: Capabilities) -> None:
+    async with create(resources=Resources(memory="64M", disk="16M")) as sandbox:
+        if capabilities.update:
+            await sandbox.update(Resources(memory="128M", disk="16M"))
+            assert (await sandbox.metrics()).memory_limit_bytes == 128 << 20
+        else:
+            with pytest.raises(UnsupportedError):
+                await sandbox.update(Resources(memory="128M", disk="16M"))
+            assert (await sandbox.metrics()).memory_limit_bytes in {None, 64 << 20}
+
+
+async def test_an_annotation_that_nobody_knows_is_not_ignored(create: Create) -> None:
+    with pytest.raises(UnsupportedError):
+        await create(annotations={"no.such/annotation": "1"})
+
+
+async def test_the_probe_is_quick_and_says_why(backend: Candidate) -> None:
+    import time
+
+    assert backend.backend is not None
+    begun = time.monotonic()
+    probe = await backend.backend.probe()
+
+    assert time.monotonic() - begun < 0.5, "the promise is 50 ms; ten times that on a loaded machine"
+    assert probe.available
+    assert probe.backend == backend.name
+    assert not probe.hint or probe.warnings
+
+
+async def test_explain_creates_nothing(engine: Engine, backend: Candidate) -> None:
+    choice = await engine.explain(isolation=backend.name)
+
+    assert choice.backend == backend.name
+    assert choice.because
+    assert await engine.list() == []

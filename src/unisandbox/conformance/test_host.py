@@ -1,0 +1,224 @@
+"""The host process stays itself: nothing of it is changed, and nothing is left in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import anyio
+import pytest
+
+from unisandbox import Engine, Sandbox
+from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.conformance.selection import Candidate
+
+# Kinds of what may differ while an engine is open: its keeper, its socket, its directories.
+_OPEN = (
+    "left behind: process",
+    "left behind: cgroup",
+    "left behind: fd",
+    "left behind: file",
+    "left behind: unix socket",
+)
+
+
+@pytest.mark.anyio
+async def test_an_open_engine_changes_nothing_of_the_process(
+    anyio_backend: str, backend: Candidate, rootfs: str
+) -> None:
+    before = Inventory.take()
+    async with Engine.open() as engine, engine.create(isolation=backend.name, rootfs=rootfs) as sandbox:
+        await sandbox.run(["true"])
+        async with sandbox.exec(["cat"], stdin="pipe"):
+            changes = before.diff(Inventory.take())
+
+    assert [change for change in changes if not change.startswith(_OPEN)] == []
+    assert settle(before) == []
+
+
+@pytest.mark.anyio
+async def test_children_of_the_host_process_stay_its_own(sandbox: Sandbox) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])  # noqa: ASYNC220
+    done = await sandbox.run(["sh", "-c", "exit 3"])
+
+    assert done.exit_code == 3
+    # Nobody else has reaped it.
+    assert child.wait() == 7
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+@pytest.mark.anyio
+async def test_a_child_of_the_host_process_inherits_nothing(sandbox: Sandbox) -> None:
+    async with sandbox.exec(["cat"], stdin="pipe"):
+        listing = subprocess.run(  # noqa: ASYNC221
+            ["ls", "/proc/self/fd"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            close_fds=False,
+            text=True,
+            check=True,
+        )
+
+    # What this process itself was given (by a runner of tests, say) is its own affair.
+    mine = {name for name in os.listdir("/proc/self/fd") if _inheritable(int(name))}
+    assert set(listing.stdout.split()) <= mine | {"0", "1", "2", "3"}
+
+
+def _inheritable(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:
+        return False
+
+
+@pytest.mark.anyio
+async def test_create_in_one_task_and_remove_in_another(create: Create) -> None:
+    made: list[Sandbox] = []
+
+    async def first() -> None:
+        made.append(await create())
+
+    async def second() -> None:
+        assert (await made[0].run(["true"])).exit_code == 0
+        await made[0].remove()
+
+    for step in (first, second):
+        async with anyio.create_task_group() as group:
+            group.start_soon(step)
+
+
+def test_two_event_loops_in_a_row_each_have_their_own_engine(backend: Candidate, rootfs: str) -> None:
+    async def one() -> str:
+        async with Sandbox.create(isolation=backend.name, rootfs=rootfs) as sandbox:
+            return (await sandbox.run(["echo", "x"])).text
+
+    before = Inventory.take()
+    assert [asyncio.run(one()) for _ in range(2)] == ["x\n", "x\n"]
+    assert settle(before) == []
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_loop_that_ends_takes_what_was_not_removed(backend: Candidate, rootfs: str, loop: str) -> None:
+    async def forget() -> None:
+        sandbox = await Sandbox.create(isolation=backend.name, rootfs=rootfs)
+        process = await sandbox.exec(["sleep", "600"])
+        assert process.exit is None
+
+    before = Inventory.take()
+    anyio.run(forget, backend=loop)
+    assert settle(before) == []
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_a_loop_that_ends_by_an_error_takes_what_was_not_removed(backend: Candidate, rootfs: str, loop: str) -> None:
+    async def fail() -> None:
+        sandbox = await Sandbox.create(isolation=backend.name, rootfs=rootfs)
+        await sandbox.exec(["sleep", "600"])
+        raise ZeroDivisionError
+
+    before = Inventory.take()
+    with pytest.raises(ZeroDivisionError):
+        anyio.run(fail, backend=loop)
+    assert settle(before) == []
+
+
+def test_inside_a_running_loop_as_in_a_notebook(backend: Candidate, rootfs: str) -> None:
+    """A notebook's loop runs for ever; each cell is a task of its own."""
+    found: list[Sandbox] = []
+
+    async def cell_1() -> None:
+        found.append(await Sandbox.create(isolation=backend.name, rootfs=rootfs))
+
+    async def cell_2() -> None:
+        assert (await found[0].run(["echo", "x"])).text == "x\n"
+
+    async def cell_3() -> None:
+        await found[0].remove()
+
+    before = Inventory.take()
+    loop = asyncio.new_event_loop()
+    try:
+        for cell in (cell_1, cell_2, cell_3):
+            loop.run_until_complete(loop.create_task(cell()))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+    assert settle(before) == []
+
+
+_PROGRAM = """
+    import os, signal, subprocess, sys
+    import anyio
+    from unisandbox import Engine, Sandbox
+
+    async def main():
+        async with Sandbox.create(isolation={name!r}, rootfs={rootfs!r}) as sb:
+            assert (await sb.run(["sh", "-c", "exit 7"])).exit_code == 7
+            assert (await sb.run(["sh", "-c", "kill -9 $$"])).exit.signal == 9
+            await sb.exec(["sleep", "600"])
+        print("pid", os.getpid())
+
+    anyio.run(main, backend={loop!r})
+    print("end")
+"""
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a pid namespace is made")
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_the_host_process_may_be_pid_1(backend: Candidate, rootfs: str, loop: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(_PROGRAM.format(name=backend.name, rootfs=rootfs, loop=loop)))
+
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+    assert (done.returncode, done.stdout.split()) == (0, ["pid", "1", "end"]), done.stderr
+
+
+@pytest.mark.parametrize("end", ["exit", "kill", "exception", "exit in a fork"])
+@pytest.mark.parametrize("loop", ["asyncio", "trio"])
+def test_however_the_host_process_ends_nothing_is_left(
+    backend: Candidate, rootfs: str, loop: str, end: str, tmp_path: Path
+) -> None:
+    ends = {
+        "exit": "os._exit(5)",
+        "kill": "os.kill(os.getpid(), 9)",
+        "exception": "raise SystemExit(5)",
+        # The child keeps every descriptor open, the engine's too, when its parent is killed.
+        "exit in a fork": "os.fork() or os.execlp('sleep', 'sleep', '5')\n            os.kill(os.getpid(), 9)",
+    }
+    source = f"""
+        import os, sys
+        import anyio
+        from unisandbox import Engine
+
+        async def main():
+            engine = await Engine.open()
+            sb = await engine.create(isolation={backend.name!r}, rootfs={rootfs!r})
+            await sb.exec(["sh", "-c", "trap '' TERM; sleep 600 & sleep 600"])
+            print("ready", flush=True)
+            {ends[end]}
+
+        anyio.run(main, backend={loop!r})
+    """
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(source))
+    before = Inventory.take()
+
+    done = subprocess.run([sys.executable, str(program)], stdout=subprocess.PIPE, timeout=60, check=False)
+
+    assert done.stdout == b"ready\n"
+    assert done.returncode == (-9 if "kill" in ends[end] else 5)
+    assert settle(before, timeout=15.0) == []

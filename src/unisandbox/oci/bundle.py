@@ -66,7 +66,6 @@ class Bundle:
         oom_score_adj: for it.
         seccomp: the `linux.seccomp` object; None: none.
         seccomp_bpf: the same filter compiled, for runtimes that take it (crun).
-        cgroups_path: for a runtime that manages cgroups itself; empty: it does not.
         annotations: more.
         terminal: the first process gets a terminal.
         masked_paths, readonly_paths: see the specification.
@@ -87,7 +86,6 @@ class Bundle:
     oom_score_adj: int = 0
     seccomp: Mapping[str, object] | None = None
     seccomp_bpf: bytes = b""
-    cgroups_path: str = ""
     annotations: Mapping[str, str] = attrs.field(factory=dict)
     terminal: bool = False
     masked_paths: Sequence[str] = MASKED_PATHS
@@ -112,8 +110,6 @@ class Bundle:
             linux["uidMappings"] = linux["gidMappings"] = mapping
         if self.seccomp is not None:
             linux["seccomp"] = self.seccomp
-        if self.cgroups_path:
-            linux["cgroupsPath"] = self.cgroups_path
         annotations = dict(self.annotations)
         if self.seccomp_bpf:
             annotations["run.oci.seccomp_bpf_data"] = base64.b64encode(self.seccomp_bpf).decode()

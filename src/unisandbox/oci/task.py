@@ -70,6 +70,7 @@ class Plan:
         cgroup: the container's own, with its limits.
         request: how its processes start: a program's spec to what init is asked for.
         admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
+        netns: the network namespace in which the runtime starts; None: its own.
         extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
         verify: raises when the container is not what it shall be; given the pid of its first process.
         explain: a hint for a program that was not found, or "".
@@ -80,6 +81,7 @@ class Plan:
     cgroup: Cgroup
     request: Callable[[ProcessSpec], SpawnRequest]
     admitted: int | None
+    netns: str | None
     extra_fds: Sequence[int]
     verify: Callable[[int], None]
     explain: Callable[[ProcessSpec], str]
@@ -214,6 +216,7 @@ class OciTaskService:
                         stdio=stdio,
                         extra_fds=(theirs.fileno(), *plan.extra_fds),
                         cgroup_procs=leaf.entry,
+                        netns=plan.netns,
                         timeout=START_SECONDS,
                     )
         else:

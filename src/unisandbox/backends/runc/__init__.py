@@ -19,6 +19,10 @@ class RuncBackend:
     name: Final = "runc"
     rank: Final = 10
 
+    def __init__(self, runtime: str | None = None) -> None:
+        """Args: runtime: "crun", "runc" or "youki"; None: the first of them that is installed."""
+        self._runtime = runtime
+
     @property
     def capabilities(self) -> Capabilities:
         """What it can do where it runs."""
@@ -28,7 +32,7 @@ class RuncBackend:
         """Whether it can run here; see `probe.probe`."""
         from unisandbox.backends.runc.probe import probe
 
-        return await probe(deep=deep)
+        return await probe(deep=deep, runtime=self._runtime)
 
     def open(self, host: Host) -> Sandboxer:
         """The sandboxer of one engine."""
@@ -36,7 +40,8 @@ class RuncBackend:
         from unisandbox.oci.features import pick_runtime
         from unisandbox.oci.runtime import Runtime
 
-        return RuncSandboxer(host, Runtime(program=pick_runtime(), root=f"{host.work_dir}/runtime", keeper=host.keeper))
+        runtime = Runtime(program=pick_runtime(self._runtime), root=f"{host.work_dir}/runtime", keeper=host.keeper)
+        return RuncSandboxer(host, runtime)
 
 
 backend: Final = RuncBackend()

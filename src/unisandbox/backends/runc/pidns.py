@@ -45,7 +45,13 @@ class SharedPids:
         planner.pause_bundle(f"{pod.work}{EMPTY_ROOT}").write(host.outside(bundle))
         with streams() as stdio:
             created = await runtime.create(
-                oci_id, bundle, stdio=stdio, extra_fds=(init_fd,), cgroup_procs=cgroup.entry, timeout=START_SECONDS
+                oci_id,
+                bundle,
+                stdio=stdio,
+                extra_fds=(init_fd,),
+                cgroup_procs=cgroup.entry,
+                netns=planner.entered_network,
+                timeout=START_SECONDS,
             )
         made = cls(oci_id, cgroup, created)
         try:

@@ -27,9 +27,9 @@ from unisandbox.backends.runc.rootfs import Identity, Layer, Op, Place, mount_op
 from unisandbox.host import namespaces, seccomp
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.init import SpawnRequest
-from unisandbox.host.keeper import JobFailed
+from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.services import Host
-from unisandbox.oci.bundle import Bundle, OciMount, OciNamespace
+from unisandbox.oci.bundle import Bundle, NamespaceKind, OciMount, OciNamespace
 from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.task import Plan, limits_of
 from unisandbox.oci.users import resolve_user
@@ -184,6 +184,7 @@ class PodPlanner:
             rootfs = container.rootfs
             root = f"{pod.work}{pod.place(container.name).root}"
             await self._make_root(container, rootfs)
+        await self._guard_own_cgroups(oci_id)
         self._bundle(root).write(self._host.outside(bundle))
         quick = pod.spec.security.no_new_privileges or pod.spec.security.seccomp == "unconfined"
         if quick:
@@ -194,6 +195,7 @@ class PodPlanner:
             cgroup=cgroup,
             request=lambda process: self._request(container, process, root),
             admitted=pod.first_id if quick else None,
+            netns=self.entered_network,
             extra_fds=(self._init_fd,),
             verify=lambda pid: self._verify(container.name, pid),
             explain=lambda process: _explain(process, rootfs),
@@ -208,6 +210,7 @@ class PodPlanner:
             cgroup=pod.cgroup.child(f"c-{container_id}"),
             request=_no_request,
             admitted=None,
+            netns=None,
             extra_fds=(),
             verify=lambda pid: self._verify_cgroup(container_id, pid),
             explain=lambda _: "",
@@ -215,12 +218,19 @@ class PodPlanner:
 
     async def free(self, container_id: str) -> None:
         """Unmount and remove what `prepare` made."""
+        await self._host.keeper.unguard([f"{self._pod.short}-{container_id}/own-cgroups"])
         # Only the bundle's own files lie there, and no mount.
         shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)
         if container_id in self._own_roots:
             path = f"{self._pod.work}/c/{container_id}"
             await self._host.keeper.job([{"do": "unmount", "path": path}, {"do": "remove_tree", "path": path}])
             self._own_roots.discard(container_id)
+
+    async def _guard_own_cgroups(self, oci_id: str) -> None:
+        """A runtime that insists on cgroups of its own leaves them behind when it dies."""
+        dirs = self._runtime.own_cgroups(oci_id)
+        if dirs:
+            await self._host.keeper.guard([Guard(f"{oci_id}/own-cgroups", "rmdir_cgroup", dirs)])
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
         pod = self._pod
@@ -248,6 +258,13 @@ class PodPlanner:
             for fd in sources:
                 os.close(fd)
 
+    @property
+    def entered_network(self) -> str | None:
+        """The network namespace in which the runtime itself has to start, since it cannot join it (runc)."""
+        if self._pod.spec.network.kind == "namespace" and not self._runtime.program.features.foreign_netns:
+            return self.pin("net")
+        return None
+
     def pin(self, kind: str) -> str:
         """The path of a pinned namespace."""
         return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
@@ -273,9 +290,10 @@ class PodPlanner:
             # Otherwise init could not start processes in cgroups of their own; see SECURITY.md for what shows.
             spaces.append(OciNamespace("cgroup"))
         spaces.append(OciNamespace("pid", self.pin("pid")) if "pid" in pod.pins else OciNamespace("pid"))
-        for kind, name in (("user", "user"), ("ipc", "ipc"), ("uts", "uts"), ("net", "network")):
-            if kind in pod.pins:
-                spaces.append(OciNamespace(name, self.pin(kind)))  # type: ignore[arg-type]
+        kinds: tuple[tuple[str, NamespaceKind], ...] = (("user", "user"), ("ipc", "ipc"), ("uts", "uts"))
+        if self.entered_network is None:
+            kinds = (*kinds, ("net", "network"))
+        spaces += [OciNamespace(name, self.pin(kind)) for kind, name in kinds if kind in pod.pins]
         profile: seccomp.Profile | None = None
         if security.seccomp == "default":
             # A filter that a process may add needs no_new_privs: without it init has to do without clone3, too.
@@ -293,7 +311,6 @@ class PodPlanner:
             oom_score_adj=_INIT_OOM_SCORE,
             seccomp=None if profile is None or by_annotation else profile.to_oci(os.uname().machine),
             seccomp_bpf=_compiled(profile) if profile is not None and by_annotation else b"",
-            cgroups_path="" if self._runtime.program.features.cgroup_disabled else f"/{pod.short}",
         )
 
     def _mounts(self) -> list[OciMount]:

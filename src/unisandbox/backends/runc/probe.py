@@ -54,18 +54,18 @@ class _Obstacle:
     hint: str
 
 
-async def probe(*, deep: bool = False) -> Probe:
+async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
     """See `Backend.probe`."""
     await anyio.lowlevel.checkpoint()
     facts: dict[str, str] = {"kernel": os.uname().release}
     warnings: list[str] = []
-    obstacles = list(_obstacles(facts, warnings))
+    obstacles = list(_obstacles(facts, warnings, runtime))
     if obstacles:
         first = obstacles[0]
         return Probe(
             backend="runc", available=False, reason=first.reason, hint=first.hint, facts=facts, warnings=tuple(warnings)
         )
-    cache = _cache_file(pick_runtime())
+    cache = _cache_file(pick_runtime(runtime))
     verdict = await _try() if deep else _remembered(cache)
     if deep and verdict is not None:
         _remember(cache, verdict)
@@ -88,7 +88,7 @@ async def probe(*, deep: bool = False) -> Probe:
     )
 
 
-def _obstacles(facts: dict[str, str], warnings: list[str]) -> Iterator[_Obstacle]:
+def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) -> Iterator[_Obstacle]:
     if sys.platform != "linux":
         yield _Obstacle(f"it needs Linux, this is {sys.platform}", "Run it on Linux.")
         return
@@ -98,7 +98,7 @@ def _obstacles(facts: dict[str, str], warnings: list[str]) -> Iterator[_Obstacle
     if os.geteuid() != 0:
         yield _Obstacle(f"it needs root, this is user id {os.geteuid()}", "Run it as root.")
     try:
-        program = pick_runtime()
+        program = pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
     except SandboxError as error:
         yield _Obstacle(error.message, error.hint)

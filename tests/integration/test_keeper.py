@@ -1,6 +1,6 @@
 """The promises of the keeper: what it starts, holds, undoes, and how it ends."""
 
-# ruff: noqa: ASYNC221, ASYNC230, ASYNC240 - a test may block its own event loop
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC230, ASYNC240 - a test may block its own event loop
 
 from __future__ import annotations
 

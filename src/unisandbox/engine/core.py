@@ -337,6 +337,7 @@ class EngineCore:
         self._records = RecordStore(os.path.join(host.state_dir, "sandboxes"), durable=state.durable)
         self._boot_id = boot_id()
         self._sandboxers: dict[str, Sandboxer] = {}
+        self._chosen: dict[str, Backend] = {}
         self._entries: dict[str, Entry] = {}
         self._closing = anyio.Lock()
 
@@ -399,10 +400,12 @@ class EngineCore:
         self._check_open()
         identity = check_id(sandbox_id) if sandbox_id is not None else secrets.token_hex(16)
         self._check_free(identity, spec)
-        backend, choice = await choose(self._registry, spec)
-        self._check_free(identity, spec)
-        self._check_open()
-        entry = Entry(self, identity, spec, choice.backend, self._sandboxer(backend))
+        backend = self._chosen.get(spec.isolation)
+        if backend is None:
+            backend, _ = await choose(self._registry, spec)
+            self._check_free(identity, spec)
+            self._check_open()
+        entry = Entry(self, identity, spec, backend.name, self._sandboxer(backend))
         self._entries[identity] = entry
         try:
             await entry.begin()
@@ -410,6 +413,8 @@ class EngineCore:
             if entry.removed:
                 self._entries.pop(identity, None)
             raise
+        # What has run here once need not be probed again by this engine.
+        self._chosen[spec.isolation] = backend
         return entry
 
     def get(self, ref: str) -> Entry:

@@ -28,9 +28,10 @@ class Leases:
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._held: dict[str, set[int]] = {}
+        self._next = 0
 
     def lease(self, directory: str, first: int, count: int) -> int:
-        """The first free number in [first, first + count), now ours.
+        """A free number in [first, first + count), now ours.
 
         Raises:
             OSError: EAGAIN when all are taken; otherwise the directory cannot be used.
@@ -39,7 +40,9 @@ class Leases:
             fd = self._open(directory)
             held = self._held[directory]
             ending = False
-            for number in range(first, first + count):
+            for step in range(count):
+                # From behind the last one on: others' numbers are passed once, and one given back rests for long.
+                number = first + (self._next - first + step) % count
                 if number in held:
                     continue
                 if _try_lock(fd, fcntl.F_WRLCK, number, 1):
@@ -48,6 +51,7 @@ class Leases:
                         self._close(directory)
                         break
                     held.add(number)
+                    self._next = number + 1
                     return number
                 if _locked_whole(fd, number):
                     ending = True

@@ -89,7 +89,7 @@ class Spawner:
         os.kill(pid, signal.SIGTERM)
         os.waitid(os.P_PID, pid, os.WEXITED)
 
-    def _spawn(self, argv: Sequence[str], request: Request, output: int) -> int:
+    def _spawn(self, argv: list[str], request: Request, output: int) -> int:
         terminal = bool(request.get("tty"))
         actions: list[tuple[int, ...] | tuple[int, int, str, int, int]] = [
             (os.POSIX_SPAWN_DUP2, output if terminal else self._null, 0),
@@ -122,7 +122,8 @@ def main(scratch: str, hidden: Sequence[str]) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
     for path in hidden:
-        syscalls.mount("none", path, "tmpfs", syscalls.MS_RDONLY, "size=4k")
+        # Writable: crun's own cgroup manager makes a directory in each tree that it sees.
+        syscalls.mount("none", path, "tmpfs", 0, "size=1m")
     syscalls.mount("none", scratch, "tmpfs", 0, "mode=0711")
     spawner = Spawner(scratch)
     try:

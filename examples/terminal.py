@@ -27,8 +27,8 @@ async def main() -> None:
             await process.stdin.send(b"stty size\r")
             print((await see(process, "$ ")).splitlines()[1])
 
-            await process.stdin.send(b"sleep 1000\r")
-            await see(process, "sleep 1000")
+            await process.stdin.send(b"sh -c 'echo asl''eep; exec sleep 1000'\r")
+            await see(process, "asleep")
             await process.stdin.send(b"\x03")  # Ctrl-C ends the sleep, not the shell
             await see(process, "$ ")
             await process.stdin.send(b"exit 4\r")

@@ -194,13 +194,13 @@ async def test_cut_at_every_await_nothing_is_left(
             cut = Cut(operation(world), at, scope.cancel)
             await cut
         await clean(world)
+        with anyio.fail_after(20):
+            assert (await world.sandbox.run(["echo", "works"])).stdout == b"works\n"
 
         left = settle(before)
         after = await world.residue()
         assert not left, f"cancelled at suspension {at}: {left}"
         assert after == held, f"cancelled at suspension {at}: {sorted(set(after) ^ set(held))}"
-        with anyio.fail_after(20):
-            assert (await world.sandbox.run(["echo", "works"])).stdout == b"works\n"
         if cut.suspended < at:
             break
         assert at < MOST, "it never completes"
@@ -262,40 +262,46 @@ async def test_a_cancelled_run_ends_what_it_started_at_once(world: World) -> Non
     assert not await running()
 
 
+async def _cancelled_twice(operation: Coroutine[Any, Any, None], at: int) -> int:
+    """Run it in a task that is cancelled natively when it suspends for the `at`-th time, and again while it cleans."""
+    loop = asyncio.get_running_loop()
+
+    def cancel_twice() -> None:
+        task.cancel()
+        loop.call_soon(lambda: loop.call_soon(task.cancel))
+
+    cut = Cut(operation, at, cancel_twice)
+
+    async def drive() -> object:
+        return await cut
+
+    task = loop.create_task(drive())
+    await asyncio.wait([task])
+    assert task.cancelled() or task.exception() is None, task
+    return cut.suspended
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("operation", [create, run, execute, add_and_leave], ids=lambda operation: operation.__name__)
 async def test_cancelled_twice_by_asyncio_nothing_is_left(
     world: World, operation: Callable[[World], Coroutine[Any, Any, None]], count: Callable[[int], int]
 ) -> None:
+    """The second one cuts the cleaning, which no shield holds off; then the next calls finish it."""
     await operation(world)
     await clean(world)
     before, held = Inventory.take(), await world.residue()
     step = 1 if count(10) == 10 else 5
     at = 1
     while True:
-        loop = asyncio.get_running_loop()
-        task: asyncio.Task[object]
-        cancelled_again: list[int] = []
-
-        def cancel_twice(cancelled_again: list[int] = cancelled_again) -> None:
-            task.cancel()
-            # Once more when the cleaning has begun.
-            loop.call_soon(lambda: loop.call_soon(lambda: cancelled_again.append(task.cancel())))
-
-        cut = Cut(operation(world), at, cancel_twice)
-
-        async def drive(cut: Cut = cut) -> object:
-            return await cut
-
-        task = loop.create_task(drive())
-        await asyncio.wait([task])
-        assert task.cancelled() or task.exception() is None, task
+        suspended = await _cancelled_twice(operation(world), at)
+        processes = [line for line in settle(before, timeout=0.5) if line.startswith("left behind: process")]
+        assert not processes, f"cancelled at suspension {at}: {processes}"
         await clean(world)
+        assert (await world.sandbox.run(["true"])).exit_code == 0
         assert not (left := settle(before)), f"cancelled at suspension {at}: {left}"
         after = await world.residue()
         assert after == held, f"cancelled at suspension {at}: {sorted(set(after) ^ set(held))}"
-        assert (await world.sandbox.run(["true"])).exit_code == 0
-        if cut.suspended < at:
+        if suspended < at:
             break
         at += 1 if at < 5 else step
 

@@ -449,8 +449,8 @@ def test_terminal_echoes_once_and_ends_with_control_d() -> None:
 def test_shell_in_a_terminal_has_job_control_and_its_own_exit_code() -> None:
     with in_terminal("run", "-it", "-e", "PS1=? ", "sh") as (master, process):
         read_until(master, b"? ")
-        os.write(master, b"stty size; tty; sleep 1000\r")
-        assert b"31 97\r\n/dev/pts/0\r\n" in read_until(master, b"/dev/pts/0\r\n")
+        os.write(master, b"sh -c \"stty size; tty; echo asl''eep; exec sleep 1000\"\r")
+        assert b"31 97\r\n/dev/pts/0\r\nasleep\r\n" in read_until(master, b"asleep\r\n")
         os.write(master, b"\x03")
         read_until(master, b"? ")
         os.write(master, b"exit 9\r")

@@ -97,6 +97,6 @@ class Sandboxer(Protocol):
         """(first host id, count) that the sandbox's ids 0.. are mapped to; (0, 2**32 - 1) without a user namespace."""
         ...
 
-    async def close(self) -> None:
-        """Free what belongs to no sandbox. All sandboxes have been removed before."""
+    def abandon(self) -> None:
+        """Close what this process holds, of sandboxes too; synchronous. What lives is ended by the keeper's guards."""
         ...

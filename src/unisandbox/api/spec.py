@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import attrs
 
 from unisandbox.api.errors import InvalidArgumentError
-from unisandbox.api.names import check_name
+from unisandbox.api.names import CAPABILITIES, check_name
 from unisandbox.api.units import GIB, MIB, parse_size
 
 DEFAULT_CAPABILITIES: Final[frozenset[str]] = frozenset(
@@ -34,6 +34,9 @@ DEFAULT_CAPABILITIES: Final[frozenset[str]] = frozenset(
 _DEFAULT_MEMORY: Final = 512 * MIB
 _DEFAULT_PIDS: Final = 256
 _LARGEST_DEFAULT_DISK: Final = GIB
+LEAST_DISK: Final = 64 << 10
+"""Bytes. What a sandbox itself writes there (/run/etc and a few directories) must fit."""
+_MOST_PIDS: Final = 4 << 20  # PID_MAX_LIMIT of the kernel
 
 
 def _words(values: Iterable[str]) -> tuple[str, ...]:
@@ -41,11 +44,30 @@ def _words(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    return tuple(values)
+    mounts = tuple(values)
+    for mount in mounts:
+        if not isinstance(mount, Mount):
+            raise InvalidArgumentError(
+                f"mounts are Mount objects, got {mount!r}", hint="For example Mount.bind('/data', '/data')."
+            )
+    return mounts
 
 
 def _size(value: int | str | None) -> int | None:
     return None if value is None else parse_size(value)
+
+
+def _text(value: object, what: str) -> str:
+    """Text that the kernel takes: without NUL, and encodable."""
+    if not isinstance(value, str):
+        raise InvalidArgumentError(f"{what} must be text, got {value!r}")
+    try:
+        encoded = os.fsencode(value)
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"{what} {value!r} cannot be encoded: {error.reason}") from error
+    if b"\0" in encoded:
+        raise InvalidArgumentError(f"{what} {value!r} holds a NUL byte")
+    return value
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -58,6 +80,22 @@ def _positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
 def _whole(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62):
         raise InvalidArgumentError(f"{attribute.name} must be a whole number >= 0, got {value!r}")
+
+
+def _at_most(most: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and value > most:
+            raise InvalidArgumentError(f"{attribute.name} must be at most {most}, got {value}")
+
+    return check
+
+
+def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None and value < least:
+            raise InvalidArgumentError(f"{attribute.name} must be at least {least} bytes, got {value}")
+
+    return check
 
 
 @attrs.frozen
@@ -78,14 +116,18 @@ class Resources:
     memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_size)
     swap: int | None = attrs.field(default=0, validator=_whole)
     cpu: float | None = attrs.field(default=None, validator=_positive)
-    pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive])
-    disk: int | None = attrs.field(converter=_size)
+    pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
+    disk: int | None = attrs.field(converter=_size, validator=_at_least(LEAST_DISK))
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
     core: int | None = attrs.field(default=0, validator=_whole)
 
     @disk.default
     def _half_of_the_memory(self) -> int:
-        return _LARGEST_DEFAULT_DISK if self.memory is None else min(max(self.memory // 2, 1), _LARGEST_DEFAULT_DISK)
+        return (
+            _LARGEST_DEFAULT_DISK
+            if self.memory is None
+            else min(max(self.memory // 2, LEAST_DISK), _LARGEST_DEFAULT_DISK)
+        )
 
     @classmethod
     def unlimited(cls) -> Resources:
@@ -119,7 +161,7 @@ class Rootfs:
     @classmethod
     def dir(cls, path: str | os.PathLike[str], *, readonly: bool = False) -> Rootfs:
         """A directory: read-only, or with a private layer on top that takes the writes. It is never changed itself."""
-        absolute = os.path.abspath(os.fspath(path))
+        absolute = os.path.abspath(_text(os.fspath(path), "path"))
         if absolute == "/":
             raise InvalidArgumentError(
                 "'/' cannot be a sandbox's root directory",
@@ -137,7 +179,9 @@ class Rootfs:
         """ "host", a path with a "/" in it, or a Rootfs. Other names are images."""
         if isinstance(value, Rootfs):
             return value
-        text = os.fspath(value)
+        if not isinstance(value, str | os.PathLike):
+            raise InvalidArgumentError(f"rootfs must be a Rootfs, 'host' or a path, got {value!r}")
+        text = _text(os.fspath(value), "rootfs")
         if text == "host":
             return cls.host()
         if not text:
@@ -172,7 +216,7 @@ class Network:
     @classmethod
     def namespace(cls, path: str | os.PathLike[str]) -> Network:
         """A network namespace that somebody else made and keeps."""
-        text = os.fspath(path)
+        text = _text(os.fspath(path), "network namespace path")
         if not os.path.isabs(text):
             raise InvalidArgumentError(f"network namespace path must be absolute, got {text!r}")
         return cls(kind="namespace", path=text)
@@ -182,6 +226,7 @@ class Network:
         """ "none", "host", or the absolute path of a network namespace."""
         if isinstance(value, Network):
             return value
+        value = _text(value, "network")
         if value == "none":
             return cls.none()
         if value == "host":
@@ -191,9 +236,17 @@ class Network:
         raise InvalidArgumentError(f"network {value!r} is not known", hint="Use 'none', 'host' or a namespace's path.")
 
 
-def _inside(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
-    if not value.startswith("/") or "\0" in value or ".." in value.split("/"):
-        raise InvalidArgumentError(f"{attribute.name} must be an absolute path without '..', got {value!r}")
+def _target(value: str) -> str:
+    parts = [part for part in _text(value, "mount target").split("/") if part not in {"", "."}]
+    if not value.startswith("/") or ".." in parts:
+        raise InvalidArgumentError(f"mount target must be an absolute path without '..', got {value!r}")
+    if not parts:
+        raise InvalidArgumentError("nothing can be mounted on '/'", hint="That is what `rootfs` is for.")
+    if parts[0] in {"proc", "sys", "dev"}:
+        raise InvalidArgumentError(
+            f"nothing can be mounted on or below '/{parts[0]}', got {value!r}", hint="The runtime mounts its own there."
+        )
+    return "/" + "/".join(parts)
 
 
 @attrs.frozen
@@ -208,24 +261,24 @@ class Mount:
         idmap: files of the host's root belong to the sandbox's root, and so on for all ids (one mount, not the disk).
     """
 
-    target: str = attrs.field(validator=_inside)
+    target: str = attrs.field(converter=_target)
     source: str = ""
     readonly: bool = True
     size: int | None = attrs.field(default=None, converter=_size)
     idmap: bool = True
 
     def __attrs_post_init__(self) -> None:
+        _text(self.source, "mount source")
         if self.source and not os.path.isabs(self.source):
             raise InvalidArgumentError(f"mount source must be absolute, got {self.source!r}")
         if self.source and self.size is not None:
             raise InvalidArgumentError(f"mount {self.target!r}: only a tmpfs (no source) has a size")
-        if self.target == "/":
-            raise InvalidArgumentError("nothing can be mounted on '/'", hint="That is what `rootfs` is for.")
 
     @classmethod
     def bind(cls, source: str | os.PathLike[str], target: str, *, readonly: bool = True, idmap: bool = True) -> Mount:
         """A directory or file of the host."""
-        return cls(target=target, source=os.path.abspath(os.fspath(source)), readonly=readonly, idmap=idmap)
+        absolute = os.path.abspath(_text(os.fspath(source), "mount source"))
+        return cls(target=target, source=absolute, readonly=readonly, idmap=idmap)
 
     @classmethod
     def tmpfs(cls, target: str, *, size: int | str = 64 * MIB) -> Mount:
@@ -250,7 +303,7 @@ class Dns:
 def _capabilities(names: Iterable[str]) -> frozenset[str]:
     wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in (n.upper() for n in names))
     for name in wanted:
-        if not re.fullmatch(r"CAP_[A-Z_]+", name):
+        if name not in CAPABILITIES:
             raise InvalidArgumentError(f"{name!r} is not a capability", hint="Source: capabilities(7).")
     return wanted
 
@@ -269,13 +322,21 @@ class Security:
     seccomp: Literal["default", "unconfined"] = "default"
     no_new_privileges: bool = True
 
+    def __attrs_post_init__(self) -> None:
+        # A typo must never open what is closed.
+        if self.seccomp not in {"default", "unconfined"}:
+            raise InvalidArgumentError(f"seccomp must be 'default' or 'unconfined', got {self.seccomp!r}")
+        if not isinstance(self.no_new_privileges, bool):
+            raise InvalidArgumentError(f"no_new_privileges must be True or False, got {self.no_new_privileges!r}")
+
 
 def _environment(value: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError(f"env must map names to values, got {value!r}", hint="For example {'A': '1'}.")
     for name, text in value.items():
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise InvalidArgumentError(f"environment {name!r} must be text")
-        if not name or "=" in name or "\0" in name or "\0" in text:
-            raise InvalidArgumentError(f"environment name {name!r} must not be empty nor hold '=' or NUL")
+        _text(text, f"environment variable {name!r}")
+        if not _text(name, "environment name") or "=" in name:
+            raise InvalidArgumentError(f"environment name {name!r} must not be empty nor hold '='")
     return dict(value)
 
 
@@ -285,12 +346,11 @@ def _argv(value: Sequence[str]) -> tuple[str, ...]:
             f"a command is a list of words, got the string {value!r}",
             hint="Use ['sh', '-c', '...'] or sh('...') for a shell command.",
         )
-    words = tuple(value)
+    if not isinstance(value, Iterable):
+        raise InvalidArgumentError(f"a command is a list of words, got {value!r}")
+    words = tuple(_text(word, "a command's word") for word in value)
     if not words or not words[0]:
         raise InvalidArgumentError("a command needs at least a program's name")
-    for word in words:
-        if not isinstance(word, str) or "\0" in word:
-            raise InvalidArgumentError(f"a command's words must be text without NUL, got {word!r}")
     return words
 
 
@@ -306,7 +366,7 @@ def _user(value: str | int | None) -> str | None:
 
 
 def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and (not value.startswith("/") or "\0" in value):
+    if value is not None and not _text(value, attribute.name).startswith("/"):
         raise InvalidArgumentError(f"{attribute.name} must be an absolute path, got {value!r}")
 
 

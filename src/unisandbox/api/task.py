@@ -83,6 +83,11 @@ class TaskService(Protocol):
     `exec_id` empty means the container's main process. All endings are idempotent.
     """
 
+    @property
+    def container_ids(self) -> Sequence[str]:
+        """The containers that there are, the oldest first."""
+        ...
+
     async def create(self, request: CreateTask) -> None:
         """Make the container ready to start; nothing of the user's runs yet."""
         ...

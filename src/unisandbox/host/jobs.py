@@ -44,7 +44,7 @@ import errno
 import os
 
 from unisandbox.host import mounts, namespaces, syscalls
-from unisandbox.host.keeper import undo
+from unisandbox.host.removal import remove_tree
 from unisandbox.host.tree import Tree
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
@@ -315,7 +315,7 @@ def _unmount(job: _Job, fields: Fields) -> dict[str, object]:
 
 
 def _remove_tree(job: _Job, fields: Fields) -> dict[str, object]:
-    undo.remove_tree(fields.text("path"))
+    remove_tree(fields.text("path"))
     return {}
 
 

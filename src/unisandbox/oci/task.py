@@ -11,15 +11,14 @@ import errno
 import fcntl
 import json
 import os
-import select
 import signal as signals
 import socket
 import struct
 import termios
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 import anyio.lowlevel
@@ -28,7 +27,6 @@ import attrs
 from unisandbox.api import (
     AlreadyExistsError,
     BackendError,
-    ContainerSpec,
     CreateTask,
     ExecTask,
     Exit,
@@ -39,111 +37,34 @@ from unisandbox.api import (
     ProcessSpec,
     Resources,
     StartedTask,
-    Stdio,
     TaskState,
     Terminal,
     check_id,
 )
 from unisandbox.api.status import ContainerState
-from unisandbox.host import syscalls
-from unisandbox.host.cgroups import Cgroup, Limits
-from unisandbox.host.init import ExecFailed, SpawnRequest, ended, spawn
+from unisandbox.host.init import ExecFailed, ended, spawn
 from unisandbox.host.keeper import Keeper
-from unisandbox.oci.runtime import Created, Runtime
+from unisandbox.oci.plan import Planner, limits_of, metrics_of
+from unisandbox.oci.processes import (
+    Container,
+    Process,
+    birthplace,
+    copied,
+    duplicate,
+    ended_process,
+    has_ended,
+    oom_kills_of,
+    status_without_init,
+    streams,
+)
+from unisandbox.oci.runtime import Runtime
 
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
-_REAPED_SECONDS: Final = 1.0
 # A shell's answers for a program that cannot be started. Source: POSIX, 2.8.2 Exit Status for Commands.
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
-
-
-@attrs.frozen
-class Plan:
-    """Everything that a container of the SDK needs, ready on the host.
-
-    Attributes:
-        oci_id: the container's name for the runtime.
-        bundle: the directory with config.json.
-        cgroup: the container's own, with its limits.
-        request: how its processes start: a program's spec to what init is asked for.
-        admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
-        netns: the network namespace in which the runtime starts; None: its own.
-        extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
-        verify: raises when the container is not what it shall be; given the pid of its first process.
-        explain: a hint for a program that was not found, or "".
-    """
-
-    oci_id: str
-    bundle: str
-    cgroup: Cgroup
-    request: Callable[[ProcessSpec], SpawnRequest]
-    admitted: int | None
-    netns: str | None
-    extra_fds: Sequence[int]
-    verify: Callable[[int], None]
-    explain: Callable[[ProcessSpec], str]
-
-
-class Planner(Protocol):
-    """Who knows how containers of a sandbox are made: the backend."""
-
-    async def prepare(self, container: ContainerSpec) -> Plan:
-        """Make root file system, cgroup and bundle."""
-        ...
-
-    async def adopt(self, container_id: str, bundle: str) -> Plan:
-        """Make what a bundle of somebody else needs around it."""
-        ...
-
-    async def free(self, container_id: str) -> None:
-        """Free what `prepare` or `adopt` made; repeating is harmless."""
-        ...
-
-
-@attrs.define
-class _Process:
-    exec_id: str
-    spec: ProcessSpec | None
-    stdio: list[int]
-    cgroup: Cgroup | None = None
-    pid: int | None = None
-    pidfd: int = -1
-    start_time: int = 0
-    life: socket.socket | None = None
-    master: int = -1
-    killed_by_us: bool = False
-    oom_kills: int = 0
-    exit: Exit | None = None
-
-    def close(self) -> None:
-        """Close every descriptor."""
-        for fd in (*self.stdio, self.pidfd, self.master):
-            if fd >= 0:
-                os.close(fd)
-        self.stdio, self.pidfd, self.master = [], -1, -1
-        if self.life is not None:
-            self.life.close()
-            self.life = None
-
-
-@attrs.define
-class _Container:
-    name: str
-    plan: Plan
-    with_init: bool
-    created: Created | None = None
-    control: socket.socket | None = None
-    spec: ContainerSpec | None = None
-    started: bool = False
-    paused: bool = False
-    processes: dict[str, _Process] = attrs.field(factory=dict)
-    # Cgroups of ended processes that left something running in the background.
-    lingering: list[Cgroup] = attrs.field(factory=list)
-    # Kills for memory in cgroups that are gone.
-    oom_kills: int = 0
 
 
 class OciTaskService:
@@ -154,7 +75,7 @@ class OciTaskService:
         self._keeper = keeper
         self._runtime = runtime
         self._planner = planner
-        self._containers: dict[str, _Container] = {}
+        self._containers: dict[str, Container] = {}
         self._oom_kills_gone = 0
         # Exits of processes whose container is gone, for those who have not asked yet.
         self._exits: dict[tuple[str, str], Exit] = {}
@@ -163,6 +84,19 @@ class OciTaskService:
     def container_ids(self) -> list[str]:
         """The containers that there are, the oldest first."""
         return list(self._containers)
+
+    def abandon(self) -> None:
+        """Close every descriptor that this process holds; ends nothing, and waits for nothing."""
+        for container in self._containers.values():
+            for process in container.processes.values():
+                process.close()
+            if container.control is not None:
+                container.control.close()
+                container.control = None
+            if container.created is not None and container.created.pidfd >= 0:
+                os.close(container.created.pidfd)
+                container.created = None
+        self._containers.clear()
 
     async def running(self) -> list[tuple[str, str]]:
         """(container id, exec id) of every process that was started and is not known to have ended."""
@@ -182,14 +116,14 @@ class OciTaskService:
             raise InvalidArgumentError("a container is made from either a spec or a bundle")
         if name in self._containers:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
-        stdio = _duplicate(request.stdio)
-        main = _Process("", request.container.process if request.container else None, stdio)
+        stdio = duplicate(request.stdio)
+        main = Process("", request.container.process if request.container else None, stdio)
         try:
             if request.container is not None:
                 plan = await self._planner.prepare(request.container)
             else:
                 plan = await self._planner.adopt(name, request.bundle)
-            container = _Container(name, plan, with_init=request.container is not None, spec=request.container)
+            container = Container(name, plan, with_init=request.container is not None, spec=request.container)
             container.processes[""] = main
             self._containers[name] = container
             await self._create(container, main)
@@ -201,7 +135,7 @@ class OciTaskService:
                 await self._planner.free(name)
             raise
 
-    async def _create(self, container: _Container, main: _Process) -> None:
+    async def _create(self, container: Container, main: Process) -> None:
         plan = container.plan
         leaf = plan.cgroup.child("init", for_process=True)
         if container.with_init:
@@ -256,28 +190,28 @@ class OciTaskService:
             terminal = fcntl.fcntl(process_master, fcntl.F_DUPFD_CLOEXEC, 0)
         return StartedTask(process.pid if process.pid is not None else container.created.pid, terminal)
 
-    async def _spawn(self, container: _Container, process: _Process) -> None:
+    async def _spawn(self, container: Container, process: Process) -> None:
         assert container.control is not None and process.spec is not None  # noqa: S101, PT018 (a container of the SDK)
         request = container.plan.request(process.spec)
         if process.exec_id == "":
             request = attrs.evolve(request, main=True)
         process.cgroup = container.plan.cgroup.child(process.exec_id or "main", for_process=True)
         try:
-            with streams(process.stdio) as stdio, _birthplace(process.cgroup, container.plan.admitted) as cgroup:
+            with streams(process.stdio) as stdio, birthplace(process.cgroup, container.plan.admitted) as cgroup:
                 started = await spawn(
                     container.control,
                     request,
                     None if request.tty is not None else stdio,
-                    before_exec=lambda pid, _: _enter(process, pid),
+                    before_exec=lambda pid, _: process.enter(pid),
                     timeout=START_SECONDS,
                     cgroup=cgroup,
                 )
         except ExecFailed as error:
-            raise self._not_started(container, process.spec, error) from error
+            raise self._not_started(container, process.spec, request.cwd, error) from error
         process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
         process.master = started.master if started.master is not None else -1
 
-    async def _exec(self, container: _Container, process: _Process) -> None:
+    async def _exec(self, container: Container, process: Process) -> None:
         assert process.spec is not None  # noqa: S101 (only exec comes here)
         process.cgroup = container.plan.cgroup.child(process.exec_id, for_process=True)
         if process.spec.terminal is not None:
@@ -302,7 +236,7 @@ class OciTaskService:
             raise AlreadyExistsError(f"container {container.name!r} has a process {request.exec_id!r} already")
         if not container.started:
             raise FailedPreconditionError(f"container {container.name!r} has not been started")
-        container.processes[request.exec_id] = _Process(request.exec_id, request.process, _duplicate(request.stdio))
+        container.processes[request.exec_id] = Process(request.exec_id, request.process, duplicate(request.stdio))
         await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def kill(self, container_id: str, exec_id: str = "", *, signal: int = 9, all: bool = False) -> None:
@@ -361,24 +295,24 @@ class OciTaskService:
             await anyio.lowlevel.checkpoint()
         return process.exit
 
-    async def _ended(self, process: _Process) -> tuple[int | None, float]:
+    async def _ended(self, process: Process) -> tuple[int | None, float]:
         """The raw wait status, and when the end was seen."""
         if process.life is not None:
             # Copies: whoever asked first may have deleted the process before the others wake up.
-            with process.life.dup() as life, _copy(process.pidfd) as pidfd:
+            with process.life.dup() as life, copied(process.pidfd) as pidfd:
                 status = await ended(life)
                 if status is None:
-                    status = await _status_without_init(pidfd)
+                    status = await status_without_init(pidfd)
             return status, time.time()
         assert process.pid is not None  # noqa: S101 (started)
         record = await self._keeper.wait_exit(process.pid, process.start_time)
         return record.status, record.at
 
     @staticmethod
-    def _exit(process: _Process, status: int | None, at: float) -> Exit:
+    def _exit(process: Process, status: int | None, at: float) -> Exit:
         if status is None:
             return Exit.lost(exited_at=at)
-        kills = process.cgroup.oom_kills() if process.cgroup is not None else 0
+        kills = oom_kills_of(process.cgroup) if process.cgroup is not None else 0
         process.oom_kills = kills
         return Exit.from_wait_status(status, exited_at=at, oom_kills=kills, killed_by_us=process.killed_by_us)
 
@@ -392,7 +326,7 @@ class OciTaskService:
             return await self._delete_process(container, exec_id)
         return await self._delete_container(container)
 
-    async def _delete_process(self, container: _Container, exec_id: str) -> Exit | None:
+    async def _delete_process(self, container: Container, exec_id: str) -> Exit | None:
         process = container.processes.get(exec_id)
         if process is None:
             await anyio.lowlevel.checkpoint()
@@ -402,17 +336,17 @@ class OciTaskService:
         container.processes.pop(exec_id, None)
         process.close()
         if process.cgroup is not None:
-            container.lingering.append(process.cgroup)
+            container.lingering[process.cgroup] = 0
         # Also background work that has ended meanwhile; a few at a time keeps this call short.
-        for cgroup in [*container.lingering[:4], *container.lingering[-1:]]:
-            kills = cgroup.oom_kills() if cgroup.exists() else 0
-            if cgroup.remove() and cgroup in container.lingering:
-                container.lingering.remove(cgroup)
-                container.oom_kills += kills
+        known = list(container.lingering)
+        for cgroup in {*known[:4], *known[-1:]}:
+            container.lingering[cgroup] = max(container.lingering[cgroup], oom_kills_of(cgroup))
+            if cgroup.remove():
+                container.oom_kills += container.lingering.pop(cgroup)
         await anyio.lowlevel.checkpoint_if_cancelled()
         return process.exit
 
-    async def _delete_container(self, container: _Container) -> Exit | None:
+    async def _delete_container(self, container: Container) -> Exit | None:
         self.kill_now(container.name)
         with anyio.move_on_after(_END_SECONDS):
             for exec_id, process in list(container.processes.items()):
@@ -452,10 +386,10 @@ class OciTaskService:
         return TaskState(container_id, exec_id, self._state(container, process), process.pid, process.exit)
 
     @staticmethod
-    def _state(container: _Container, process: _Process) -> ContainerState:
-        if process.exit is not None or (container.created is not None and _has_ended(container.created.pidfd)):
+    def _state(container: Container, process: Process) -> ContainerState:
+        if process.exit is not None or (container.created is not None and has_ended(container.created.pidfd)):
             return "stopped"
-        if process.pidfd >= 0 and _has_ended(process.pidfd):
+        if process.pidfd >= 0 and has_ended(process.pidfd):
             return "stopped"
         if not container.started or (process.exec_id and process.pid is None):
             return "created"
@@ -479,9 +413,10 @@ class OciTaskService:
         return self._oom_kills_gone + sum(self._oom_kills(container) for container in self._containers.values())
 
     @staticmethod
-    def _oom_kills(container: _Container) -> int:
+    def _oom_kills(container: Container) -> int:
         cgroups = [process.cgroup for process in container.processes.values() if process.cgroup is not None]
-        return container.oom_kills + sum(cgroup.oom_kills() for cgroup in (*cgroups, *container.lingering))
+        lingering = sum(max(kills, oom_kills_of(cgroup)) for cgroup, kills in container.lingering.items())
+        return container.oom_kills + lingering + sum(map(oom_kills_of, cgroups))
 
     async def resize_pty(self, container_id: str, exec_id: str, size: Terminal) -> None:
         """See `TaskService.resize_pty`."""
@@ -515,12 +450,14 @@ class OciTaskService:
         self._container(container_id).plan.cgroup.set_limits(limits_of(resources))
         await anyio.lowlevel.checkpoint()
 
-    def _not_started(self, container: _Container, spec: ProcessSpec, error: ExecFailed) -> InvalidArgumentError:
+    def _not_started(
+        self, container: Container, spec: ProcessSpec, cwd: str, error: ExecFailed
+    ) -> InvalidArgumentError:
         program = spec.argv[0]
         where = f"in sandbox {self._label!r}"
         if error.step == "cwd":
             return InvalidArgumentError(
-                f"cannot start {program!r} {where}: working directory {spec.cwd!r}: {os.strerror(error.errno)}",
+                f"cannot start {program!r} {where}: working directory {cwd!r}: {os.strerror(error.errno)}",
                 exit_code=_NOT_EXECUTABLE,
             )
         if error.step == "exec" and error.errno == errno.ENOENT:
@@ -535,126 +472,20 @@ class OciTaskService:
             exit_code=_NOT_EXECUTABLE,
         )
 
-    def _held(self, container: _Container) -> str:
+    def _held(self, container: Container) -> str:
         return f"{container.plan.oci_id}/control"
 
-    def _container(self, container_id: str) -> _Container:
+    def _container(self, container_id: str) -> Container:
         container = self._containers.get(container_id)
         if container is None:
             raise NotFoundError(f"sandbox {self._label!r} has no container {container_id!r}")
         return container
 
-    def _process(self, container: _Container, exec_id: str) -> _Process:
+    def _process(self, container: Container, exec_id: str) -> Process:
         process = container.processes.get(exec_id)
         if process is None:
             raise NotFoundError(f"container {container.name!r} of sandbox {self._label!r} has no process {exec_id!r}")
         return process
-
-
-def limits_of(resources: Resources) -> Limits:
-    """What of the resources a cgroup limits."""
-    return Limits(memory=resources.memory, swap=resources.swap, cpu=resources.cpu, pids=resources.pids)
-
-
-def metrics_of(cgroup: Cgroup) -> Metrics:
-    """What a cgroup and all below it use."""
-    stats = cgroup.stats()
-    return Metrics(
-        memory_bytes=stats.memory_bytes,
-        memory_peak_bytes=stats.memory_peak_bytes,
-        memory_limit_bytes=stats.memory_limit_bytes,
-        cpu_seconds=stats.cpu_seconds,
-        pids=stats.pids,
-        pids_limit=stats.pids_limit,
-        oom_kills=stats.oom_kills,
-    )
-
-
-async def ended_process(keeper: Keeper, created: Created) -> None:
-    """Wait until a killed container is gone and reaped: a runtime refuses to delete what still lives."""
-    await _readable(created.pidfd)
-    await keeper.wait_exit(created.pid, created.start_time)
-
-
-@contextlib.contextmanager
-def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int]]:
-    """Three descriptors for a program; those that are missing (-1) are /dev/null, open for the block."""
-    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) if min(stdio) < 0 else -1
-    try:
-        first, second, third = (fd if fd >= 0 else null for fd in stdio)
-        yield first, second, third
-    finally:
-        if null >= 0:
-            os.close(null)
-
-
-@contextlib.contextmanager
-def _copy(fd: int) -> Iterator[int]:
-    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-    try:
-        yield copy
-    finally:
-        os.close(copy)
-
-
-async def _status_without_init(pidfd: int) -> int | None:
-    """Init is gone without telling how a process ended; Linux 6.15 can still tell."""
-    await anyio.wait_readable(pidfd)
-    status = None
-    with anyio.move_on_after(_REAPED_SECONDS):
-        while (status := syscalls.pidfd_exit_status(pidfd)) is None:
-            # It has ended but is not reaped yet, and no event tells of the reaping.
-            await anyio.sleep(0.002)
-    return status
-
-
-def _duplicate(stdio: Stdio) -> list[int]:
-    copies = [-1, -1, -1]
-    try:
-        for index, fd in enumerate((stdio.stdin, stdio.stdout, stdio.stderr)):
-            if fd is not None:
-                copies[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
-    except BaseException:
-        for copy in copies:
-            if copy >= 0:
-                os.close(copy)
-        raise
-    return copies
-
-
-@contextlib.contextmanager
-def _birthplace(cgroup: Cgroup, admitted: int | None) -> Iterator[list[int]]:
-    """Descriptors for `host.init.spawn` of where a process is born; none where it has to be moved after its birth."""
-    directory = cgroup.clone_into
-    fds: list[int] = []
-    try:
-        if directory is not None and admitted is not None:
-            cgroup.admit(admitted)
-            fds.append(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-            tasks = [f"{own}/tasks" for own in cgroup.dirs if own != directory]
-            fds += [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in tasks]
-        yield fds
-    finally:
-        for fd in fds:
-            os.close(fd)
-
-
-def _enter(process: _Process, pid: int) -> None:
-    assert process.cgroup is not None  # noqa: S101 (made before the spawn)
-    process.cgroup.enter(pid)
-
-
-def _has_ended(pidfd: int) -> bool:
-    # Readable from the moment of its death, before anybody has reaped it. Source: pidfd_open(2).
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-async def _readable(fd: int) -> None:
-    """Wait for a descriptor that others may wait for too."""
-    with _copy(fd) as copy:
-        await anyio.wait_readable(copy)
 
 
 def _process_json(bundle: str, spec: ProcessSpec) -> str:

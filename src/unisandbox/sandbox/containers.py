@@ -10,7 +10,7 @@ from typing import Literal, Self
 import anyio
 
 from unisandbox.api import ContainerSpec, ContainerStatus, Exit, Mount, ProcessSpec, Resources, Rootfs
-from unisandbox.engine.core import Entry
+from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.process import CLEANING_SECONDS
 

@@ -28,7 +28,7 @@ from unisandbox.api import (
     SandboxError,
 )
 from unisandbox.api.status import FileKind
-from unisandbox.engine.core import Entry
+from unisandbox.engine.entry import Entry
 from unisandbox.host import syscalls
 
 _INSIDE: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS

@@ -23,7 +23,7 @@ from unisandbox.api import (
     Terminal,
     UnavailableError,
 )
-from unisandbox.engine.core import Entry
+from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.streams import (
     Descriptor,
     MissingReceiveStream,

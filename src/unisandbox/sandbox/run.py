@@ -22,7 +22,7 @@ from unisandbox.api import (
     ProcessSpec,
     SandboxError,
 )
-from unisandbox.engine.core import Entry
+from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.process import CLEANING_SECONDS, Pipes, start
 from unisandbox.sandbox.streams import Descriptor
 

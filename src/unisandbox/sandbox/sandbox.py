@@ -22,7 +22,7 @@ from unisandbox.api import (
     Security,
     Terminal,
 )
-from unisandbox.engine.core import Entry
+from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.containers import Containers
 from unisandbox.sandbox.files import Files
 from unisandbox.sandbox.opening import Opening

@@ -15,8 +15,9 @@ from unisandbox.backends.runc.pod import Pod, PodPlanner
 from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.services import Host
+from unisandbox.oci.processes import ended_process, streams
 from unisandbox.oci.runtime import Created, Runtime
-from unisandbox.oci.task import START_SECONDS, ended_process, streams
+from unisandbox.oci.task import START_SECONDS
 
 EMPTY_ROOT: Final = "/empty"
 """Below the sandbox's directory; made with its root file system."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -30,8 +32,8 @@ from unisandbox.host.init import SpawnRequest
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.services import Host
 from unisandbox.oci.bundle import Bundle, NamespaceKind, OciMount, OciNamespace
+from unisandbox.oci.plan import Plan, limits_of
 from unisandbox.oci.runtime import Runtime
-from unisandbox.oci.task import Plan, limits_of
 from unisandbox.oci.users import resolve_user
 
 IDS: Final = 65536
@@ -43,7 +45,20 @@ _INIT_CAPABILITIES: Final = frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"
 # The first to be killed when the host runs out of memory are processes in sandboxes, and init last of them.
 _INIT_OOM_SCORE: Final = 100
 _PROCESS_OOM_SCORE: Final = 500
-_SHARED: Final = ("net", "ipc", "uts")
+# What the kernel answers when a mount point does not fit.
+_MISTAKES: Final = frozenset(
+    {
+        errno.EROFS,
+        errno.EEXIST,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.EINVAL,
+        errno.EACCES,
+    }
+)
 
 
 @attrs.define
@@ -140,14 +155,31 @@ def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[in
 
 def _open_source(path: str, flags: int, what: str) -> int:
     try:
-        return os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC | flags)
     except OSError as error:
         raise InvalidArgumentError(f"{what} cannot be used: {path}: {error.strerror}") from error
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        os.close(fd)
+        raise InvalidArgumentError(f"{what} cannot be used: {path} is a device, and mounts are always nodev")
+    return fd
 
 
-def translate_job(error: JobFailed, label: str) -> Exception:
+def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) -> Exception:
     """A job's failure in the words of whoever asked for the sandbox."""
     text = error.strerror or str(error)
+    for mount in mounts:
+        # Operations say their path; a mount point's ends with the target, or with the directory that it needs.
+        targets = {mount.target, os.path.dirname(mount.target)} - {"/"}
+        if error.errno in _MISTAKES and any(f"{target} (operation" in text for target in targets):
+            return InvalidArgumentError(
+                f"mount target {mount.target!r} of {label!r} cannot be used: {os.strerror(error.errno or 0)}",
+                hint="It must be free, or of the same kind (file or directory), and in a place that can be written.",
+            )
+    if text.startswith("sysctl ") and error.errno in {errno.EINVAL, errno.ENOENT, errno.ERANGE}:
+        return InvalidArgumentError(f"sandbox {label!r}: {text}")
+    if error.errno == errno.EFBIG:
+        return InvalidArgumentError(f"sandbox {label!r}: the disk limit is above what the file system can hold")
     if "mapping the ids" in text:
         return UnavailableError(
             f"cannot make sandbox {label!r}: {text}",
@@ -162,7 +194,7 @@ def translate_job(error: JobFailed, label: str) -> Exception:
 
 
 class PodPlanner:
-    """Makes what the containers of one sandbox need; see `oci.task.Planner`."""
+    """Makes what the containers of one sandbox need; see `oci.plan.Planner`."""
 
     def __init__(self, host: Host, runtime: Runtime, pod: Pod, *, host_tree: str, init_fd: int) -> None:
         self._host = host
@@ -198,7 +230,7 @@ class PodPlanner:
             netns=self.entered_network,
             extra_fds=(self._init_fd,),
             verify=lambda pid: self._verify(container.name, pid),
-            explain=lambda process: _explain(process, rootfs),
+            explain=lambda process: _explain(process, rootfs, self._environment(container, process)["PATH"]),
         )
 
     async def adopt(self, container_id: str, bundle: str) -> Plan:
@@ -223,7 +255,9 @@ class PodPlanner:
         shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)
         if container_id in self._own_roots:
             path = f"{self._pod.work}/c/{container_id}"
-            await self._host.keeper.job([{"do": "unmount", "path": path}, {"do": "remove_tree", "path": path}])
+            layer = f"{self._pod.work}/rw/c/{container_id}"
+            steps = [{"do": "unmount", "path": path}, *({"do": "remove_tree", "path": p} for p in (path, layer))]
+            await self._host.keeper.job(steps)
             self._own_roots.discard(container_id)
 
     async def _guard_own_cgroups(self, oci_id: str) -> None:
@@ -253,7 +287,7 @@ class PodPlanner:
             steps.append({"do": "mounts", "root": pod.work, "ops": ops})
             await self._host.keeper.job(steps, fds=fds)
         except JobFailed as error:
-            raise translate_job(error, f"{pod.label}/{container.name}") from error
+            raise translate_job(error, f"{pod.label}/{container.name}", mounts) from error
         finally:
             for fd in sources:
                 os.close(fd)
@@ -341,10 +375,6 @@ class PodPlanner:
             who = resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
         finally:
             os.close(root_fd)
-        env = {"PATH": _PATH, "HOME": who.home, "LANG": "C.UTF-8"}
-        if process.terminal is not None:
-            env["TERM"] = "xterm"
-        env |= {**spec.env, **container.env, **process.env}
         limits: dict[str, tuple[int, int]] = {}
         if resources.nofile is not None:
             limits["RLIMIT_NOFILE"] = (resources.nofile, resources.nofile)
@@ -353,7 +383,7 @@ class PodPlanner:
         cwd = process.cwd or (container.cwd if container.cwd != "/" else spec.cwd)
         return SpawnRequest(
             argv=process.argv,
-            env=env,
+            env={"HOME": who.home, **self._environment(container, process)},
             cwd=cwd,
             uid=who.uid,
             gid=who.gid,
@@ -365,6 +395,12 @@ class PodPlanner:
             tty=(process.terminal.rows, process.terminal.columns) if process.terminal else None,
             oom_score_adj=_PROCESS_OOM_SCORE,
         )
+
+    def _environment(self, container: ContainerSpec, process: ProcessSpec) -> dict[str, str]:
+        env = {"PATH": _PATH, "LANG": "C.UTF-8"}
+        if process.terminal is not None:
+            env["TERM"] = "xterm"
+        return env | {**self._pod.spec.env, **container.env, **process.env}
 
     def _verify(self, name: str, pid: int) -> None:
         """Start tells the truth: the container is in the pinned namespaces, in ones of its own, and in its cgroup."""
@@ -410,19 +446,15 @@ def _own_namespaces() -> Mapping[str, int]:
     return namespaces.process_namespaces(os.getpid())
 
 
-def _explain(process: ProcessSpec, rootfs: Rootfs) -> str:
+def _explain(process: ProcessSpec, rootfs: Rootfs, path: str) -> str:
     """Why a program of this machine is not inside."""
     if rootfs.kind != "host":
         return ""
     program = process.argv[0]
-    if "/" in program:
-        outside = os.path.exists(program) and not os.path.realpath(program).startswith("/usr/")
-        where = program
-    else:
-        where = shutil.which(program) or ""
-        outside = bool(where)
-    if not outside:
-        return ""
+    where = shutil.which(program) or ""
+    shown = os.path.realpath(where).startswith("/usr/") and (rootfs.local or not where.startswith("/usr/local/"))
+    if not where or shown:
+        return "" if "/" in program else f"Its PATH is {path!r}."
     return (
         f"{where} exists on this machine, but rootfs 'host' shows only programs below /usr"
         + (" without /usr/local: use Rootfs.host(local=True)." if where.startswith("/usr/local/") else ".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import stat
 import time
@@ -21,6 +22,7 @@ from unisandbox.api import (
     Exit,
     InvalidArgumentError,
     Metrics,
+    Mount,
     NotFoundError,
     Resources,
     SandboxSpec,
@@ -40,8 +42,9 @@ from unisandbox.host.cgroups import DeviceRule, ending
 from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.services import Host
+from unisandbox.oci.plan import limits_of, metrics_of
 from unisandbox.oci.runtime import Runtime
-from unisandbox.oci.task import OciTaskService, limits_of, metrics_of
+from unisandbox.oci.task import OciTaskService
 
 # Ranges of 65,536 user ids, above what systemd-nspawn takes (to 0x6FFF_FFFF) and below 2**31.
 # Source: systemd's UIDS-GIDS.md.
@@ -60,6 +63,7 @@ _DEVICES: Final = (
     DeviceRule("c", 136, None, "rwm"),  # pts
 )
 _JOB_SECONDS: Final = 60.0
+_LEAST_PIDS: Final = 3
 _SAFE: Final = ["readonly", "nosuid", "nodev"]
 
 
@@ -260,12 +264,18 @@ class RuncSandboxer:
         pod = self._get(sandbox_id).pod
         return (pod.first_id, IDS) if pod.mapped else (0, 2**32 - 1)
 
-    async def close(self) -> None:
-        """See `Sandboxer.close`."""
+    def abandon(self) -> None:
+        """See `Sandboxer.abandon`."""
+        for sandbox in self._sandboxes.values():
+            if sandbox.task is not None:
+                sandbox.task.abandon()
+            if sandbox.pids is not None:
+                os.close(sandbox.pids.created.pidfd)
+            sandbox.pod.close()
+        self._sandboxes.clear()
         if self._init_fd >= 0:
             os.close(self._init_fd)
             self._init_fd = -1
-        await anyio.lowlevel.checkpoint()
 
     async def _prepare_engine(self, *, local: bool) -> None:
         """What all sandboxes share: the tree of this machine's programs, and init's program."""
@@ -335,7 +345,7 @@ class RuncSandboxer:
                 steps.append({"do": "given", "fd": len(fds), "name": "net"})
                 fds.append(given)
                 hold["net"] = f"{pod.short}/net"
-            result = await self._job(steps, hold=hold, fds=fds, label=pod.label)
+            result = await self._job(steps, hold=hold, fds=fds, label=pod.label, mounts=spec.mounts)
         finally:
             if given >= 0:
                 os.close(given)
@@ -355,11 +365,12 @@ class RuncSandboxer:
         hold: Mapping[str, str] | None = None,
         fds: Sequence[int] = (),
         label: str = "engine",
+        mounts: Sequence[Mount] = (),
     ) -> dict[str, int]:
         try:
             return dict((await self._host.keeper.job(steps, hold=hold, fds=fds, timeout=_JOB_SECONDS)).held)
         except JobFailed as error:
-            raise translate_job(error, label) from error
+            raise translate_job(error, label, mounts) from error
 
     def _get(self, sandbox_id: str) -> _Sandbox:
         sandbox = self._sandboxes.get(sandbox_id)
@@ -386,6 +397,16 @@ def _check(spec: SandboxSpec) -> None:
         raise UnavailableError(
             "this kernel has no user namespaces", hint="Use userns='host' if you trust what runs in the sandbox."
         )
+    resources = spec.resources
+    if resources.pids is not None and resources.pids < _LEAST_PIDS:
+        raise InvalidArgumentError(
+            f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
+        )
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if resources.nofile is not None and most != resource.RLIM_INFINITY and resources.nofile > most:
+        raise InvalidArgumentError(
+            f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
+        )
     checked_sysctls(spec.sysctls, spec.network)
 
 
@@ -401,7 +422,11 @@ def _open_network(path: str, label: str) -> int:
         raise InvalidArgumentError(f"network namespace of {label!r}: {path}: {error.strerror}") from error
     try:
         if stat.S_ISREG(os.fstat(fd).st_mode) and namespaces.kind_of(fd) == "net":
-            return fd
+            if namespaces.namespace_inode(fd) != namespaces.namespace_inode("/proc/self/ns/net"):
+                return fd
+            raise InvalidArgumentError(
+                f"network namespace of {label!r}: {path} is the host's own", hint="Use network='host' if that is meant."
+            )
         raise InvalidArgumentError(f"network namespace of {label!r}: {path} is no network namespace")
     except OSError as error:
         os.close(fd)

@@ -24,7 +24,7 @@ def _not_negative(_: object, attribute: attrs.Attribute[int], value: int | None)
 
 def _cpu(_: object, __: object, value: float | None) -> None:
     if value is not None and not CPU_MIN <= value <= 1_000_000:
-        raise InvalidArgumentError(f"cpu limit must be at least {CPU_MIN} cores, got {value}")
+        raise InvalidArgumentError(f"cpu limit must be {CPU_MIN} to 1,000,000 cores, got {value}")
 
 
 def _weight(_: object, __: object, value: int | None) -> None:

@@ -5,11 +5,10 @@ What comes back from init is a stranger's word and is checked here, so that nobo
 """
 
 from unisandbox.host.init.binary import binary_path, open_binary
-from unisandbox.host.init.protocol import CAPABILITIES, RLIMITS, ExecFailed, SpawnRequest, capability_mask
+from unisandbox.host.init.protocol import RLIMITS, ExecFailed, SpawnRequest, capability_mask
 from unisandbox.host.init.spawn import Started, ended, spawn
 
 __all__ = [
-    "CAPABILITIES",
     "RLIMITS",
     "ExecFailed",
     "SpawnRequest",

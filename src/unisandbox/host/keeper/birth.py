@@ -34,9 +34,9 @@ def leave_inheritance(keep: Sequence[int]) -> None:
         os.set_inheritable(fd, False)
     syscalls.close_range(low)
     # A log on a full disk or a client gone while we write are errors to us, not deaths. Nobody has a terminal for us.
+    # Handlers, and not SIG_IGN: they are gone after an exec, so a child has nothing to reset.
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        signal.signal(number, lambda _number, _frame: None)
     os.umask(0o077)
     os.chdir("/")
     soft, hard = inherited_nofile

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from unisandbox.host.keeper.protocol import Message
 
-# Python and we ignore these; an ignored signal stays so over exec.
-_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP, signal.SIGINT)
-_ALL_SIGNALS = frozenset(signal.valid_signals())
+# Those that mean something to the keeper: a child between fork and exec must not catch one of them in its stead. Few,
+# since Python turns every number of a mask into an enum member.
+_OURS = (signal.SIGCHLD, signal.SIGTERM)
 _UMASK = 0o022
 _CLOSE_RANGE_CLOEXEC = 4  # Linux 5.11, include/uapi/linux/close_range.h
 _LOST = 120  # exit code of a child that could not even report
@@ -111,8 +111,11 @@ def _become(program: Program, cgroups: list[str], fds: list[int], report: int) -
         stage = "cwd"
         os.chdir(program.cwd)
         stage = "exec"
-        resource.setrlimit(resource.RLIMIT_NOFILE, birth.inherited_nofile)
-        _reset_signals()
+        if birth.inherited_nofile[0] != birth.inherited_nofile[1]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, birth.inherited_nofile)
+        signal.set_wakeup_fd(-1)
+        # The keeper's handlers do nothing here, and are gone after the exec.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
         os.execve(program.argv[0], program.argv, program.env)  # noqa: S606 - no shell is the point
     except OSError as error:
         path = error.filename or {"cgroup": path, "cwd": program.cwd, "exec": program.argv[0]}.get(stage, "")
@@ -122,8 +125,9 @@ def _become(program: Program, cgroups: list[str], fds: list[int], report: int) -
 
 def _place(fds: list[int], report: int) -> int:
     """Make `fds` our 0..n-1 (missing of 0-2: /dev/null); all else is close-on-exec. Returns the moved `report`."""
-    while len(fds) < 3:
-        fds.append(os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+    if len(fds) < 3:
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        fds.extend([null] * (3 - len(fds)))
     # Out of the way first: a source may lie where another one goes.
     report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, len(fds))
     high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) if fd < len(fds) else fd for fd in fds]
@@ -206,8 +210,8 @@ def _packed(fds: list[int]) -> bytes:
 
 
 def _fork(child: Callable[[], None], fork: Callable[[], int] = os.fork) -> int:
-    """Fork; `child` never returns. Signals are blocked until the child has put its own handlers."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL_SIGNALS)
+    """Fork; `child` never returns, and has its signals blocked until it says `_reset_signals`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     pid = -1
     try:
         pid = fork()
@@ -218,17 +222,16 @@ def _fork(child: Callable[[], None], fork: Callable[[], int] = os.fork) -> int:
             # An exception that nobody expected: its traceback goes to the keeper's log.
             sys.excepthook(*sys.exc_info())
             os._exit(_LOST)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
     return pid
 
 
 def _reset_signals() -> None:
+    """For a child that stays Python: the keeper's signals are not its own."""
     signal.set_wakeup_fd(-1)
-    for number in _IGNORED:
+    for number in _OURS:
         signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGCHLD, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
 
 
 def _die_with(keeper: int) -> None:

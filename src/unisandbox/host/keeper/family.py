@@ -162,13 +162,14 @@ class Family:
         if "error" in answer or not spawn.living:
             reply(answer)
             return
-        try:
-            # Not reaped: the pid is still its own.
-            fds = [os.pidfd_open(spawn.pid)] if spawn.pidfd < 0 else [os.dup(spawn.pidfd)]
-        except OSError as error:
-            reply.fail(error, stage="pidfd")
-            return
-        reply(answer, fds)
+        pidfd, spawn.pidfd = spawn.pidfd, -1
+        if pidfd < 0:
+            try:
+                pidfd = os.pidfd_open(spawn.pid)  # not reaped: the pid is still its own
+            except OSError as error:
+                reply.fail(error, stage="pidfd")
+                return
+        reply(answer, [pidfd])
 
     def _remember(self, key: str, spawn: _Spawn) -> None:
         self._spawns[key] = spawn
@@ -299,8 +300,8 @@ class Family:
             if dead is None:
                 break
             pid = dead.si_pid
-            start_time = self._start_time(pid)
             spawn = self._living.pop(pid, None)
+            start_time = self._start_time(pid) if spawn is None else spawn.start_time
             if spawn is not None:
                 if spawn.pipe >= 0:
                     self._begun(spawn)

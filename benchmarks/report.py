@@ -1,0 +1,217 @@
+"""The results as data, as JSON and as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from benchmarks.cases import OURS
+from benchmarks.measure import Outcome, Series
+
+SCHEMA: Final = 1
+
+
+@attrs.frozen
+class Aim:
+    """What we want to reach, and what was reached.
+
+    Attributes:
+        name: what is measured.
+        unit: "x" for a ratio of medians.
+        limit: at most this.
+        value: measured; None: it could not be.
+    """
+
+    name: str
+    unit: str
+    limit: float
+    value: float | None
+
+    @property
+    def reached(self) -> bool | None:
+        """None when it could not be measured."""
+        return None if self.value is None else self.value <= self.limit
+
+
+@attrs.frozen
+class Results:
+    """All of one run.
+
+    Attributes:
+        host: what it ran on.
+        outcomes: of the cases, by name.
+        phases: milliseconds from create to the first result; empty when not measured.
+        imports: milliseconds and MB, by statement.
+        idle: kB per idle sandbox.
+    """
+
+    host: Mapping[str, object]
+    outcomes: Mapping[str, Outcome]
+    phases: Mapping[str, Series]
+    imports: Mapping[str, Series]
+    idle: Mapping[str, float]
+
+    def ratio(self, case: str, ours: str, theirs: str) -> float | None:
+        """Our median by theirs."""
+        series = self.outcomes[case].series if case in self.outcomes else {}
+        return series[ours].median / series[theirs].median if ours in series and theirs in series else None
+
+    def aims(self) -> list[Aim]:
+        """The aims that this run says something about."""
+        aims = [
+            Aim("create to first result / crun run", "x", 0.8, self.ratio("first", OURS, "crun run")),
+            Aim("another run / crun exec", "x", 0.5, self.ratio("again", OURS, "crun exec")),
+            Aim("50 in parallel / 50 crun run", "x", 1.0, self.ratio("parallel-50", OURS, "crun run")),
+        ]
+        median = {name: series.median for name, series in self.imports.items()}
+        aims += [
+            Aim("import unisandbox", "ms", 60.0, median.get("from unisandbox import Engine, Sandbox: ms")),
+            Aim("import unisandbox, resident", "MB", 20.0, median.get("from unisandbox import Engine, Sandbox: MB")),
+            Aim("idle sandbox, host process and keeper", "kB", 30.0, self.idle.get("together")),
+        ]
+        return [aim for aim in aims if aim.value is not None]
+
+
+def describe_host(programs: Mapping[str, str]) -> dict[str, object]:
+    """What a reader needs to compare with a run of his own; no names."""
+    tools = dict(programs)
+    for name in ("bwrap", "podman"):
+        path = shutil.which(name)
+        if path is not None:
+            said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.strip()
+            tools[name] = said.rpartition(" ")[2]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "unisandbox": version("unisandbox"),
+        "python": platform.python_version(),
+        "anyio": version("anyio"),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "cpus": len(os.sched_getaffinity(0)),
+        "load": [round(load, 2) for load in os.getloadavg()],
+        "tools": tools,
+        "implementation": sys.implementation.name,
+    }
+
+
+def to_json(results: Results) -> str:
+    """Everything, the single values too. `schema` rises when a reader of the former would be misled."""
+
+    def series(found: Mapping[str, Series]) -> dict[str, object]:
+        return {name: _numbers(each) for name, each in found.items()}
+
+    data = {
+        "schema": SCHEMA,
+        "host": dict(results.host),
+        "aims": [{**attrs.asdict(aim), "reached": aim.reached} for aim in results.aims()],
+        "cases": {
+            name: {
+                "title": outcome.case.title,
+                "unit": outcome.case.unit,
+                "rounds": outcome.rounds,
+                "missing": list(outcome.missing),
+                "series": series(outcome.series),
+            }
+            for name, outcome in results.outcomes.items()
+        },
+        "phases": series(results.phases),
+        "imports": series(results.imports),
+        "idle": dict(results.idle),
+    }
+    return json.dumps(data, indent=1) + "\n"
+
+
+def _numbers(series: Series) -> dict[str, object]:
+    return {
+        "median": round(series.median, 4),
+        "p10": round(series.quantile(10), 4),
+        "p90": round(series.quantile(90), 4),
+        "values": [round(value, 4) for value in series.values],
+    }
+
+
+def to_text(results: Results) -> str:
+    """The same as Markdown tables."""
+    host = results.host
+    tools = host["tools"]
+    assert isinstance(tools, Mapping)
+    lines = [
+        f"unisandbox {host['unisandbox']}, Python {host['python']}, Linux {host['kernel']} ({host['machine']}), "
+        f"{host['cpus']} CPUs, load {host['load']}; " + ", ".join(f"{name} {text}" for name, text in tools.items()),
+        "",
+    ]
+    if results.aims():
+        rows = [
+            [aim.name, f"<= {aim.limit:g} {aim.unit}", f"{aim.value:.2f} {aim.unit}", "yes" if aim.reached else "no"]
+            for aim in results.aims()
+        ]
+        lines += [*_table(["aim", "limit", "measured", "reached"], rows), ""]
+    for outcome in results.outcomes.values():
+        lines += [*_case(outcome), ""]
+    if results.phases:
+        whole = sum(series.median for series in results.phases.values())
+        rows = [[name, *_cells(series), f"{series.median / whole:.0%}"] for name, series in results.phases.items()]
+        lines += ["**Where the time from create to the first result goes** (ms)", ""]
+        lines += [*_table(["phase", "median", "p10", "p90", "share"], rows), ""]
+    if results.imports:
+        rows = [[name, *_cells(series)] for name, series in results.imports.items()]
+        lines += [*_table(["import, in a fresh interpreter", "median", "p10", "p90"], rows), ""]
+    if results.idle:
+        rows = [[name, f"{value:.1f}"] for name, value in results.idle.items() if name != "sandboxes"]
+        heading = f"private memory of an idle sandbox (slope over 0..{results.idle['sandboxes']:.0f})"
+        lines += [*_table([heading, "kB"], rows), ""]
+    return "\n".join(lines)
+
+
+def _case(outcome: Outcome) -> list[str]:
+    base = next((name for name in ("crun run", "crun exec", "subprocess.Popen") if name in outcome.series), "")
+    rows = []
+    for name, series in outcome.series.items():
+        ratio = f"{series.median / outcome.series[base].median:.2f}" if base and ": " not in name else ""
+        rows.append([name, *_cells(series), ratio])
+    lines = [f"**{outcome.case.title}** ({outcome.case.unit}, {outcome.rounds} rounds)", ""]
+    lines += _table(["", "median", "p10", "p90", f"/ {base}" if base else ""], rows)
+    lines += [f"not measured: {reason}" for reason in outcome.missing]
+    return lines
+
+
+def _cells(series: Series) -> list[str]:
+    return [_short(series.median), _short(series.quantile(10)), _short(series.quantile(90))]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in (heading, *rows)) for column in range(len(heading))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+    return [line(heading), "| " + " | ".join(rule) + " |", *(line(row) for row in rows)]
+
+
+def write(results: Results, directory: Path) -> list[Path]:
+    """Write bench.json and bench.md; the paths."""
+    directory.mkdir(parents=True, exist_ok=True)
+    written = [directory / "bench.json", directory / "bench.md"]
+    written[0].write_text(to_json(results))
+    written[1].write_text(to_text(results))
+    return written

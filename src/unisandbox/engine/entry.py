@@ -1,0 +1,310 @@
+"""One sandbox of an engine: its state, its lock, and the calls that change it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Final, Literal
+
+import anyio
+import anyio.lowlevel
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    ContainerSpec,
+    CreateSandbox,
+    CreateTask,
+    DeadlineExceededError,
+    EventKind,
+    Exit,
+    FailedPreconditionError,
+    NotFoundError,
+    Resources,
+    Sandboxer,
+    SandboxSpec,
+    SandboxStatus,
+    Stdio,
+    TaskService,
+)
+
+if TYPE_CHECKING:
+    from unisandbox.engine.core import EngineCore
+
+MAIN: Final = "main"
+# What cleaning after a cancelled or failed call may take before the engine's close and the keeper's guards finish it.
+CLEANING_SECONDS: Final = 10.0
+# What is kept of each output stream of a container that nobody reads.
+LOG_BYTES: Final = 1 << 20
+
+LogStream = Literal["stdout", "stderr"]
+LOG_STREAMS: Final[tuple[LogStream, LogStream]] = ("stdout", "stderr")
+
+
+class Entry:
+    """One sandbox of this engine, as its handles see it.
+
+    Attributes:
+        sandbox_id, spec, backend: as created.
+        main: the name of the container that `run` and `exec` use.
+        closing: what to call when the sandbox is removed (streams of its processes).
+    """
+
+    def __init__(
+        self, core: EngineCore, sandbox_id: str, spec: SandboxSpec, backend: str, sandboxer: Sandboxer
+    ) -> None:
+        self.sandbox_id = sandbox_id
+        self.spec = spec
+        self.backend = backend
+        self.main = MAIN
+        self.closing: set[Callable[[], None]] = set()
+        self.created_at = time.time()
+        self._core = core
+        self._sandboxer = sandboxer
+        self._lock = anyio.Lock()
+        self._task: TaskService | None = None
+        self._execs = 0
+        self._containers = 0
+        self._main_made = False
+        self._state: Literal["new", "ready", "stopped", "removed"] = "new"
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages: its name, or its id."""
+        return self.spec.name or self.sandbox_id
+
+    @property
+    def engine_open(self) -> bool:
+        """Whether the engine still answers."""
+        return not self._core.closed
+
+    @property
+    def removed(self) -> bool:
+        """Whether it is gone for good."""
+        return self._state == "removed"
+
+    @property
+    def sandboxer(self) -> Sandboxer:
+        """Who manages it."""
+        self._check_alive()
+        return self._sandboxer
+
+    @property
+    def task(self) -> TaskService:
+        """Its task service."""
+        self._check_alive()
+        if self._task is None:
+            raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
+        return self._task
+
+    @property
+    def last_task(self) -> TaskService:
+        """Its task service, also after the end: it still knows how processes ended."""
+        if self._task is None:
+            raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
+        return self._task
+
+    def next_exec_id(self) -> str:
+        """A new id for a process, never reused in this sandbox."""
+        self._execs += 1
+        return f"p{self._execs}"
+
+    def emit(
+        self,
+        kind: EventKind,
+        *,
+        container_id: str = "",
+        exec_id: str = "",
+        exit: Exit | None = None,
+        detail: Mapping[str, str] | None = None,
+    ) -> None:
+        """Tell the engine's readers of events."""
+        self._core.events.emit(
+            kind,
+            self.sandbox_id,
+            container_id=container_id or (MAIN if exec_id else ""),
+            exec_id=exec_id,
+            exit=exit,
+            detail=detail,
+        )
+
+    async def take_over_output(self, fd: int) -> None:
+        """Let the keeper read and drop what background processes still write to the pipe `fd`."""
+        await self._core.host.keeper.ring(f"{self.sandbox_id}/drain/{self.next_exec_id()}", fd, limit=4096)
+
+    async def ready(self) -> TaskService:
+        """The task service, with the main container running: it is made at the first use.
+
+        Raises:
+            NotFoundError: the sandbox was removed.
+            FailedPreconditionError: it is stopped.
+        """
+        task = self.task
+        self._check_started()
+        if not self._main_made or (await task.state(MAIN)).state == "stopped":
+            async with self._lock:
+                self._check_started()
+                if self._main_made and (await task.state(MAIN)).state == "stopped":
+                    # Its init is gone (killed for memory, say): what it ran has ended, the files are still there.
+                    self._main_made = False
+                    await task.delete(MAIN)
+                if not self._main_made:
+                    await self._make_main(task)
+        return task
+
+    async def _make_main(self, task: TaskService) -> None:
+        try:
+            await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
+            await task.start(MAIN)
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+                await task.delete(MAIN)
+            raise
+        self._main_made = True
+        self.emit("container.started", container_id=MAIN)
+
+    def next_container_name(self) -> str:
+        """A name for a container that the user did not name."""
+        taken = self._task.container_ids if self._task is not None else ()
+        while True:
+            self._containers += 1
+            name = f"c{self._containers}"
+            if name not in taken:
+                return name
+
+    async def add_container(self, spec: ContainerSpec) -> int:
+        """Create and start a container; the keeper keeps the last of what it writes. Its pid on the host."""
+        task = self.task
+        self._check_started()
+        if spec.name == MAIN:
+            raise AlreadyExistsError(
+                f"{MAIN!r} is the container that run and exec use", hint="Take another name for the container."
+            )
+        readers: list[int] = []
+        writers: list[int] = []
+        try:
+            for _ in LOG_STREAMS:
+                reader, writer = os.pipe2(os.O_CLOEXEC)
+                readers.append(reader)
+                writers.append(writer)
+            await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
+            try:
+                for stream, reader in zip(LOG_STREAMS, readers, strict=True):
+                    await self._core.host.keeper.ring(self._log(spec.name, stream), reader, limit=LOG_BYTES)
+                started = await task.start(spec.name)
+            except BaseException:
+                task.kill_now(spec.name)
+                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+                    await task.delete(spec.name)
+                    await self.drop_logs(spec.name)
+                raise
+        finally:
+            for fd in (*readers, *writers):
+                os.close(fd)
+        self.emit("container.started", container_id=spec.name)
+        return started.pid
+
+    async def logs(self, container_id: str, stream: LogStream) -> bytes:
+        """What the keeper has kept of a container's output."""
+        return (await self._core.host.keeper.ring_read(self._log(container_id, stream), limit=LOG_BYTES)).data
+
+    async def drop_logs(self, container_id: str) -> None:
+        """Forget what a container wrote."""
+        await self._core.host.keeper.drop([self._log(container_id, stream) for stream in LOG_STREAMS])
+
+    def _log(self, container_id: str, stream: LogStream) -> str:
+        return f"{self.sandbox_id}/log/{container_id}/{stream}"
+
+    async def begin(self) -> None:
+        """Create and start it; on any failure nothing is left."""
+        try:
+            self._core.write_record(self, "creating")
+            await self._sandboxer.create(CreateSandbox(self.sandbox_id, self.spec))
+            self.emit("sandbox.created")
+            self._task = (await self._sandboxer.start(self.sandbox_id)).task
+            self._core.write_record(self, "ready")
+        except BaseException:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+                await self._free()
+            raise
+        self._state = "ready"
+        self.emit("sandbox.started")
+
+    async def start(self) -> None:
+        """Make a stopped sandbox ready again; a ready one stays so."""
+        async with self._lock:
+            self._check_alive()
+            if self._state == "ready":
+                return
+            self._task = (await self._sandboxer.start(self.sandbox_id)).task
+            self._state = "ready"
+            self._core.write_record(self, "ready")
+        self.emit("sandbox.started")
+
+    async def stop(self, grace: float) -> None:
+        """End every process; the files stay. Repeating is harmless."""
+        async with self._lock:
+            if self._state != "ready":
+                return
+            await self._sandboxer.stop(self.sandbox_id, grace=grace)
+            self._main_made = False
+            self._state = "stopped"
+            self._core.write_record(self, "stopped")
+        self.emit("sandbox.stopped")
+
+    def kill_now(self) -> None:
+        """End every process by synchronous system calls."""
+        if self._state == "ready":
+            self._sandboxer.kill_now(self.sandbox_id)
+
+    async def kill(self) -> None:
+        """End every process at once; the files stay. Repeating is harmless."""
+        self.kill_now()
+        await self.stop(grace=0)
+
+    async def remove(self) -> None:
+        """End it and free everything. Repeating is harmless, also from several tasks."""
+        if self._state == "removed":
+            return
+        self.kill_now()
+        # Not to be cancelled: what was begun is finished, or left to the engine's close and the keeper's guards.
+        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+            async with self._lock:
+                if not self.removed:
+                    self._core.write_record(self, "removing")
+                    await self._free()
+                    self.emit("sandbox.removed")
+        if not self.removed:
+            raise DeadlineExceededError(
+                f"sandbox {self.label!r} could not be removed within {CLEANING_SECONDS:g} s",
+                hint="Something in it may sit in the kernel (a disk, a network file system). Remove it again later.",
+            )
+        await anyio.lowlevel.checkpoint_if_cancelled()
+
+    async def status(self) -> SandboxStatus:
+        """The state at this moment; never waits for another call."""
+        return await self.sandboxer.status(self.sandbox_id)
+
+    async def update(self, resources: Resources) -> None:
+        """Change the limits of the whole sandbox."""
+        async with self._lock:
+            self._check_alive()
+            await self._sandboxer.update(self.sandbox_id, resources)
+
+    async def _free(self) -> None:
+        for close in tuple(self.closing):
+            close()
+        await self._sandboxer.remove(self.sandbox_id)
+        self._state = "removed"
+        self._core.forget(self)
+
+    def _check_alive(self) -> None:
+        if self._core.closed:
+            raise FailedPreconditionError(f"the engine of sandbox {self.label!r} is closed")
+        if self._state == "removed":
+            raise NotFoundError(f"sandbox {self.label!r} was removed")
+
+    def _check_started(self) -> None:
+        self._check_alive()
+        if self._state != "ready":
+            raise FailedPreconditionError(f"sandbox {self.label!r} is stopped", hint="await sandbox.start() first.")

@@ -1,0 +1,74 @@
+"""What a container of the SDK needs, and who makes it: the seam between backends and the OCI task service."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import attrs
+
+from unisandbox.api import ContainerSpec, Metrics, ProcessSpec, Resources
+from unisandbox.host.cgroups import Cgroup, Limits
+from unisandbox.host.init import SpawnRequest
+
+
+@attrs.frozen
+class Plan:
+    """Everything that a container of the SDK needs, ready on the host.
+
+    Attributes:
+        oci_id: the container's name for the runtime.
+        bundle: the directory with config.json.
+        cgroup: the container's own, with its limits.
+        request: how its processes start: a program's spec to what init is asked for.
+        admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
+        netns: the network namespace in which the runtime starts; None: its own.
+        extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
+        verify: raises when the container is not what it shall be; given the pid of its first process.
+        explain: a hint for a program that was not found, or "".
+    """
+
+    oci_id: str
+    bundle: str
+    cgroup: Cgroup
+    request: Callable[[ProcessSpec], SpawnRequest]
+    admitted: int | None
+    netns: str | None
+    extra_fds: Sequence[int]
+    verify: Callable[[int], None]
+    explain: Callable[[ProcessSpec], str]
+
+
+class Planner(Protocol):
+    """Who knows how containers of a sandbox are made: the backend."""
+
+    async def prepare(self, container: ContainerSpec) -> Plan:
+        """Make root file system, cgroup and bundle."""
+        ...
+
+    async def adopt(self, container_id: str, bundle: str) -> Plan:
+        """Make what a bundle of somebody else needs around it."""
+        ...
+
+    async def free(self, container_id: str) -> None:
+        """Free what `prepare` or `adopt` made; repeating is harmless."""
+        ...
+
+
+def limits_of(resources: Resources) -> Limits:
+    """What of the resources a cgroup limits."""
+    return Limits(memory=resources.memory, swap=resources.swap, cpu=resources.cpu, pids=resources.pids)
+
+
+def metrics_of(cgroup: Cgroup) -> Metrics:
+    """What a cgroup and all below it use."""
+    stats = cgroup.stats()
+    return Metrics(
+        memory_bytes=stats.memory_bytes,
+        memory_peak_bytes=stats.memory_peak_bytes,
+        memory_limit_bytes=stats.memory_limit_bytes,
+        cpu_seconds=stats.cpu_seconds,
+        pids=stats.pids,
+        pids_limit=stats.pids_limit,
+        oom_kills=stats.oom_kills,
+    )

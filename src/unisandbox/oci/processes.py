@@ -1,0 +1,168 @@
+"""What the OCI task service knows of containers and processes, and small things done to them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import anyio
+import attrs
+
+from unisandbox.api import ContainerSpec, Exit, ProcessSpec, Stdio
+from unisandbox.host import syscalls
+from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.keeper import Keeper
+from unisandbox.oci.plan import Plan
+from unisandbox.oci.runtime import Created
+
+_REAPED_SECONDS: Final = 1.0
+
+
+@attrs.define
+class Process:
+    """A process of a container; its streams are closed here once it has them."""
+
+    exec_id: str
+    spec: ProcessSpec | None
+    stdio: list[int]
+    cgroup: Cgroup | None = None
+    pid: int | None = None
+    pidfd: int = -1
+    start_time: int = 0
+    life: socket.socket | None = None
+    master: int = -1
+    killed_by_us: bool = False
+    oom_kills: int = 0
+    exit: Exit | None = None
+
+    def enter(self, pid: int) -> None:
+        """Move the process into its cgroup, if it was not born there; verified."""
+        assert self.cgroup is not None  # noqa: S101 (made before the spawn)
+        self.cgroup.enter(pid)
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        for fd in (*self.stdio, self.pidfd, self.master):
+            if fd >= 0:
+                os.close(fd)
+        self.stdio, self.pidfd, self.master = [], -1, -1
+        if self.life is not None:
+            self.life.close()
+            self.life = None
+
+
+@attrs.define
+class Container:
+    """A container with its processes, by exec id; the main one's is empty."""
+
+    name: str
+    plan: Plan
+    with_init: bool
+    created: Created | None = None
+    control: socket.socket | None = None
+    spec: ContainerSpec | None = None
+    started: bool = False
+    paused: bool = False
+    processes: dict[str, Process] = attrs.field(factory=dict)
+    # Cgroups of ended processes that still hold something (background work, a zombie), with their kills for memory.
+    lingering: dict[Cgroup, int] = attrs.field(factory=dict)
+    # Kills for memory in cgroups that are gone.
+    oom_kills: int = 0
+
+
+async def ended_process(keeper: Keeper, created: Created) -> None:
+    """Wait until a killed container is gone and reaped: a runtime refuses to delete what still lives."""
+    await readable(created.pidfd)
+    await keeper.wait_exit(created.pid, created.start_time)
+
+
+@contextlib.contextmanager
+def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int]]:
+    """Three descriptors for a program; those that are missing (-1) are /dev/null, open for the block."""
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) if min(stdio) < 0 else -1
+    try:
+        first, second, third = (fd if fd >= 0 else null for fd in stdio)
+        yield first, second, third
+    finally:
+        if null >= 0:
+            os.close(null)
+
+
+def oom_kills_of(cgroup: Cgroup) -> int:
+    """Processes of the cgroup that were killed for memory; 0 when it is gone."""
+    try:
+        return cgroup.oom_kills()
+    except FileNotFoundError:
+        return 0  # its directory is gone already
+
+
+@contextlib.contextmanager
+def copied(fd: int) -> Iterator[int]:
+    """A second descriptor of the same, for the block."""
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
+
+
+async def status_without_init(pidfd: int) -> int | None:
+    """Init is gone without telling how a process ended; Linux 6.15 can still tell."""
+    await anyio.wait_readable(pidfd)
+    status = None
+    with anyio.move_on_after(_REAPED_SECONDS):
+        while (status := syscalls.pidfd_exit_status(pidfd)) is None:
+            # It has ended but is not reaped yet, and no event tells of the reaping.
+            await anyio.sleep(0.002)
+    return status
+
+
+def duplicate(stdio: Stdio) -> list[int]:
+    """Our own copies of the caller's descriptors; -1 for none."""
+    copies = [-1, -1, -1]
+    try:
+        for index, fd in enumerate((stdio.stdin, stdio.stdout, stdio.stderr)):
+            if fd is not None:
+                copies[index] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except BaseException:
+        for copy in copies:
+            if copy >= 0:
+                os.close(copy)
+        raise
+    return copies
+
+
+@contextlib.contextmanager
+def birthplace(cgroup: Cgroup, admitted: int | None) -> Iterator[list[int]]:
+    """Descriptors for `host.init.spawn` of where a process is born; none where it has to be moved after its birth."""
+    directory = cgroup.clone_into
+    fds: list[int] = []
+    try:
+        if directory is not None and admitted is not None:
+            cgroup.admit(admitted)
+            fds.append(os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+            tasks = [f"{own}/tasks" for own in cgroup.dirs if own != directory]
+            fds += [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in tasks]
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process behind `pidfd` is dead, reaped or not."""
+    # Readable from the moment of its death, before anybody has reaped it. Source: pidfd_open(2).
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+async def readable(fd: int) -> None:
+    """Wait for a descriptor that others may wait for too."""
+    with copied(fd) as copy:
+        await anyio.wait_readable(copy)

@@ -1,0 +1,342 @@
+"""Engines: two of them, two loops one after the other, the end of a loop or of the interpreter with a live sandbox."""
+
+# ruff: noqa: ASYNC240 - a test may block its own event loop
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import anyio
+import pytest
+from tests.keepers import until
+from tests.programs import program
+
+from unisandbox import (
+    AlreadyExistsError,
+    Engine,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Resources,
+)
+
+pytestmark = pytest.mark.root
+SMALL = Resources(memory="64M")
+
+
+def state(root: Path) -> list[str]:
+    """What an engine that is closed has left in its directory: what it needs to be known again, and nothing else."""
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_is_found_by_id_and_by_name_until_it_is_removed(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "state") as engine:
+        first = await engine.create(name="one", resources=SMALL)
+        second = await engine.create(resources=SMALL)
+        assert [status.id for status in await engine.list()] == [first.id, second.id]
+        assert (await engine.get("one")).id == first.id
+        assert (await engine.get(second.id)).id == second.id
+        with pytest.raises(AlreadyExistsError, match="'one'"):
+            await engine.create(name="one", resources=SMALL)
+        with pytest.raises(AlreadyExistsError):
+            await engine.create(name=second.id, resources=SMALL)
+        await first.remove()
+        with pytest.raises(NotFoundError):
+            await engine.get("one")
+        async with engine.create(name="one", resources=SMALL) as again:
+            assert again.id != first.id
+    with pytest.raises(FailedPreconditionError):
+        await engine.create(resources=SMALL)
+
+
+@pytest.mark.anyio
+async def test_two_creates_of_one_name_at_once_make_one_sandbox() -> None:
+    made: list[str] = []
+    refused: list[str] = []
+    async with Engine.open() as engine:
+
+        async def create() -> None:
+            try:
+                made.append((await engine.create(name="same", resources=SMALL)).id)
+            except AlreadyExistsError as error:
+                refused.append(error.message)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(5):
+                group.start_soon(create)
+        assert (len(made), len(refused)) == (1, 4)
+        assert [status.id for status in await engine.list()] == made
+
+
+@pytest.mark.anyio
+async def test_an_engine_keeps_its_id_and_directory_over_reopening(tmp_path: Path) -> None:
+    place = tmp_path / "state"
+    async with Engine.open(place) as first, first.create(name="w", resources=SMALL) as sandbox:
+        assert (await sandbox.run(["true"])).exit_code == 0
+    left = state(place)
+    async with Engine.open(place) as second, second.create(name="w", resources=SMALL):
+        assert second.id == first.id
+    assert state(place) == left
+    assert not [name for name in left if name.endswith((".json", ".tmp", ".img"))], left
+
+
+@pytest.mark.anyio
+async def test_a_directory_has_one_engine_and_the_error_names_its_process(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL) as sandbox:
+        with pytest.raises(FailedPreconditionError, match=rf"in use by process {os.getpid()}\b"):
+            await Engine.open(tmp_path)
+        code = """
+async def main():
+    try:
+        await Engine.open(sys.argv[1])
+    except SandboxError as error:
+        tell(kind=type(error).__name__, text=str(error))
+anyio.run(main)
+"""
+        with program(code, str(tmp_path)) as other:
+            told = other.heard()
+            assert other.finish()[0] == 0
+        assert told["kind"] == "FailedPreconditionError"
+        assert f"process {os.getpid()} " in told["text"]
+        assert (await sandbox.run(["true"])).exit_code == 0
+
+
+@pytest.mark.anyio
+async def test_two_engines_do_not_touch_each_others_things(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "b") as second:
+        keep = await second.create(name="same", resources=SMALL)
+        await keep.files.write("/tmp/mine", b"second")
+        async with Engine.open(tmp_path / "a") as first:
+            async with first.create(name="same", resources=SMALL) as sandbox:
+                await sandbox.files.write("/tmp/mine", b"first")
+                ours, theirs = await sandbox.status(), await keep.status()
+                assert not set(ours.namespaces.values()) & set(theirs.namespaces.values())
+                assert (await keep.run(["cat", "/tmp/mine"])).stdout == b"second"
+                with pytest.raises(NotFoundError):
+                    await first.get(keep.id)
+            unclosed = await first.create(resources=SMALL)
+            await unclosed.run(["true"])
+        assert (await keep.sh("cat /tmp/mine; echo; exit 3")).exit_code == 3
+        assert [status.id for status in await second.list()] == [keep.id]
+
+
+@pytest.mark.anyio
+async def test_the_record_of_a_sandbox_says_what_was_asked_before_it_is_there(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL, labels={"a": "b"})
+        [path] = (tmp_path / "sandboxes").glob("*.json")
+        assert path.stat().st_mode & 0o777 == 0o600
+        record = json.loads(path.read_text())["record"]
+        assert (record["sandbox_id"], record["name"], record["phase"]) == (sandbox.id, "w", "ready")
+        assert record["owner_pid"] == os.getpid()
+        assert record["spec"]["resources"]["memory"] == 64 << 20, "what a recovery needs is in the record"
+        assert record["spec"]["labels"] == {"a": "b"}
+        await sandbox.stop()
+        assert json.loads(path.read_text())["record"]["phase"] == "stopped"
+        await sandbox.remove()
+        assert not path.exists()
+
+
+@pytest.mark.anyio
+async def test_explain_says_why_and_creates_nothing(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        choice = await engine.explain()
+        assert (choice.backend, "rank" in choice.because) == ("runc", True)
+        assert "by name" in (await engine.explain(isolation="runc")).because
+        with pytest.raises(InvalidArgumentError, match="'nosuch' is not known"):
+            await engine.explain(isolation="nosuch")
+        assert await engine.list() == []
+
+
+@pytest.mark.anyio
+async def test_events_are_numbered_and_tell_the_life_of_a_sandbox() -> None:
+    async with Engine.open() as engine:
+        async with engine.create(resources=SMALL) as sandbox:
+            await sandbox.run(["true"])
+        kinds: list[str] = []
+        numbers: list[int] = []
+        async for event in engine.events():
+            kinds.append(event.kind)
+            numbers.append(event.seq)
+            if event.kind == "sandbox.removed":
+                break
+    assert numbers == list(range(1, len(numbers) + 1))
+    wanted = ["sandbox.created", "sandbox.started", "container.started", "process.started", "process.exited"]
+    assert [kind for kind in kinds if kind in wanted] == wanted
+
+
+LOOPS = """
+async def leave(tag):
+    sandbox = await Sandbox.create(resources=Resources(memory="64M"))
+    done = await sandbox.run(["echo", tag])
+    assert done.text == tag + "\\n"
+    await sandbox.exec(["sleep", "1000"])
+    return sandbox
+
+def gone(sandbox):
+    # After the end of its loop nothing of the engine is left: neither keeper nor cgroups nor directories.
+    host = sandbox._entry._core.host
+    assert not os.path.exists(f"/proc/{host.keeper.pid}") or host.keeper.pid == 0, "the keeper lives"
+    assert not [place for place in host.cgroups.places if os.path.exists(f"{place.parent}/{host.cgroups.name}")]
+    assert not os.path.exists(host.work_dir) and not os.path.exists(host.state_dir)
+"""
+
+
+def test_each_loop_has_its_own_default_engine_that_ends_with_it() -> None:
+    code = """
+import asyncio
+first = asyncio.run(leave("one"))
+gone(first)
+second = asyncio.run(leave("two"))
+gone(second)
+import trio
+third = trio.run(leave, "three")
+gone(third)
+fourth = asyncio.run(leave("four"))
+gone(fourth)
+assert len({sandbox._entry._core.host.engine_id for sandbox in (first, second, third, fourth)}) == 4
+tell(ok=True)
+"""
+    with program(LOOPS + code) as host:
+        assert host.heard() == {"ok": True}
+        assert host.finish() == (0, "", "")
+
+
+def test_a_sandbox_of_an_ended_loop_says_so() -> None:
+    code = """
+import asyncio
+sandbox = asyncio.run(leave("one"))
+async def use():
+    for call in (lambda: sandbox.run(["true"]), sandbox.status, sandbox.stop, lambda: sandbox.files.read("/tmp/x")):
+        try:
+            await call()
+        except SandboxError as error:
+            tell(kind=type(error).__name__, text=str(error))
+        else:
+            tell(kind="none", text="")
+    await sandbox.remove()
+    tell(removed=True)
+asyncio.run(use())
+"""
+    with program(LOOPS + code) as host:
+        for _ in range(4):
+            told = host.heard()
+            assert told["kind"] == "FailedPreconditionError", told
+            assert "closed" in told["text"]
+        assert host.heard() == {"removed": True}
+        assert host.finish() == (0, "", "")
+
+
+def test_a_running_loop_as_in_a_notebook() -> None:
+    """Cells are tasks of a loop that goes on; the last of them ends without any clean-up of the loop's."""
+    code = """
+import asyncio
+loop = asyncio.new_event_loop()
+asyncio.set_event_loop(loop)
+async def cell(code):
+    return await code
+async def nested():
+    # A cell's task makes the sandbox, another task of the same running loop uses it, a third removes another one.
+    sandbox = await asyncio.create_task(leave("cell"))
+    done = await asyncio.create_task(sandbox.run(["echo", "other task"]))
+    return sandbox, done.text
+sandbox, text = loop.run_until_complete(nested())
+assert text == "other task\\n"
+assert loop.run_until_complete(cell(sandbox.run(["echo", "again"]))).text == "again\\n"
+other = loop.run_until_complete(leave("two"))
+loop.run_until_complete(cell(other.remove()))
+tell(keeper=sandbox._entry._core.host.keeper.pid)
+"""
+    with program(LOOPS + code) as host:
+        keeper = host.heard()["keeper"]
+        code_, out, err = host.finish()
+        assert (code_, out) == (0, "")
+        assert "Traceback" not in err, err
+        until(lambda: not os.path.exists(f"/proc/{keeper}"), "the keeper ends with the process")
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"),
+    [
+        ("sys.exit(5)", 5),
+        ("raise SystemExit(6)", 6),
+        ("os._exit(7)", 7),
+        ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+        ("os.abort()", -signal.SIGABRT),
+        ("", 0),
+    ],
+)
+@pytest.mark.parametrize("inside", [False, True], ids=["after-the-loop", "in-the-loop"])
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_the_interpreter_may_end_with_a_live_sandbox(end: str, wanted: int, inside: bool, backend: str) -> None:
+    code = f"""
+async def main():
+    sandbox = await leave("x")
+    tell(keeper=sandbox._entry._core.host.keeper.pid)
+    if {inside}:
+        {end or "pass"}
+    return sandbox
+kept = anyio.run(main, backend={backend!r})
+{end}
+"""
+    with program(LOOPS + code) as host:
+        keeper = host.heard()["keeper"]
+        code_, out, err = host.finish()
+        assert (code_, out) == (wanted, ""), err
+        assert err == "", err
+        until(lambda: not os.path.exists(f"/proc/{keeper}"), "the keeper ends with the process", deadline=5.0)
+
+
+def test_an_engine_that_nobody_closes_ends_with_the_process() -> None:
+    code = """
+async def main():
+    engine = await Engine.open()
+    sandbox = await engine.create(resources=Resources(memory="64M"))
+    await sandbox.exec(["sleep", "1000"])
+    tell(keeper=engine._core.host.keeper.pid)
+anyio.run(main)
+"""
+    with program(code) as host:
+        keeper = host.heard()["keeper"]
+        code_, out, err = host.finish()
+        assert (code_, out) == (0, ""), err
+        assert "Traceback" not in err, err
+        until(lambda: not os.path.exists(f"/proc/{keeper}"), "the keeper ends with the process", deadline=5.0)
+
+
+def test_a_keyboard_interrupt_removes_everything() -> None:
+    code = """
+async def main():
+    async with Sandbox.create(resources=Resources(memory="64M")) as sandbox:
+        tell(keeper=sandbox._entry._core.host.keeper.pid)
+        await sandbox.run(["sleep", "1000"])
+try:
+    anyio.run(main, backend=sys.argv[1])
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    for backend in ("asyncio", "trio"):
+        with program(code, backend) as host:
+            keeper = host.heard()["keeper"]
+            os.kill(host.pid, signal.SIGINT)
+            assert host.finish() == (130, "", "")
+            until(lambda pid=keeper: not os.path.exists(f"/proc/{pid}"), "the keeper ends", deadline=5.0)  # type: ignore[misc]
+
+
+def test_the_cli_like_one_liner_leaves_nothing() -> None:
+    """What people write first: no engine, no context manager, one asyncio.run."""
+    code = """
+import asyncio
+async def main():
+    sandbox = await Sandbox.create(resources=Resources(memory="64M"))
+    print((await sandbox.sh("echo $((6*7))")).text, end="")
+asyncio.run(main())
+tell(ok=True)
+"""
+    with program(code) as host:
+        assert host.heard() == {"ok": True}
+        assert host.finish() == (0, "42\n", "")

@@ -1,0 +1,365 @@
+"""What somebody inside would try. Each attempt succeeds where its protection is taken away, so each test can fail."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Final
+
+import attrs
+import pytest
+
+from unisandbox import Engine, Mount, Resources, Sandbox, Security
+from unisandbox.api import DEFAULT_CAPABILITIES
+from unisandbox.sandbox import SandboxOptions
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+_PRELUDE: Final = """
+import ctypes, errno, os, socket, struct, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+def call(name, *args):
+    got = getattr(libc, name)(*args)
+    if got == -1:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return got
+def syscall(number, *args):
+    return call("syscall", ctypes.c_long(number), *args)
+def attempt():
+    {body}
+try:
+    attempt()
+except (OSError, ValueError, AssertionError) as error:
+    print("held:", repr(error))
+else:
+    print("escaped")
+"""
+
+
+def _privileged(*names: str, **more: object) -> SandboxOptions:
+    """Root of the host with these capabilities on top, no filter."""
+    options: SandboxOptions = {
+        "userns": "host",
+        "security": Security(
+            capabilities=DEFAULT_CAPABILITIES | {f"CAP_{name}" for name in names}, seccomp="unconfined"
+        ),
+    }
+    return {**options, **more}  # type: ignore[typeddict-item]
+
+
+def _unfiltered(*names: str) -> SandboxOptions:
+    """Everything as usual, but for the filter and these capabilities."""
+    return {
+        "security": Security(
+            capabilities=DEFAULT_CAPABILITIES | {f"CAP_{name}" for name in names}, seccomp="unconfined"
+        )
+    }
+
+
+@attrs.frozen
+class Attack:
+    """A Python function's body that returns when it worked, and where it does work: options, or None for the host."""
+
+    body: str
+    where: SandboxOptions | None
+
+
+ATTACKS: Final = {
+    "mount a file system": Attack('call("mount", b"x", b"/tmp", b"tmpfs", 0, None)', _privileged("SYS_ADMIN")),
+    "make the base writable": Attack('call("mount", None, b"/", None, 32 | 4096, None)', None),
+    "mount a hierarchy of cgroups": Attack(
+        'kind, data = (b"cgroup", b"memory") if os.path.exists("/proc/cgroups") and "memory" in '
+        'open("/proc/self/cgroup").read() else (b"cgroup2", None)\n    call("mount", b"x", b"/tmp", kind, 0, data)',
+        _privileged("SYS_ADMIN"),
+    ),
+    "unmount what masks": Attack(
+        'masks = [line.split()[1] for line in open("/proc/mounts") if line.split()[1].startswith("/proc/")]\n'
+        '    call("umount2", masks[0].encode(), 2)',
+        _privileged("SYS_ADMIN"),
+    ),
+    "set the core pattern": Attack(
+        'path = "/proc/sys/kernel/core_pattern"\n    old = open(path).read()\n    open(path, "w").write(old)', None
+    ),
+    "load a module": Attack(
+        # EINVAL would say that the kernel has looked at the (empty) module.
+        'try:\n        syscall(175, b"", 0, b"")\n    except OSError as e:\n        if e.errno not in (errno.EINVAL, '
+        "errno.ENOEXEC, errno.EFAULT): raise",
+        None,
+    ),
+    "trigger sysrq": Attack('os.close(os.open("/proc/sysrq-trigger", os.O_WRONLY))', None),
+    "read the kernel's memory": Attack('os.read(os.open("/proc/kcore", os.O_RDONLY), 1) or os._exit(0)', None),
+    "read the kernel's log": Attack('os.open("/dev/kmsg", os.O_RDONLY)', None),
+    "make a device and open it": Attack(
+        'os.mknod("/tmp/.unisandbox-kmsg", 0o20600, os.makedev(1, 11))\n    try:\n'
+        '        os.open("/tmp/.unisandbox-kmsg", os.O_RDONLY)\n    finally:\n'
+        '        os.unlink("/tmp/.unisandbox-kmsg")',
+        None,
+    ),
+    "change a setting of the host in sysfs": Attack(
+        'os.open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_WRONLY)', None
+    ),
+    "trace the first process": Attack(
+        "syscall(101, 16, 1, 0, 0)\n    os.waitpid(1, 0x40000000)\n    syscall(101, 17, 1, 0, 0)", None
+    ),
+    "trace a process of another user": Attack(
+        'child = subprocess.Popen(["sleep", "30"], user=1000)\n    try:\n        syscall(101, 16, child.pid, 0, 0)\n'
+        "    finally:\n        child.kill()\n        child.wait()",
+        _unfiltered("SYS_PTRACE"),
+    ),
+    "use the kernel's keyrings": Attack('syscall(248, b"user", b"x", b"y", 1, ctypes.c_long(-3))', _unfiltered()),
+    "make a user namespace": Attack('call("unshare", 0x10000000)', _unfiltered()),
+    "use io_uring": Attack(
+        # It is refused with EFAULT where it exists: there is no place for the answer.
+        "try:\n        syscall(425, 1, None)\n    except OSError as e:\n        if e.errno != errno.EFAULT: raise",
+        _unfiltered(),
+    ),
+    "open a raw socket": Attack("socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", _unfiltered("NET_RAW")),
+    "change the hostname": Attack('socket.sethostname("pwned")', _unfiltered("SYS_ADMIN")),
+    "be spared by the OOM killer": Attack('os.write(os.open("/proc/self/oom_score_adj", 1), b"-1")', None),
+    "be killed later than others": Attack('os.write(os.open("/proc/self/oom_score_adj", 1), b"499")', None),
+    "raise a hard limit": Attack(
+        "import resource\n    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
+        "    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard + 1))",
+        None,
+    ),
+    "become root by a set-uid program": Attack(
+        "import shutil, tempfile\n    with tempfile.TemporaryDirectory() as d:\n        os.chmod(d, 0o755)\n"
+        '        shutil.copy("/usr/bin/id", d + "/id")\n        os.chmod(d + "/id", 0o4755)\n'
+        '        got = subprocess.run([d + "/id", "-u"], user=1000, group=1000, extra_groups=[], capture_output=True)\n'
+        '        assert got.stdout == b"0\\n", got',
+        None,
+    ),
+    "see the host's processes": Attack(
+        'assert len([p for p in os.listdir("/proc") if p.isdigit()]) > 6, os.listdir("/proc")', None
+    ),
+    "see the host's users": Attack('assert open("/etc/shadow").read()', None),
+    "see the host's logs": Attack('assert os.listdir("/var/log")', None),
+}
+
+
+@pytest.fixture
+async def engine(anyio_backend: str) -> AsyncIterator[Engine]:
+    async with Engine.open() as opened:
+        yield opened
+
+
+async def attack(engine: Engine, body: str, **options: object) -> str:
+    """Try it in a sandbox with those options: "escaped", or what has held it."""
+    async with engine.create(isolation="runc", rootfs="host", **options) as sandbox:  # type: ignore[arg-type]
+        return await _try(sandbox, body)
+
+
+async def _try(sandbox: Sandbox, body: str) -> str:
+    done = await sandbox.run(["python3", "-c", _PRELUDE.replace("{body}", body)], timeout=60)
+    assert done.stdout, done.stderr
+    return done.text.strip()
+
+
+def attack_from_the_host(body: str) -> str:
+    """Try it as root of this machine, in namespaces where it harms nobody."""
+    done = subprocess.run(
+        ["unshare", "--mount", "--uts", "--ipc", sys.executable, "-c", _PRELUDE.replace("{body}", body)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_it_is_held(engine: Engine, name: str) -> None:
+    assert (await attack(engine, ATTACKS[name].body)).startswith("held: ")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("name", ATTACKS)
+async def test_it_works_without_the_protection(engine: Engine, name: str) -> None:
+    attempt = ATTACKS[name]
+    if attempt.where is not None:
+        got = await attack(engine, attempt.body, **attempt.where)
+    else:
+        got = attack_from_the_host(attempt.body)
+    if got.startswith("held: ") and attempt.where is None:
+        # This machine's own root may not do it either (a container, a locked kernel): then it proves nothing here.
+        pytest.skip(f"also held outside of a sandbox: {got}")
+    assert got == "escaped"
+
+
+async def test_a_device_is_held_by_its_cgroup_alone(engine: Engine) -> None:
+    """Also root of the host with the right to make devices cannot open them."""
+    body = ATTACKS["make a device and open it"].body
+
+    got = await attack(engine, body, **_privileged("MKNOD"))
+
+    assert "held: PermissionError(1" in got
+
+
+@contextlib.contextmanager
+def _abstract_listener(name: str) -> Iterator[None]:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"\0{name}")
+        listener.listen()
+        yield
+
+
+async def test_the_hosts_abstract_sockets_are_out_of_reach(engine: Engine) -> None:
+    name = f"unisandbox-test-{secrets.token_hex(4)}"
+    body = f'socket.socket(socket.AF_UNIX).connect("\\0{name}")'
+    with _abstract_listener(name):
+        assert "held: ConnectionRefusedError" in await attack(engine, body)
+        assert await attack(engine, body, network="host") == "escaped"
+
+
+async def test_the_hosts_tcp_ports_are_out_of_reach(engine: Engine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        body = f"socket.create_connection(('127.0.0.1', {listener.getsockname()[1]}), 5)"
+        assert "held: " in await attack(engine, body)
+        assert await attack(engine, body, network="host") == "escaped"
+
+
+async def test_a_file_of_the_hosts_root_cannot_be_read_by_root_inside(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    (tmp_path / "secret").chmod(0o600)
+    mount = Mount.bind(tmp_path, "/mnt/d", idmap=False)
+    body = 'open("/mnt/d/secret").read()'
+
+    assert "held: PermissionError" in await attack(engine, body, mounts=[mount])
+    assert await attack(engine, body, mounts=[mount], userns="host") == "escaped"
+
+
+@pytest.fixture
+def private_program() -> Iterator[Path]:
+    """A file below /usr that only the host's root may read."""
+    path = Path(f"/usr/lib/unisandbox-test-{secrets.token_hex(4)}")
+    try:
+        path.write_text("s")
+    except OSError:
+        pytest.skip("/usr is read-only here")
+    path.chmod(0o600)
+    yield path
+    path.unlink()
+
+
+async def test_only_what_everybody_may_read_is_read_below_usr(engine: Engine, private_program: Path) -> None:
+    body = f'open("{private_program}").read()'
+
+    assert "held: PermissionError" in await attack(engine, body)
+    assert await attack(engine, body, userns="host") == "escaped"
+
+
+async def test_a_read_only_mount_cannot_be_written(engine: Engine, tmp_path: Path) -> None:
+    body = 'open("/mnt/d/x", "w").write("x")'
+
+    assert "held: " in await attack(engine, body, mounts=[Mount.bind(tmp_path, "/mnt/d")])
+    assert await attack(engine, body, mounts=[Mount.bind(tmp_path, "/mnt/d", readonly=False)]) == "escaped"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+async def test_what_is_mounted_cannot_give_devices_or_rights(engine: Engine, tmp_path: Path) -> None:
+    os.mknod(tmp_path / "kmsg", 0o20666, os.makedev(1, 11))
+    options = _privileged(mounts=[Mount.bind(tmp_path, "/mnt/d", readonly=False)])
+    body = 'flags = os.statvfs("/mnt/d").f_flag\n    assert not flags & os.ST_NODEV or not flags & os.ST_NOSUID, flags'
+
+    assert "held: AssertionError" in await attack(engine, body, **options)
+    assert "held: PermissionError" in await attack(engine, 'os.open("/mnt/d/kmsg", os.O_RDONLY)', **options)
+
+
+async def test_no_magic_link_of_proc_leads_to_the_host(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    body = (
+        'found = [p for p in os.listdir("/proc") if p.isdigit() for link in ("root", "cwd", *(f"fd/{n}" for n in '
+        f'range(32))) if os.path.exists(f"/proc/{{p}}/{{link}}{tmp_path}/secret")]\n    assert found'
+    )
+
+    assert "held: " in await attack(engine, body)
+    assert await attack(engine, body, mounts=[Mount.bind(tmp_path, str(tmp_path))]) == "escaped"
+
+
+async def test_an_open_file_of_the_host_process_is_not_handed_on(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    fd = os.open(tmp_path / "secret", os.O_RDONLY)
+    body = (
+        "links = [os.readlink(f'/proc/self/fd/{n}') for n in range(3, 1024) if os.path.islink(f'/proc/self/fd/{n}')]\n"
+        "    assert any('secret' in link for link in links), links"
+    )
+    try:
+        # The worst case: somebody has made it inheritable on purpose.
+        os.set_inheritable(fd, True)
+        async with engine.create(isolation="runc") as sandbox:
+            assert await _try(sandbox, body) == "held: AssertionError([])"
+            for pid in Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split():  # noqa: ASYNC240
+                assert not [link for link in _links(pid) if "secret" in link]
+        done = subprocess.run(  # noqa: ASYNC221
+            [sys.executable, "-c", _PRELUDE.replace("{body}", body)], close_fds=False, capture_output=True, check=True
+        )
+        assert done.stdout == b"escaped\n"
+    finally:
+        os.close(fd)
+
+
+def _links(pid: str) -> list[str]:
+    return [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+
+
+async def test_processes_cannot_be_made_without_end(engine: Engine) -> None:
+    body = (
+        "made = []\n    try:\n        for _ in range(400):\n            pid = os.fork()\n"
+        "            if pid == 0:\n                import time; time.sleep(60); os._exit(0)\n"
+        "            made.append(pid)\n"
+        "    finally:\n        for pid in made: os.kill(pid, 9); os.waitpid(pid, 0)"
+    )
+
+    assert "held: BlockingIOError" in await attack(engine, body)
+    assert await attack(engine, body, resources=Resources(pids=1000)) == "escaped"
+
+
+async def test_files_cannot_be_written_without_end(engine: Engine) -> None:
+    body = 'with open("/tmp/fill", "wb") as f:\n        for _ in range(48): f.write(bytes(1 << 20))'
+    small = Resources(memory="256M", disk="32M")
+
+    assert "held: OSError(28" in await attack(engine, body, resources=small)
+    assert await attack(engine, body, resources=Resources(memory="256M", disk="64M")) == "escaped"
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/dev/shm", "/run", "/home", "/dev", "/dev/mqueue"])
+async def test_no_place_takes_files_without_end(engine: Engine, place: str) -> None:
+    script = (
+        f"import os\ntry:\n for n in range(1 << 20):\n"
+        f"  os.close(os.open(f'{place}/f{{n}}', os.O_CREAT | os.O_WRONLY, 0o600))\n"
+        "except OSError as e: print('held', n, e.errno)"
+    )
+    async with engine.create(isolation="runc", resources=Resources(memory="64M", disk="16M")) as sandbox:
+        done = await sandbox.run(["python3", "-c", script], timeout=100)
+
+    # No room, not allowed, or ended for its memory.
+    assert done.text.startswith("held") or done.exit.reason == "oom", done
+
+
+async def test_a_link_as_output_brings_no_file_of_the_host(engine: Engine, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("s")
+    async with engine.create(isolation="runc") as sandbox:
+        await sandbox.run(["ln", "-s", str(secret), "/tmp/report"], check=True)
+        await sandbox.files.download("/tmp/report", tmp_path / "report")
+        # What a copy by name would have brought.
+        assert Path(os.readlink(tmp_path / "report")).read_text() == "s"  # noqa: ASYNC240
+        with pytest.raises(Exception, match="does not exist"):
+            await sandbox.files.read("/tmp/report")
+
+
+async def test_the_filter_holds_for_every_user_and_every_child(engine: Engine) -> None:
+    async with engine.create(isolation="runc") as sandbox:
+        for user in (None, "1000"):
+            done = await sandbox.sh("sh -c 'grep -E Seccomp:\\|NoNewPrivs: /proc/self/status'", user=user)
+            assert done.text.split() == ["NoNewPrivs:", "1", "Seccomp:", "2"]
+        bound = (await sandbox.sh("grep CapBnd /proc/self/status")).text.split()[1]
+        # Exactly DEFAULT_CAPABILITIES. Source: include/uapi/linux/capability.h.
+        assert int(bound, 16) == sum(1 << n for n in (0, 1, 3, 4, 5, 6, 7, 8, 10, 18, 31))

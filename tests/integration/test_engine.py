@@ -1,6 +1,6 @@
 """Engines: two of them, two loops one after the other, the end of a loop or of the interpreter with a live sandbox."""
 
-# ruff: noqa: ASYNC240 - a test may block its own event loop
+
 
 from __future__ import annotations
 

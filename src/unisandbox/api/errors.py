@@ -76,7 +76,7 @@ class UnsupportedError(SandboxError):
         super().__init__(message, hint=hint)
         self.capability = capability
         self.backend = backend
-        self.alternatives = tuple(alternatives)
+        self.alternatives: tuple[str, ...] = tuple(alternatives)
 
 
 class BackendError(SandboxError):

@@ -50,8 +50,8 @@ class EngineCore:
 
     def __init__(self, host: Host, state: StateDirectory, registry: Registry) -> None:
         self.host = host
-        self.events = EventLog()
-        self.closed = False
+        self.events: EventLog = EventLog()
+        self.closed: bool = False
         self._state = state
         self._registry = registry
         self._records = RecordStore(os.path.join(host.state_dir, "sandboxes"), durable=state.durable)

@@ -58,7 +58,7 @@ class Entry:
         self.backend = backend
         self.main = MAIN
         self.closing: set[Callable[[], None]] = set()
-        self.created_at = time.time()
+        self.created_at: float = time.time()
         self._core = core
         self._sandboxer = sandboxer
         self._lock = anyio.Lock()

@@ -25,6 +25,7 @@ class Plan:
         netns: the network namespace in which the runtime starts; None: its own.
         extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
         verify: raises when the container is not what it shall be; given the pid of its first process.
+        verify_process: the same for what init spawns; called for the first one, before its exec.
         explain: a hint for a program that was not found, or "".
     """
 
@@ -36,6 +37,7 @@ class Plan:
     netns: str | None
     extra_fds: Sequence[int]
     verify: Callable[[int], None]
+    verify_process: Callable[[int], None]
     explain: Callable[[ProcessSpec], str]
 
 

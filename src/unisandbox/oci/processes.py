@@ -67,6 +67,7 @@ class Container:
     control: socket.socket | None = None
     spec: ContainerSpec | None = None
     started: bool = False
+    verified: bool = False
     paused: bool = False
     processes: dict[str, Process] = attrs.field(factory=dict)
     # Cgroups of ended processes that still hold something (background work, a zombie), with their kills for memory.

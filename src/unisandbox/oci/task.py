@@ -202,7 +202,7 @@ class OciTaskService:
                     container.control,
                     request,
                     None if request.tty is not None else stdio,
-                    before_exec=lambda pid, _: process.enter(pid),
+                    before_exec=lambda pid, _: self._before_exec(container, process, pid),
                     timeout=START_SECONDS,
                     cgroup=cgroup,
                 )
@@ -210,6 +210,13 @@ class OciTaskService:
             raise self._not_started(container, process.spec, request.cwd, error) from error
         process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
         process.master = started.master if started.master is not None else -1
+
+    @staticmethod
+    def _before_exec(container: Container, process: Process, pid: int) -> None:
+        process.enter(pid)
+        if not container.verified:
+            container.plan.verify_process(pid)
+            container.verified = True
 
     async def _exec(self, container: Container, process: Process) -> None:
         assert process.spec is not None  # noqa: S101 (only exec comes here)

@@ -25,7 +25,7 @@ class Engine:
     """
 
     def __init__(self, core: EngineCore) -> None:
-        self.id = core.host.engine_id
+        self.id: str = core.host.engine_id
         self._core = core
 
     @classmethod

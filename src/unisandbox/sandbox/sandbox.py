@@ -118,11 +118,11 @@ class Sandbox:
     """
 
     def __init__(self, entry: Entry) -> None:
-        self.id = entry.sandbox_id
-        self.name = entry.spec.name
-        self.backend = entry.backend
-        self.files = Files(entry)
-        self.containers = Containers(entry)
+        self.id: str = entry.sandbox_id
+        self.name: str | None = entry.spec.name
+        self.backend: str = entry.backend
+        self.files: Files = Files(entry)
+        self.containers: Containers = Containers(entry)
         self._entry = entry
 
     @classmethod

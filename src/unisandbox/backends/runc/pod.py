@@ -230,6 +230,7 @@ class PodPlanner:
             netns=self.entered_network,
             extra_fds=(self._init_fd,),
             verify=lambda pid: self._verify(container.name, pid),
+            verify_process=lambda pid: self._verify_process(container.name, pid),
             explain=lambda process: _explain(process, rootfs, self._environment(container, process)["PATH"]),
         )
 
@@ -245,6 +246,7 @@ class PodPlanner:
             netns=None,
             extra_fds=(),
             verify=lambda pid: self._verify_cgroup(container_id, pid),
+            verify_process=lambda _: None,
             explain=lambda _: "",
         )
 
@@ -417,6 +419,17 @@ class PodPlanner:
             if pinned is None and inode == ours[kind] and not self._shared_with_host(kind):
                 raise BackendError(f"container {name!r} of sandbox {pod.label!r} is in the host's {kind} namespace")
         self._verify_cgroup(name, pid)
+
+    def _verify_process(self, name: str, pid: int) -> None:
+        """A filter that was asked for is there: a runtime that does not know an annotation says nothing."""
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            filtered = "\nSeccomp:\t2\n" in file.read()
+        if not filtered and self._pod.spec.security.seccomp == "default":
+            raise BackendError(
+                f"container {name!r} of sandbox {self._pod.label!r} has no seccomp filter, although one was given to"
+                f" {self._runtime.program.name} {self._runtime.program.version_text}",
+                hint="Use a runtime that is built with seccomp.",
+            )
 
     def _shared_with_host(self, kind: str) -> bool:
         spec = self._pod.spec

@@ -37,7 +37,7 @@ class Process:
     life: socket.socket | None = None
     master: int = -1
     killed_by_us: bool = False
-    oom_kills: int = 0
+    deleted: bool = False
     exit: Exit | None = None
 
     def enter(self, pid: int) -> None:

@@ -243,6 +243,7 @@ class OciTaskService:
             raise AlreadyExistsError(f"container {container.name!r} has a process {request.exec_id!r} already")
         if not container.started:
             raise FailedPreconditionError(f"container {container.name!r} has not been started")
+        self._sweep(container)
         container.processes[request.exec_id] = Process(request.exec_id, request.process, duplicate(request.stdio))
         await anyio.lowlevel.checkpoint_if_cancelled()
 
@@ -320,7 +321,6 @@ class OciTaskService:
         if status is None:
             return Exit.lost(exited_at=at)
         kills = oom_kills_of(process.cgroup) if process.cgroup is not None else 0
-        process.oom_kills = kills
         return Exit.from_wait_status(status, exited_at=at, oom_kills=kills, killed_by_us=process.killed_by_us)
 
     async def delete(self, container_id: str, exec_id: str = "") -> Exit | None:
@@ -338,20 +338,32 @@ class OciTaskService:
         if process is None:
             await anyio.lowlevel.checkpoint()
             return None
+        process.deleted = True
         if process.pid is not None and process.exit is None:
             await self.wait(container.name, exec_id)
-        container.processes.pop(exec_id, None)
+        # From here on without an await: done once begun.
+        self._free_process(container, process)
+        self._sweep(container)
+        return process.exit
+
+    @staticmethod
+    def _free_process(container: Container, process: Process) -> None:
+        container.processes.pop(process.exec_id, None)
         process.close()
         if process.cgroup is not None:
             container.lingering[process.cgroup] = 0
-        # Also background work that has ended meanwhile; a few at a time keeps this call short.
+
+    def _sweep(self, container: Container) -> None:
+        """Free what has ended meanwhile: background work, and processes whose delete was cut by a cancellation."""
+        for process in list(container.processes.values()):
+            if process.deleted and (process.pid is None or has_ended(process.pidfd)):
+                self._free_process(container, process)
+        # A few cgroups at a time keep this call short.
         known = list(container.lingering)
         for cgroup in {*known[:4], *known[-1:]}:
             container.lingering[cgroup] = max(container.lingering[cgroup], oom_kills_of(cgroup))
             if cgroup.remove():
                 container.oom_kills += container.lingering.pop(cgroup)
-        await anyio.lowlevel.checkpoint_if_cancelled()
-        return process.exit
 
     async def _delete_container(self, container: Container) -> Exit | None:
         self.kill_now(container.name)
@@ -360,10 +372,11 @@ class OciTaskService:
                 if process.pid is not None and process.exit is None:
                     await self.wait(container.name, exec_id)
         container.plan.cgroup.kill()
+        # Each step may be repeated: a cancellation may have cut this call before.
+        await self._keeper.drop([self._held(container)])
         if container.control is not None:
             container.control.close()
             container.control = None
-            await self._keeper.drop([self._held(container)])
         if container.created is not None:
             await ended_process(self._keeper, container.created)
             await self._runtime.delete(container.plan.oci_id)

@@ -164,7 +164,7 @@ async def run(
         except BaseException:
             entry.last_task.kill_now(entry.main, exec_id)
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                exit = await entry.last_task.wait(entry.main, exec_id)
+                exit = exit or await entry.last_task.wait(entry.main, exec_id)
                 exchange.drain()
                 await entry.last_task.delete(entry.main, exec_id)
             raise

@@ -203,12 +203,14 @@ class PodPlanner:
         self._host_tree = host_tree
         self._init_fd = init_fd
         self._own_roots: set[str] = set()
+        self._cgroups: dict[str, Cgroup] = {}
 
     async def prepare(self, container: ContainerSpec) -> Plan:
         """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
         pod = self._pod
         oci_id = f"{pod.short}-{container.name}"
         cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or Resources.unlimited()))
+        self._cgroups[container.name] = cgroup
         bundle = f"{pod.work}/b/{container.name}"
         root = f"{pod.work}/root"
         rootfs = pod.spec.rootfs
@@ -237,10 +239,11 @@ class PodPlanner:
     async def adopt(self, container_id: str, bundle: str) -> Plan:
         """A bundle of somebody else, run as it is in a cgroup of ours."""
         pod = self._pod
+        self._cgroups[container_id] = cgroup = pod.cgroup.child(f"c-{container_id}")
         return Plan(
             oci_id=f"{pod.short}-{container_id}",
             bundle=bundle,
-            cgroup=pod.cgroup.child(f"c-{container_id}"),
+            cgroup=cgroup,
             request=_no_request,
             admitted=None,
             netns=None,
@@ -252,6 +255,9 @@ class PodPlanner:
 
     async def free(self, container_id: str) -> None:
         """Unmount and remove what `prepare` made."""
+        cgroup = self._cgroups.pop(container_id, None)
+        if cgroup is not None:
+            cgroup.remove()
         await self._host.keeper.unguard([f"{self._pod.short}-{container_id}/own-cgroups"])
         # Only the bundle's own files lie there, and no mount.
         shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)

@@ -23,7 +23,7 @@ from unisandbox import Engine, SandboxError
 _ROUNDS: Final = 60
 _QUICK_ROUNDS: Final = 8
 _IDLE: Final = 100
-_QUICK_IDLE: Final = 20
+_QUICK_IDLE: Final = 40
 PARTS: Final = ("phases", "imports", "idle")
 """What can be asked for beside the cases."""
 
@@ -96,11 +96,10 @@ async def run(rounds: int, *, quick: bool, only: Sequence[str]) -> report.Result
             if selection.takes("phases"):
                 with _progress("phases", rounds + 2) as advance:
                     phases = await measure_phases(engine, rounds, advance)
-            if selection.takes("idle"):
-                count = _QUICK_IDLE if quick else _IDLE
-                keeper = engine._core.host.keeper.pid
-                with _progress("memory of idle sandboxes", count + 1) as advance:
-                    idle = await measure_idle(engine, (os.getpid(), keeper), count, advance)
+        if selection.takes("idle"):
+            with _progress("memory of idle sandboxes", 1) as advance:
+                idle = measure_idle(_QUICK_IDLE if quick else _IDLE)
+                advance()
         if selection.takes("imports"):
             times = 5 if quick else 15
             with _progress("imports", times + 1) as advance:

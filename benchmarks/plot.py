@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
 
@@ -31,7 +31,7 @@ _PHASE_COLOURS: Final = (
     "#c5f6fa", "#99e9f2", "#66d9e8", "#3bc9db", "#0c8599", "#0b7285", "#ffd8a8", "#ff922b", "#b2f2bb",
     "#69db7c", "#2f9e44", "#d0bfff", "#9775fa", "#dee2e6",
 )  # fmt: skip
-_STYLE: Final = {
+_STYLE: Any = {  # the keys are a type of 300 literals
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": _QUIET,

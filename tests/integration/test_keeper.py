@@ -21,7 +21,8 @@ from tests.keepers import DEADLINE, fd_count, keeper_at, sh, sh_exit, sh_output,
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.host.cgroups import ending
-from unisandbox.host.keeper import ExitRecord, Guard, JobFailed, Keeper, SpawnFailed, undo
+from unisandbox.host.keeper import ExitRecord, Guard, JobFailed, Keeper, SpawnFailed
+from unisandbox.host.removal import remove_tree
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
@@ -622,7 +623,7 @@ async def test_a_guard_for_a_dangerous_path_is_refused_at_once(tmp_path: Path, p
         with pytest.raises(InvalidArgumentError, match="path"):
             await keeper.guard([Guard("g", "remove_tree", [path])])
     with pytest.raises(OSError, match="remove_tree"):
-        undo.remove_tree(path)
+        remove_tree(path)
 
 
 def test_remove_tree_follows_no_link_and_enters_no_mount(tmp_path: Path) -> None:
@@ -637,17 +638,17 @@ def test_remove_tree_follows_no_link_and_enters_no_mount(tmp_path: Path) -> None
     subprocess.run(["mount", "--bind", str(outside), str(tree / "sub/mounted")], check=True)
     try:
         with pytest.raises(OSError, match="mounted"):
-            undo.remove_tree(str(tree))
+            remove_tree(str(tree))
     finally:
         subprocess.run(["umount", str(tree / "sub/mounted")], check=True)
     assert (outside / "precious").exists()
     assert not (tree / "link").is_symlink()
     assert not (tree / "sub/file").exists()
-    undo.remove_tree(str(tree))
-    undo.remove_tree(str(tree))
+    remove_tree(str(tree))
+    remove_tree(str(tree))
     assert not tree.exists()
     (tmp_path / "link").symlink_to(outside)
-    undo.remove_tree(str(tmp_path / "link"))
+    remove_tree(str(tmp_path / "link"))
     assert (outside / "precious").exists()
     assert not (tmp_path / "link").is_symlink()
 
@@ -664,7 +665,7 @@ def test_remove_tree_takes_any_depth_with_few_fds(tmp_path: Path) -> None:
         os.close(fd)
         fd = below
     os.close(fd)
-    undo.remove_tree(str(tree))
+    remove_tree(str(tree))
     assert not tree.exists()
 
 

@@ -174,8 +174,16 @@ def attack_from_the_host(body: str) -> str:
     return done.stdout.strip()
 
 
+def _may_set_limits() -> bool:
+    """Whether root of this machine has CAP_SYS_RESOURCE: only then the kernel takes our oom_score_adj for a minimum."""
+    effective = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff"))
+    return bool(int(effective.split()[1], 16) & 1 << 24)
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 async def test_it_is_held(engine: Engine, name: str) -> None:
+    if name == "be killed later than others" and not _may_set_limits():
+        pytest.skip("this machine's root lacks CAP_SYS_RESOURCE, so its own oom_score_adj is no minimum either")
     assert (await attack(engine, ATTACKS[name].body)).startswith("held: ")
 
 

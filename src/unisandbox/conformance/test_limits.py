@@ -143,7 +143,7 @@ async def test_absurd_limits_are_refused(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "resources", [Resources(memory=4096), Resources(pids=1), Resources(disk=1), Resources(nofile=1)]
+    "resources", [Resources(memory=4096), Resources(pids=1), Resources(disk=65536), Resources(nofile=1)]
 )
 async def test_limits_too_small_to_work_with_are_an_error_and_no_hang(create: Create, resources: Resources) -> None:
     from unisandbox import SandboxError

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import attrs
 
-from unisandbox.api import BackendError, FailedPreconditionError, short_name
+from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, short_name
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Guard
+from unisandbox.host.keeper.protocol import LOCK_NAME
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
+# How often to make the runtime directory again that another engine, the last one, removes at this very moment.
+_TRIES: Final = 50
 
 
 @attrs.frozen
@@ -43,30 +48,44 @@ class StateDirectory:
 
     @classmethod
     def prepare(cls, directory: str | os.PathLike[str] | None) -> StateDirectory:
-        """Make the directories; see the attributes.
+        """Make the directories, but for `work_dir`, which the keeper's lock belongs to; see the attributes.
 
         Raises:
             BackendError: they cannot be made or written.
             FailedPreconditionError: others could write into the state directory.
+            InvalidArgumentError: it cannot be a path.
         """
         runtime = _runtime_directory()
         try:
-            os.makedirs(runtime, mode=0o711, exist_ok=True)
             if directory is None:
-                path, temporary = tempfile.mkdtemp(prefix="state-", dir=runtime), True
+                path, temporary = _temporary_directory(runtime), True
             else:
                 path, temporary = os.path.abspath(os.fspath(directory)), False
                 os.makedirs(path, mode=0o700, exist_ok=True)
-            _check_private(path)
-            engine_id = _engine_id(path)
-            work_dir = os.path.join(runtime, engine_id)
-            os.makedirs(work_dir, mode=0o711, exist_ok=True)
-            return cls(path, engine_id, work_dir, temporary, durable=not temporary)
-        except OSError as error:
+            try:
+                _check_private(path, "state directory")
+                engine_id = _engine_id(path)
+                _make_directory(runtime, 0o711)
+                _check_private(runtime, "runtime directory")
+            except BaseException:
+                if temporary:
+                    shutil.rmtree(path, ignore_errors=True)
+                raise
+            return cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
+        except FileExistsError as error:
             raise BackendError(
-                f"cannot use the state directory {os.fspath(directory or runtime)!r}: {error.strerror}",
+                f"cannot use the state directory {os.fspath(error.filename)!r}: it is not a directory",
+                hint="Give the path of a directory, or one that does not exist yet.",
+            ) from error
+        except OSError as error:
+            place = os.fspath(directory or runtime)
+            raise BackendError(
+                f"cannot use the state directory {place!r}: {error.strerror}"
+                + (f" ({os.fspath(error.filename)})" if error.filename not in {None, place} else ""),
                 hint="It must be a directory that this user can write, on a disk with free space.",
             ) from error
+        except ValueError as error:
+            raise InvalidArgumentError(f"{os.fspath(directory or '')!r} is no path of a directory: {error}") from error
 
     def guards(self, cgroups: Cgroups) -> list[Guard]:
         """How to undo what `prepare` and the cgroup tree made, for the keeper."""
@@ -80,12 +99,24 @@ class StateDirectory:
         return undo
 
     def discard(self) -> None:
-        """Remove what is left of the directories that the engine made for itself."""
-        if self.temporary:
-            shutil.rmtree(self.path, ignore_errors=True)
-        for path in (self.work_dir, os.path.dirname(self.work_dir)):
-            with contextlib.suppress(OSError):  # the keeper was faster, or another engine uses it
-                os.rmdir(path)
+        """Remove what is left of the directories that the engine made for itself.
+
+        They may be another engine's by now, or may always have been: the place for mounts is empty in our view while
+        its keeper has mounts there, and removing the mount point would take them away from it. So this happens only
+        while no keeper holds the directory's lock. Source: unlink(2), rmdir(2); since Linux 3.18 a mount point that is
+        one in another mount namespace only can be removed, and is unmounted there (d_invalidate, detach_mounts).
+        """
+        with _unlocked(self.path) as unused:
+            if not unused:
+                return
+            # The keeper was faster, or another engine uses the directory above.
+            for path in (self.work_dir, os.path.dirname(self.work_dir)):
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+            if self.temporary:
+                shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(self.work_dir))
 
 
 def _runtime_directory() -> str:
@@ -94,24 +125,80 @@ def _runtime_directory() -> str:
     return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "unisandbox")
 
 
-def _check_private(path: str) -> None:
+def _make_directory(path: str, mode: int) -> None:
+    """Make it with this mode whatever the umask; one that is there keeps its own."""
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    os.chmod(path, mode)
+
+
+def _temporary_directory(runtime: str) -> str:
+    for left in reversed(range(_TRIES)):
+        _make_directory(runtime, 0o711)
+        try:
+            return tempfile.mkdtemp(prefix="state-", dir=runtime)
+        except FileNotFoundError:
+            if not left:
+                raise
+    raise AssertionError("the loop returns or raises")
+
+
+@contextlib.contextmanager
+def _unlocked(state_dir: str) -> Iterator[bool]:
+    """Whether no keeper holds the directory; none can while the context lasts."""
+    try:
+        fd = os.open(os.path.join(state_dir, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        yield True  # there is no lock, so there never was a keeper
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+    finally:
+        os.close(fd)
+
+
+def _check_private(path: str, what: str) -> None:
     status = os.stat(path)
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise FailedPreconditionError(
-            f"the state directory {path!r} can be written by others (owner {status.st_uid}, mode"
-            f" {stat.S_IMODE(status.st_mode):o})",
-            hint=f"Use a directory of your own: chmod 700 {path}",
+            f"the {what} {path!r} is not this user's alone (owner {status.st_uid}, mode"
+            f" {stat.S_IMODE(status.st_mode):o}; this is user {os.geteuid()})",
+            hint=f"Use a directory of your own, e.g. chown {os.geteuid()} {path}; chmod go-w {path}",
         )
 
 
 def _engine_id(path: str) -> str:
     file = Path(path) / "engine-id"
-    with contextlib.suppress(FileNotFoundError):
-        known = file.read_text().strip()
-        if _ENGINE_ID.fullmatch(known):
-            return known
+    known = _known_id(file)
+    if known:
+        return known
     fresh = short_name(secrets.token_hex(16), "engine")
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(fresh + "\n")
-    temporary.rename(file)
-    return fresh
+    temporary = file.with_name(f"engine-id.{secrets.token_hex(8)}")
+    try:
+        temporary.write_text(fresh + "\n")
+        if file.exists():
+            # It is damaged (a full disk of old, say): nothing could be found by what it says.
+            temporary.rename(file)
+            return fresh
+        # The first one wins: of two engines that are opened at once, the other reads what this one wrote.
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, file)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+    return _known_id(file) or fresh
+
+
+def _known_id(file: Path) -> str:
+    try:
+        text = file.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+    return text if _ENGINE_ID.fullmatch(text) else ""

@@ -15,7 +15,7 @@ from unisandbox.host import syscalls
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
     from typing import Final
 
 # How deep it goes before it moves what is deeper up to the top: bounds the descriptors (two for each level).
@@ -57,7 +57,7 @@ def remove_tree(path: str) -> None:
         os.close(parent)
 
 
-def removing(parent: int, name: str, path: str) -> Iterator[None]:
+def removing(parent: int, name: str, path: str) -> Generator[None, None, None]:
     """Remove `name` in the directory `parent` with all below it, in steps: run the iterator to its end, or close it.
 
     Args:

@@ -26,8 +26,8 @@ ENTRY: Final = 4096
 _OPEN_LEVELS: Final = 32
 # Entries between two turns of the event loop; each some 50 us.
 _ENTRIES: Final = 64
-# How much of a long path an error shows.
-_SHOWN: Final = 400
+# How many levels of a deep tree an error shows.
+_SHOWN_LEVELS: Final = 16
 
 Identity = tuple[int, int]
 
@@ -181,9 +181,9 @@ class Copy:
         if stat.S_ISLNK(status.st_mode):
             self._count(ENTRY)
             with named(origin, self._source_side):
-                target = link_target(probe)
+                leads_to = link_target(probe)
             with named(path, self._target_side):
-                self._placer.link(directory, name, path, target)
+                self._placer.link(directory, name, path, leads_to)
         elif stat.S_ISREG(status.st_mode):
             with named(origin, self._source_side):
                 source = reopen(probe, 0)
@@ -207,13 +207,15 @@ class Copy:
             with named(origin, self._source_side):
                 data = _next_data(source, position, size)
             if data is None:
-                break
+                os.ftruncate(target, size)
+                return
             position, end = data
             while position < end:
                 with named(origin, self._source_side):
                     piece = os.pread(source, min(PIECE, end - position), position)
-                if not piece:
-                    break
+                if not piece:  # it has been cut meanwhile, or is of procfs, where files have no size
+                    os.ftruncate(target, position)
+                    return
                 self._count(len(piece))
                 view = memoryview(piece)
                 while view:
@@ -222,11 +224,7 @@ class Copy:
                     position += written
                 if len(piece) == PIECE:
                     await anyio.lowlevel.checkpoint()
-            else:
-                await self._turn()  # a file may be of a million small pieces
-                continue
-            break  # it has been cut meanwhile, or has no size (as those of procfs)
-        os.ftruncate(target, max(position, size))
+            await self._turn()  # a file may be of a million small pieces
 
     def _count(self, number: int) -> None:
         self._bytes += number
@@ -242,11 +240,20 @@ class Copy:
             await anyio.lowlevel.checkpoint()
 
     def _shown(self, start: str | None = None, name: str = "") -> str:
-        """Where we are, as a path for messages."""
-        parts = [level.name for level in self._levels[1:]] + ([name] if name else [])
+        """Where we are, as a path for messages; of a very deep tree its beginning and end."""
         top = self._source if start is None else start
-        text = "/".join([top.rstrip("/") or "/", *parts]) if parts else top
-        return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} ... {text[-_SHOWN // 2 :]}"
+        levels = self._levels
+        parts = (
+            [level.name for level in levels[1:]]
+            if len(levels) < _SHOWN_LEVELS
+            else [
+                *(level.name for level in levels[1 : _SHOWN_LEVELS // 2]),
+                "...",
+                *(level.name for level in levels[-_SHOWN_LEVELS // 2 :]),
+            ]
+        )
+        parts += [name] if name else []
+        return "/".join([top.rstrip("/"), *parts]) if parts else top
 
 
 def final_mode(fd: int, mode: int) -> int:

@@ -1,16 +1,15 @@
 """The files of a sandbox, reached from outside: nothing needs to run in it, and no link leads out of it.
 
-Every path is resolved by the kernel inside the sandbox's root (openat2: RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS). What
-is opened is looked at first through an O_PATH descriptor, so that no FIFO, device or socket is ever opened.
-The calls do not wait for a process; they work in pieces of 1 MiB and let the event loop run in between.
+The calls do not wait for a process; they work in pieces of 1 MiB and let the event loop run in between. How paths are
+looked up is in `inside`, how things are made in `placing`, how trees are copied in `copying`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,23 +17,20 @@ from typing import Final
 
 import anyio.lowlevel
 
-from unisandbox.api import (
-    AlreadyExistsError,
-    BackendError,
-    FailedPreconditionError,
-    FileInfo,
-    InvalidArgumentError,
-    NotFoundError,
-    SandboxError,
-)
-from unisandbox.api.status import FileKind
+from unisandbox.api import AlreadyExistsError, FileInfo, InvalidArgumentError, NotFoundError, UnavailableError
 from unisandbox.engine.entry import Entry
-from unisandbox.host import syscalls
+from unisandbox.host import removal
+from unisandbox.sandbox import inside
+from unisandbox.sandbox.copying import PIECE, Copy, final_mode
+from unisandbox.sandbox.inside import Side, named
+from unisandbox.sandbox.placing import Placer
 
-_INSIDE: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
-_PIECE: Final = 1 << 20
 _OVERFLOW_ID: Final = 65534  # what the kernel shows for an id without a mapping; source: user_namespaces(7)
+# Entries between two turns of the event loop; each some 5 us.
+_ENTRIES: Final = 500
 DEFAULT_READ_LIMIT: Final = 256 << 20
+DEFAULT_LIST_LIMIT: Final = 250_000
+DEFAULT_DOWNLOAD_LIMIT: Final = 4 << 30
 
 
 class Files:
@@ -55,19 +51,20 @@ class Files:
             InvalidArgumentError: it is not a regular file, or larger than `limit`.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root, _named(path):
-            fd = _open_regular(root, path)
+        _check_limit(limit)
+        with self._root() as root, named(path):
+            fd = inside.open_regular(root, path)
             try:
-                pieces = bytearray()
-                while piece := os.read(fd, min(_PIECE, limit + 1 - len(pieces))):
-                    pieces += piece
-                    if len(pieces) > limit:
+                content = io.BytesIO()
+                while piece := os.read(fd, min(PIECE, limit + 1 - content.tell())):
+                    content.write(piece)
+                    if content.tell() > limit:
                         raise InvalidArgumentError(
                             f"{path!r} is larger than {limit} bytes", hint="Give a larger limit=, or use download()."
                         )
-                    if len(piece) == _PIECE:
+                    if len(piece) == PIECE:
                         await anyio.lowlevel.checkpoint()
-                return bytes(pieces)
+                return content.getvalue()
             finally:
                 os.close(fd)
 
@@ -75,7 +72,7 @@ class Files:
         """Put a file there, all of it or nothing: readers see the old or the new content.
 
         An existing file's owner and mode are kept, a new one belongs to the sandbox's root. A link at `path` is
-        replaced, not followed.
+        replaced, not followed; so is a FIFO, a socket or a device.
 
         Args:
             path: absolute path inside; its directory must exist.
@@ -84,31 +81,61 @@ class Files:
 
         Raises:
             NotFoundError: the directory does not exist.
-            FailedPreconditionError: the place is read-only, or the disk limit is reached.
+            InvalidArgumentError: it is a directory.
+            FailedPreconditionError: the place is read-only, `path` is a mount point, or the disk limit is reached.
         """
         await anyio.lowlevel.checkpoint()
-        content = data.encode() if isinstance(data, str) else data
-        with self._root() as root, _named(path), self._new_file(root, path, mode) as fd:
+        _check_mode(mode)
+        try:
+            content = data.encode() if isinstance(data, str) else data
+        except UnicodeEncodeError as error:
+            raise InvalidArgumentError(
+                f"the text for {path!r} cannot be written as UTF-8: {error.reason}", hint="Give bytes."
+            ) from error
+        with (
+            self._root() as root,
+            named(path),
+            inside.parent(root, path) as (directory, name),
+            self._placer().file(directory, name, path, mode) as fd,
+        ):
             view = memoryview(content)
             while view:
-                view = view[os.write(fd, view[:_PIECE]) :]
+                view = view[os.write(fd, view[:PIECE]) :]
                 if view:
                     await anyio.lowlevel.checkpoint()
 
-    async def list(self, path: str = "/") -> list[FileInfo]:
-        """What is in a directory, sorted by name.
+    async def list(self, path: str = "/", *, limit: int = DEFAULT_LIST_LIMIT) -> list[FileInfo]:
+        """What is in a directory, sorted by name; what vanishes meanwhile is left out.
+
+        Args:
+            path: absolute path inside; links are followed.
+            limit: entries; a larger directory is refused, never cut.
 
         Raises:
             NotFoundError: it does not exist.
-            InvalidArgumentError: it is not a directory.
+            InvalidArgumentError: it is not a directory, or has more than `limit` entries.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root, _named(path):
-            directory = _open_directory(root, path)
+        _check_limit(limit)
+        found: list[FileInfo] = []
+        with self._root() as root, named(path):
+            directory = inside.open_directory(root, path)
             try:
-                return [self._info(directory, name) for name in sorted(os.listdir(directory))]
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if len(found) == limit:
+                            raise InvalidArgumentError(
+                                f"{path!r} has more than {limit} entries", hint="Give a larger limit=."
+                            )
+                        info = self._info(directory, entry.name)
+                        if info is not None:
+                            found.append(info)
+                            if len(found) % _ENTRIES == 0:
+                                await anyio.lowlevel.checkpoint()
             finally:
                 os.close(directory)
+        found.sort(key=lambda info: info.name)
+        return found
 
     async def stat(self, path: str) -> FileInfo:
         """What is at `path`; a link in the last place is not followed.
@@ -117,19 +144,22 @@ class Files:
             NotFoundError: nothing is there.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root, _named(path):
-            fd = syscalls.openat2(root, _checked(path), os.O_PATH | os.O_NOFOLLOW, resolve=_INSIDE)
+        with self._root() as root, named(path):
+            fd = inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW)
             try:
-                return self._describe(os.path.basename(path.rstrip("/")) or "/", os.fstat(fd), lambda: _link(fd))
+                name = os.path.basename(path.rstrip("/")) or "/"
+                return self._describe(name, os.fstat(fd), lambda: inside.link_target(fd))
             finally:
                 os.close(fd)
 
     async def exists(self, path: str) -> bool:
-        """Whether something is at `path`."""
-        try:
-            await self.stat(path)
-        except NotFoundError:
-            return False
+        """Whether something is at `path`; also a link that leads nowhere."""
+        await anyio.lowlevel.checkpoint()
+        with self._root() as root, named(path):
+            try:
+                os.close(inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
         return True
 
     async def mkdir(self, path: str, *, mode: int = 0o755, parents: bool = True) -> None:
@@ -139,15 +169,24 @@ class Files:
             path: absolute path inside.
             mode: permission bits of what is made.
             parents: make missing parents too.
+
+        Raises:
+            AlreadyExistsError: something else is there.
+            NotFoundError: its parent is missing and `parents` is False.
         """
         await anyio.lowlevel.checkpoint()
-        parts = [part for part in _checked(path).split("/") if part not in {"", "."}]
-        with self._root() as root, _named(path):
+        _check_mode(mode)
+        parts = [part for part in inside.checked(path).split("/") if part not in {"", "."}]
+        with self._root() as root, named(path):
             for depth in range(1 if parents else len(parts), len(parts) + 1):
                 self._make_directory(root, "/" + "/".join(parts[:depth]), mode)
+                if depth % 50 == 0:
+                    await anyio.lowlevel.checkpoint()
 
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, a link (not what it points to) or a directory.
+
+        No mount is entered or removed; the rest of the tree goes, and then the error is raised.
 
         Args:
             path: absolute path inside.
@@ -155,283 +194,211 @@ class Files:
 
         Raises:
             NotFoundError: nothing is there.
-            FailedPreconditionError: the directory is not empty, or the place is read-only.
+            FailedPreconditionError: the directory is not empty, the place is read-only, or a mount point is in the way.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root, _named(path), _parent(root, path) as (parent, name):
-            await _remove(parent, name, recursive=recursive)
+        with self._root() as root, named(path), inside.parent(root, path) as (directory, name):
+            if recursive:
+                with contextlib.closing(removal.removing(directory, name, path)) as steps:
+                    for _ in steps:
+                        await anyio.lowlevel.checkpoint()
+                return
+            status = inside.look(directory, name)
+            if status is None:
+                raise NotFoundError(f"{path!r} does not exist")
+            if stat.S_ISDIR(status.st_mode):
+                os.rmdir(name, dir_fd=directory)
+            else:
+                os.unlink(name, dir_fd=directory)
 
     async def rename(self, source: str, target: str) -> None:
-        """Move a file or directory within one file system of the sandbox; an existing file at `target` is replaced."""
-        await anyio.lowlevel.checkpoint()
-        with (
-            self._root() as root,
-            _named(source),
-            _parent(root, source) as (from_directory, from_name),
-            _parent(root, target) as (to_directory, to_name),
-        ):
-            os.rename(from_name, to_name, src_dir_fd=from_directory, dst_dir_fd=to_directory)
-
-    async def upload(self, local: str | os.PathLike[str], path: str) -> None:
-        """Copy a file or a directory tree of the host to `path`; links are copied as links.
+        """Move a file or directory within one file system of the sandbox; an existing file at `target` is replaced.
 
         Raises:
+            NotFoundError: nothing is at `source`, or the directory of `target` is missing.
+            FailedPreconditionError: they are on different file systems, or one is a mount point.
+        """
+        await anyio.lowlevel.checkpoint()
+        with self._root() as root, contextlib.ExitStack() as stack:
+            with named(source):
+                from_directory, from_name = stack.enter_context(inside.parent(root, source))
+                if inside.look(from_directory, from_name) is None:
+                    raise NotFoundError(f"{source!r} does not exist")
+            with named(target):
+                to_directory, to_name = stack.enter_context(inside.parent(root, target))
+                inside.look(to_directory, to_name)
+            with named(f"{source} -> {target}"):
+                self._placer().rename(from_directory, from_name, to_directory, to_name)
+
+    async def upload(self, local: str | os.PathLike[str], path: str) -> None:
+        """Copy a file or a directory tree of the host to `path`; links are copied as links, holes as holes.
+
+        Everything belongs to the sandbox's root and has the permission bits of the original. A directory is merged into
+        one that is there, files and links below are replaced.
+
+        Raises:
+            NotFoundError: `local` or the directory of `path` does not exist.
             InvalidArgumentError: the host's path holds something that is no file, directory or link.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root:
-            await self._upload(root, os.fspath(local), path)
+        origin = inside.checked(os.fspath(local))
+        with self._root() as root, contextlib.ExitStack() as stack:
+            with named(origin, "host"):
+                probe = os.open(origin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+                stack.callback(os.close, probe)
+            copy = Copy(self._placer(), origin, "host", path, "sandbox", None)
+            status = os.fstat(probe)
+            if not stat.S_ISDIR(status.st_mode):
+                with named(path):
+                    directory, name = stack.enter_context(inside.parent(root, path))
+                await copy.entry(probe, directory, name)
+                return
+            mode = stat.S_IMODE(status.st_mode) & 0o777
+            with named(path):
+                target, made = self._open_or_make(root, path, mode | 0o700)
+            await copy.tree(*_with_source(probe, target, origin, "host"), mode if made else None)
 
-    async def download(self, path: str, local: str | os.PathLike[str]) -> None:
+    async def download(self, path: str, local: str | os.PathLike[str], *, limit: int = DEFAULT_DOWNLOAD_LIMIT) -> None:
         """Copy a file or a directory tree to the host; links are copied as links and never followed below `path`.
 
-        Devices, FIFOs and sockets are refused. An existing file at `local` is replaced, a directory is merged into.
+        Everything belongs to the caller and has the permission bits of the original under his umask; holes stay holes.
+        An existing file at `local` is replaced, a directory is merged into, a link below that is in the way of a
+        directory is replaced. Where the links that were copied lead to is the sandbox's choice: do not follow them.
+
+        Args:
+            path: absolute path inside.
+            local: path on the host. For a directory missing parents are made.
+            limit: bytes in all, each entry counted with 4 KiB at least; what is more is refused when it is met.
+
+        Raises:
+            NotFoundError: `path` or the directory of `local` does not exist.
+            InvalidArgumentError: there is more than `limit`; a device, FIFO or socket is in the tree.
         """
         await anyio.lowlevel.checkpoint()
-        with self._root() as root:
-            await self._download(root, path, os.fspath(local))
-
-    async def _upload(self, root: int, local: str, path: str) -> None:
-        with _named(local):
-            status = os.lstat(local)
-        if stat.S_ISLNK(status.st_mode):
-            with _named(path), _parent(root, path) as (parent, name):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=parent)
-                os.symlink(os.readlink(local), name, dir_fd=parent)
-                self._give(parent, name)
-        elif stat.S_ISDIR(status.st_mode):
-            with _named(path):
-                self._make_directory(root, path, stat.S_IMODE(status.st_mode))
-            for name in sorted(os.listdir(local)):
-                await self._upload(root, os.path.join(local, name), f"{path.rstrip('/')}/{name}")
-        elif stat.S_ISREG(status.st_mode):
+        _check_limit(limit)
+        goal = inside.checked(os.fspath(local))
+        with self._root() as root, contextlib.ExitStack() as stack:
+            with named(path):
+                probe = inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW)
+                stack.callback(os.close, probe)
+            copy = Copy(Placer(None), path, "sandbox", goal, "host", limit)
+            status = os.fstat(probe)
+            if not stat.S_ISDIR(status.st_mode):
+                with named(goal, "host"):
+                    directory, name = stack.enter_context(_local_parent(goal))
+                await copy.entry(probe, directory, name)
+                return
             mode = stat.S_IMODE(status.st_mode) & 0o777
-            with open(local, "rb") as source, _named(path), self._new_file(root, path, mode) as fd:
-                while piece := source.read(_PIECE):
-                    view = memoryview(piece)
-                    while view:
-                        view = view[os.write(fd, view) :]
-                    await anyio.lowlevel.checkpoint()
-        else:
-            raise InvalidArgumentError(f"{local!r} is neither a file, a directory nor a link")
-
-    async def _download(self, root: int, path: str, local: str) -> None:
-        with _named(path):
-            fd = syscalls.openat2(root, _checked(path), os.O_PATH | os.O_NOFOLLOW, resolve=_INSIDE)
-        try:
-            status = os.fstat(fd)
-            if stat.S_ISLNK(status.st_mode):
-                with _named(local):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(local)
-                    os.symlink(_link(fd), local)
-            elif stat.S_ISDIR(status.st_mode):
-                with _named(local):
-                    os.makedirs(local, exist_ok=True)
-                names = sorted(os.listdir(f"/proc/self/fd/{fd}"))
-                for name in names:
-                    await self._download(fd, name, os.path.join(local, name))
-            elif stat.S_ISREG(status.st_mode):
-                source = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-                try:
-                    await _save(source, local, stat.S_IMODE(status.st_mode) & 0o777)
-                finally:
-                    os.close(source)
-            else:
-                raise InvalidArgumentError(f"{path!r} is neither a file, a directory nor a link")
-        finally:
-            os.close(fd)
+            with named(goal, "host"):
+                target, made = _local_directory(goal, mode | 0o700)
+            await copy.tree(*_with_source(probe, target, path, "sandbox"), final_mode(target, mode) if made else None)
 
     @contextmanager
     def _root(self) -> Iterator[int]:
-        fd = self._entry.sandboxer.root_fd(self._entry.sandbox_id)
+        entry = self._entry
+        try:
+            fd = entry.sandboxer.root_fd(entry.sandbox_id)
+        except OSError as error:
+            raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
         try:
             yield fd
         finally:
             os.close(fd)
 
-    @contextmanager
-    def _new_file(self, root: int, path: str, mode: int | None) -> Iterator[int]:
-        """A file under another name that becomes `path` when the block ends well, and vanishes otherwise."""
-        with _parent(root, path) as (parent, name):
-            uid, gid = self._owner()
-            try:
-                old = os.stat(name, dir_fd=parent, follow_symlinks=False)
-            except FileNotFoundError:
-                old = None
-            if old is not None and stat.S_ISDIR(old.st_mode):
-                raise InvalidArgumentError(f"{path!r} is a directory")
-            if old is not None and stat.S_ISREG(old.st_mode):
-                uid, gid = old.st_uid, old.st_gid
-                mode = stat.S_IMODE(old.st_mode) if mode is None else mode
-            temporary = f".{name[:200]}.{secrets.token_hex(6)}"
-            fd = os.open(
-                temporary,
-                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-                0o600,
-                dir_fd=parent,
-            )
-            try:
-                yield fd
-                os.fchown(fd, uid, gid)
-                os.fchmod(fd, 0o644 if mode is None else mode)
-                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            except BaseException:
-                with contextlib.suppress(OSError):  # the error that matters is on its way
-                    os.unlink(temporary, dir_fd=parent)
-                raise
-            finally:
-                os.close(fd)
+    def _placer(self) -> Placer:
+        first, _ = self._entry.sandboxer.host_ids(self._entry.sandbox_id)
+        return Placer((first, first))
+
+    def _open_or_make(self, root: int, path: str, mode: int) -> tuple[int, bool]:
+        """The directory at `path`, links followed, and whether it was made."""
+        try:
+            return inside.open_directory(root, path), False
+        except FileNotFoundError:
+            with inside.parent(root, path) as (directory, name):
+                return self._placer().make_directory(directory, name, mode), True
 
     def _make_directory(self, root: int, path: str, mode: int) -> None:
         try:
-            os.close(_open_directory(root, path))
-        except FileNotFoundError:
-            with _parent(root, path) as (parent, name):
-                os.mkdir(name, mode, dir_fd=parent)
-                os.chmod(name, mode, dir_fd=parent)
-                self._give(parent, name)
+            fd, _ = self._open_or_make(root, path, mode)
+        except FileExistsError:
+            # Somebody was quicker, which is fine, or a link leads nowhere.
+            try:
+                fd = inside.open_directory(root, path)
+            except FileNotFoundError:
+                raise AlreadyExistsError(f"{path!r} exists already, and is a link that leads nowhere") from None
+        os.close(fd)
 
-    def _owner(self) -> tuple[int, int]:
-        first, _ = self._entry.sandboxer.host_ids(self._entry.sandbox_id)
-        return first, first
-
-    def _give(self, parent: int, name: str) -> None:
-        uid, gid = self._owner()
-        os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
-
-    def _info(self, directory: int, name: str) -> FileInfo:
-        status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        return self._describe(name, status, lambda: os.readlink(name, dir_fd=directory))
+    def _info(self, directory: int, name: str) -> FileInfo | None:
+        while True:
+            try:
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+                return self._describe(name, status, lambda: os.readlink(name, dir_fd=directory))
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # readlink: it is no link any more
+                    raise
 
     def _describe(self, name: str, status: os.stat_result, target: Callable[[], str]) -> FileInfo:
-        kind = _kind(status.st_mode)
+        kind = inside.kind_of(status.st_mode)
+        first, count = self._entry.sandboxer.host_ids(self._entry.sandbox_id)
+
+        def id_inside(host_id: int) -> int:
+            return host_id - first if first <= host_id < first + count else _OVERFLOW_ID
+
         return FileInfo(
             name=name,
             kind=kind,
             size=status.st_size,
             mode=stat.S_IMODE(status.st_mode),
             mtime=status.st_mtime,
-            uid=self._inside(status.st_uid),
-            gid=self._inside(status.st_gid),
+            uid=id_inside(status.st_uid),
+            gid=id_inside(status.st_gid),
             target=target() if kind == "symlink" else "",
         )
 
-    def _inside(self, host_id: int) -> int:
-        first, count = self._entry.sandboxer.host_ids(self._entry.sandbox_id)
-        return host_id - first if first <= host_id < first + count else _OVERFLOW_ID
+
+def _check_limit(limit: int) -> None:
+    if limit < 0:
+        raise InvalidArgumentError(f"limit must be >= 0, got {limit}")
 
 
-def _checked(path: str) -> str:
-    if not path or "\0" in path:
-        raise InvalidArgumentError(f"{path!r} is not a path")
-    return path
+def _check_mode(mode: int | None) -> None:
+    if mode is not None and not 0 <= mode <= 0o7777:
+        raise InvalidArgumentError(f"mode must be permission bits, 0o0 to 0o7777, got {mode:#o}")
 
 
-def _open_directory(root: int, path: str) -> int:
-    return syscalls.openat2(root, _checked(path), os.O_RDONLY | os.O_DIRECTORY, resolve=_INSIDE)
-
-
-def _open_regular(root: int, path: str) -> int:
-    probe = syscalls.openat2(root, _checked(path), os.O_PATH, resolve=_INSIDE)
+def _with_source(probe: int, target: int, path: str, side: Side) -> tuple[int, int]:
+    """A descriptor to read the directory behind `probe`, and `target`, which is closed if there is none."""
     try:
-        kind = _kind(os.fstat(probe).st_mode)
-        if kind != "file":
-            raise InvalidArgumentError(f"{path!r} is not a regular file but a {kind}")
-        # The inode is pinned by the O_PATH descriptor: what is opened is what was looked at.
-        return os.open(f"/proc/self/fd/{probe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    finally:
-        os.close(probe)
+        with named(path, side):
+            return inside.reopen(probe, os.O_DIRECTORY), target
+    except BaseException:
+        os.close(target)
+        raise
 
 
 @contextmanager
-def _parent(root: int, path: str) -> Iterator[tuple[int, str]]:
-    """The directory that holds `path`, and the last part of it."""
-    directory, name = os.path.split(_checked(path).rstrip("/"))
+def _local_parent(path: str) -> Iterator[tuple[int, str]]:
+    """The directory of the host that holds the caller's `path`, and the last part of it."""
+    directory, name = os.path.split(path)
     if name in {"", ".", ".."}:
         raise InvalidArgumentError(f"{path!r} does not name a file in a directory")
-    fd = syscalls.openat2(root, directory or ".", os.O_PATH | os.O_DIRECTORY, resolve=_INSIDE)
+    fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd, name
     finally:
         os.close(fd)
 
 
-async def _remove(parent: int, name: str, *, recursive: bool) -> None:
-    if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=parent)
-        return
-    if recursive:
-        # Depth first with descriptors only: a directory swapped for a link meanwhile fails instead of leading away.
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            for inner in os.listdir(fd):
-                await _remove(fd, inner, recursive=True)
-        finally:
-            os.close(fd)
-        await anyio.lowlevel.checkpoint()
-    os.rmdir(name, dir_fd=parent)
-
-
-async def _save(source: int, local: str, mode: int) -> None:
-    temporary = f"{local}.{secrets.token_hex(6)}"
-    with _named(local):
-        target = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-        try:
-            while piece := os.read(source, _PIECE):
-                view = memoryview(piece)
-                while view:
-                    view = view[os.write(target, view) :]
-                await anyio.lowlevel.checkpoint()
-            os.rename(temporary, local)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        finally:
-            os.close(target)
-
-
-def _link(fd: int) -> str:
-    return os.readlink("", dir_fd=fd)
-
-
-def _kind(mode: int) -> FileKind:
-    if stat.S_ISREG(mode):
-        return "file"
-    if stat.S_ISDIR(mode):
-        return "directory"
-    if stat.S_ISLNK(mode):
-        return "symlink"
-    if stat.S_ISFIFO(mode):
-        return "fifo"
-    return "socket" if stat.S_ISSOCK(mode) else "device"
-
-
-@contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Translate the kernel's answers into errors that name the path."""
+def _local_directory(path: str, mode: int) -> tuple[int, bool]:
+    """The host's directory at the caller's `path`, which may be a link of his, and whether it was made."""
+    parent = os.path.dirname(path.rstrip("/"))
+    if parent:
+        os.makedirs(parent, exist_ok=True)
     try:
-        yield
-    except SandboxError:
-        raise
-    except OSError as error:
-        raise _translate(error, path) from error
-
-
-def _translate(error: OSError, path: str) -> SandboxError:
-    number = error.errno
-    why = os.strerror(number or 0)
-    if number == errno.ENOENT:
-        return NotFoundError(f"{path!r} does not exist")
-    if number == errno.EEXIST:
-        return AlreadyExistsError(f"{path!r} exists already")
-    if number in {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.EBUSY, errno.EXDEV}:
-        return FailedPreconditionError(f"{path!r}: {why}")
-    if number in {errno.ENOSPC, errno.EDQUOT}:
-        return FailedPreconditionError(
-            f"{path!r}: {why}", hint="The sandbox's disk limit is reached: create it with a larger Resources(disk=)."
-        )
-    if number in {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}:
-        return InvalidArgumentError(f"{path!r}: {why}")
-    return BackendError(f"{path!r}: {why}")
+        os.mkdir(path, mode)
+        made = True
+    except FileExistsError:
+        made = False
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), made

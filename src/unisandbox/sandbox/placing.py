@@ -100,12 +100,14 @@ class Placer:
         """The directory `name`, opened to read it, and whether it was made; a link with that name is replaced."""
         for _ in range(_ATTEMPTS):
             try:
-                return syscalls.openat2(directory, name, _DIRECTORY, resolve=ONE_STEP), False
-            except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):
+                try:
+                    return syscalls.openat2(directory, name, _DIRECTORY, resolve=ONE_STEP), False
+                except FileNotFoundError:
                     return self.make_directory(directory, name, mode), True
+            except FileExistsError:
+                continue
             except OSError as error:
-                if error.errno not in {errno.ELOOP, errno.ENOTDIR, errno.EAGAIN}:
+                if error.errno not in {errno.ELOOP, errno.ENOTDIR, errno.EAGAIN, errno.ENOENT}:
                     raise
                 old = look(directory, name)
                 if old is not None and stat.S_ISLNK(old.st_mode):

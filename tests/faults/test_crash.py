@@ -1,0 +1,255 @@
+"""kill -9 of the host process, of the keeper, of an init, of a runtime: what is left is nothing, and nobody hangs."""
+
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC251 - a test may block its own event loop
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from tests.keepers import until
+from tests.programs import program
+
+from unisandbox import (
+    Engine,
+    Exit,
+    Resources,
+    Sandbox,
+    SandboxError,
+    UnavailableError,
+)
+from unisandbox.conformance.inventory import Inventory, settle
+
+pytestmark = pytest.mark.root
+SMALL = Resources(memory="64M")
+
+CROWD = """
+async def main():
+    async with Engine.open() as engine:
+        limit = anyio.CapacityLimiter(8)
+        async def one(number):
+            async with limit:
+                sandbox = await engine.create(resources=Resources(memory="64M"))
+                await sandbox.exec(["sleep", "1000"])
+        async with anyio.create_task_group() as group:
+            for number in range(int(sys.argv[2])):
+                group.start_soon(one, number)
+        child = os.fork() if sys.argv[3] == "fork" else 0
+        if sys.argv[3] == "fork" and child == 0:
+            signal.pause()  # holds every descriptor of the dead engine, its socket too
+        tell(keeper=engine._core.host.keeper.pid, child=child)
+        await anyio.sleep_forever()
+anyio.run(main, backend=sys.argv[1])
+"""
+
+# Everything that an engine does, again and again, so that a kill at a random moment meets each of it.
+WORK = """
+async def main():
+    async with Engine.open(sys.argv[2] or None) as engine:
+        tell(keeper=engine._core.host.keeper.pid)
+        async def one():
+            while True:
+                async with engine.create(resources=Resources(memory="64M", disk="128M" if big() else "16M")) as sandbox:
+                    await sandbox.run(["true"])
+                    await sandbox.files.write("/tmp/a", b"x")
+                    async with sandbox.exec(["cat"], stdin="pipe") as process:
+                        await process.stdin.send(b"x")
+                    container = await sandbox.containers.add(argv=["sleep", "1000"], rootfs="host")
+                    await sandbox.stop(grace=0)
+        import random
+        dice = random.Random(int(sys.argv[3]))
+        def big():
+            return dice.random() < 0.2
+        async with anyio.create_task_group() as group:
+            for _ in range(3):
+                group.start_soon(one)
+anyio.run(main, backend=sys.argv[1])
+"""
+
+
+@contextmanager
+def end_of(pid: int) -> Iterator[Callable[[float], bool]]:
+    """Call it to wait so many seconds for the end of a process that is nobody's child here."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        yield lambda seconds: bool(select.select([pidfd], [], [], seconds)[0])
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_fifty_sandboxes_end_within_a_second_of_their_host_process(
+    backend: str, how: str, count: Callable[[int], int], record_property: Callable[[str, object], None]
+) -> None:
+    before = Inventory.take()
+    with program(CROWD, backend, str(max(50, count(200))), how) as host:
+        told = host.heard()
+        with end_of(told["keeper"]) as ended:
+            begun = time.monotonic()
+            os.kill(host.pid, signal.SIGKILL)
+            assert ended(30.0), "the keeper goes on without its owner"
+            took = time.monotonic() - begun
+        record_property("seconds", took)
+        if told["child"]:
+            os.kill(told["child"], signal.SIGKILL)
+        host.kill()
+    assert took < (1.0 if count(10) == 1 else 4.0)
+    assert settle(before) == []
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_kill_at_any_moment_leaves_nothing(backend: str, count: Callable[[int], int], tmp_path: Path) -> None:
+    seed = secrets.randbits(32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    for turn in range(count(100)):
+        before = Inventory.take()
+        place = str(tmp_path / "state") if turn % 2 else ""
+        with program(WORK, backend, place, str(dice.getrandbits(32))) as host:
+            keeper = host.heard()["keeper"]
+            with end_of(keeper) as ended:
+                # Not for luck: the moment of the kill is what is drawn.
+                time.sleep(dice.uniform(0.0, 0.4))
+                host.kill()
+                assert ended(10.0), f"seed {seed}, turn {turn}: the keeper goes on without its owner"
+        left = settle(before, 5.0)
+        assert left == [], f"seed {seed}, turn {turn}"
+        if place:
+            assert sorted(os.listdir(place)) == ["engine-id", "exits", "keeper.log", "lock", "sandboxes"][
+                : len(os.listdir(place))
+            ] or not [name for name in os.listdir(place) if name.endswith((".img", ".sock", ".tmp"))], (
+                f"seed {seed}, turn {turn}"
+            )
+
+
+async def raised_by(call: Callable[[], object]) -> tuple[type[BaseException] | None, str]:
+    try:
+        await call()  # type: ignore[misc]
+    except SandboxError as error:
+        return type(error), str(error)
+    return None, ""
+
+
+@pytest.mark.anyio
+async def test_without_its_keeper_every_call_fails_at_once_and_close_cleans_up() -> None:
+    engine = await Engine.open()
+    sandbox = await engine.create(resources=SMALL)
+    await sandbox.run(["true"])
+    process = await sandbox.exec(["sleep", "1000"])
+    container = await sandbox.containers.add(argv=["sleep", "1000"])
+    pending: dict[str, tuple[type[BaseException] | None, str]] = {}
+    keeper = engine._core.host.keeper.pid
+    with anyio.fail_after(10):
+        async with anyio.create_task_group() as group:
+
+            async def wait(name: str, call: Callable[[], object]) -> None:
+                pending[name] = await raised_by(call)
+
+            group.start_soon(wait, "wait", process.wait)
+            group.start_soon(wait, "run", lambda: sandbox.run(["sleep", "1000"]))
+            group.start_soon(wait, "container", container.wait)
+            await anyio.wait_all_tasks_blocked()
+            begun = time.monotonic()
+            os.kill(keeper, signal.SIGKILL)
+        took = time.monotonic() - begun
+        assert {kind for kind, _ in pending.values()} == {UnavailableError}, pending
+        assert took < 1.0
+        later = {
+            "run": await raised_by(lambda: sandbox.run(["true"])),
+            "exec": await raised_by(lambda: sandbox.exec(["true"])),
+            "create": await raised_by(lambda: engine.create(resources=SMALL)),
+            "add": await raised_by(lambda: sandbox.containers.add(argv=["true"])),
+        }
+        assert {kind for kind, _ in later.values()} == {UnavailableError}, later
+        assert all("keeper" in text for _, text in later.values()), later
+        await raised_by(process.aclose)
+        kind, text = await raised_by(engine.close)
+    # Processes, cgroups, mounts and files: the fixture of every test looks for them now.
+    assert kind in {None, UnavailableError}, text
+    with pytest.raises(SandboxError):
+        await sandbox.status()
+
+
+@pytest.mark.anyio
+async def test_without_its_keeper_the_end_of_the_default_engine_cleans_up_too(anyio_backend: str) -> None:
+    code = """
+async def main():
+    sandbox = await Sandbox.create(resources=Resources(memory="64M"))
+    await sandbox.exec(["sleep", "1000"])
+    os.kill(sandbox._entry._core.host.keeper.pid, signal.SIGKILL)
+anyio.run(main, backend=sys.argv[1])
+tell(ok=True)
+"""
+    with program(code, anyio_backend) as host:
+        assert host.heard() == {"ok": True}
+        assert host.finish() == (0, "", "")
+
+
+def init_of(sandbox: Sandbox, pid: int) -> int:
+    """The host's pid of the init that is the parent of a process of the sandbox."""
+    with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+        return int(file.read().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.anyio
+async def test_a_killed_init_ends_its_processes_and_the_next_run_gets_a_new_one() -> None:
+    async with (
+        Engine.open() as engine,
+        engine.create(resources=SMALL) as sandbox,
+        engine.create(resources=SMALL) as other,
+    ):
+        await other.run(["true"])
+        await sandbox.files.write("/tmp/kept", b"kept")
+        process = await sandbox.exec(["sleep", "1000"])
+        os.kill(init_of(sandbox, process.pid), signal.SIGKILL)
+        with anyio.fail_after(10):
+            exit = await process.wait()
+            assert isinstance(exit, Exit)
+            assert (exit.code, exit.signal) == (137, 9)
+            assert (await sandbox.run(["cat", "/tmp/kept"])).stdout == b"kept"
+        await process.aclose()
+        assert (await other.run(["true"])).exit_code == 0
+
+
+@pytest.mark.anyio
+async def test_a_stopped_init_is_no_hang() -> None:
+    """SIGSTOP from outside: a run with a timeout ends by it, and so do kill and remove."""
+    async with Engine.open() as engine, engine.create(resources=SMALL) as sandbox:
+        process = await sandbox.exec(["sleep", "1000"])
+        init = init_of(sandbox, process.pid)
+        os.kill(init, signal.SIGSTOP)
+        begun = time.monotonic()
+        kind, _ = await raised_by(lambda: sandbox.run(["true"], timeout=0.5))
+        assert kind is not None
+        assert time.monotonic() - begun < 8.0
+        assert not sandbox.name
+        async with engine.create(resources=SMALL) as other:
+            assert (await other.run(["true"])).exit_code == 0
+        with anyio.fail_after(15):
+            await sandbox.remove()
+            assert not os.path.exists(f"/proc/{init}") or until_dead(init)
+
+
+def until_dead(pid: int) -> bool:
+    until(lambda: not os.path.exists(f"/proc/{pid}"), f"process {pid} is gone", deadline=5.0)
+    return True
+
+
+@pytest.mark.anyio
+async def test_every_process_killed_from_outside_is_told_as_it_was() -> None:
+    async with Engine.open() as engine, engine.create(resources=SMALL) as sandbox:
+        async with sandbox.exec(["sleep", "1000"]) as process:
+            os.kill(process.pid, signal.SIGUSR1)
+            exit = await process.wait()
+            assert (exit.code, exit.signal, exit.reason) == (128 + signal.SIGUSR1, signal.SIGUSR1, "signaled")
+        assert (await sandbox.run(["true"])).exit_code == 0

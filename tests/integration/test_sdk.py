@@ -1,0 +1,244 @@
+"""The SDK beyond the contract of every backend: openings, the default engine, messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import anyio
+import pytest
+
+from unisandbox import (
+    AlreadyExistsError,
+    DeadlineExceededError,
+    Engine,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Mount,
+    NotFoundError,
+    Rootfs,
+    Sandbox,
+    SandboxError,
+    UnsupportedError,
+)
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+
+@pytest.fixture
+async def engine(anyio_backend: str) -> AsyncIterator[Engine]:
+    async with Engine.open() as opened:
+        yield opened
+
+
+async def test_the_surface_as_written(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "state") as engine:
+        sandbox = await engine.create(rootfs="host", name="w")
+        assert (await engine.get("w")).id == sandbox.id
+        done = await sandbox.run(
+            ["python3", "-c", "print(6*7)"], input=None, cwd=None, env={}, user=None, timeout=30, check=False
+        )
+        assert (done.exit_code, done.stdout, done.stderr, done.text) == (0, b"42\n", b"", "42\n")
+        assert (await sandbox.sh("echo a | wc -c")).text.strip() == "2"
+        async with sandbox.exec(["cat"], stdin="pipe", tty=False) as process:
+            await process.stdin.send(b"x")
+            await process.stdin.aclose()
+            assert [output.data async for output in process] == [b"x"]
+        await sandbox.files.write("/tmp/a.txt", b"hi")
+        assert await sandbox.files.read("/tmp/a.txt") == b"hi"
+        container = await sandbox.containers.add(rootfs="host", argv=["sleep", "0.1"])
+        assert (await container.wait()).code == 0
+        await sandbox.stop(grace=5)
+        await sandbox.remove()
+
+
+async def test_an_opening_opens_once(engine: Engine) -> None:
+    opening = engine.create(isolation="runc")
+    async with opening:
+        with pytest.raises(RuntimeError, match="once"):
+            await opening
+
+
+async def test_the_default_engine_is_shared_in_a_loop_and_gone_with_it() -> None:
+    async with Sandbox.create(name="one") as one, Sandbox.create(name="two") as two:
+        assert one.id != two.id
+        with pytest.raises(AlreadyExistsError):
+            await Sandbox.create(name="one")
+
+
+async def test_a_state_directory_has_one_engine(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "state"):
+        with pytest.raises(FailedPreconditionError, match=re.escape(str(tmp_path))):
+            await Engine.open(tmp_path / "state")
+    async with Engine.open(tmp_path / "state") as again:
+        assert await again.list() == []
+
+
+async def test_an_engine_leaves_its_state_directory_tidy(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "state") as engine, engine.create(isolation="runc") as sandbox:
+        await sandbox.run(["true"])
+        assert list((tmp_path / "state" / "sandboxes").iterdir())
+    assert not list((tmp_path / "state" / "sandboxes").iterdir())
+    assert not list((tmp_path / "state").glob("layer-*"))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"isolation": "nope"}, InvalidArgumentError, "Installed backends: .*runc"),
+        ({"rootfs": "debian:12"}, UnsupportedError, "image"),
+        ({"rootfs": "/no/such/dir"}, InvalidArgumentError, "/no/such/dir"),
+        ({"rootfs": "/etc/passwd"}, InvalidArgumentError, "/etc/passwd"),
+        ({"mounts": [Mount.bind("/no/such", "/mnt/x")]}, InvalidArgumentError, "/no/such"),
+        ({"network": "/no/such"}, InvalidArgumentError, "/no/such"),
+        ({"network": "/etc/passwd"}, InvalidArgumentError, "no network namespace"),
+        ({"sysctls": {"kernel.core_pattern": "|/x"}}, InvalidArgumentError, "would change the host"),
+        ({"sysctls": {"net.ipv4.ip_forward": "1"}, "network": "host"}, UnsupportedError, "not the sandbox's own"),
+        ({"ttl": 5.0}, UnsupportedError, "ttl"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+async def test_what_cannot_be_had_is_refused_with_the_reason(
+    engine: Engine, options: dict[str, object], error: type[SandboxError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        await engine.create(**options)  # type: ignore[arg-type]
+    assert await engine.list() == []
+
+
+async def test_settings_names_and_addresses_are_as_asked(engine: Engine) -> None:
+    from unisandbox import Dns
+
+    async with engine.create(
+        hostname="web",
+        sysctls={"net.ipv4.ip_forward": "1", "kernel.shmmax": "65536"},
+        hosts={"db": "10.0.0.5"},
+        dns=Dns(servers=("10.0.0.1",), search=("example.org",)),
+    ) as sandbox:
+        done = await sandbox.sh(
+            "hostname; cat /proc/sys/net/ipv4/ip_forward /proc/sys/kernel/shmmax; cat /etc/hosts /etc/resolv.conf"
+        )
+    words = done.text.split("\n")
+    assert words[:3] == ["web", "1", "65536"]
+    assert "10.0.0.5 db" in words
+    assert "nameserver 10.0.0.1" in words
+    assert "search example.org" in words
+
+
+async def test_users_by_name_and_number(engine: Engine) -> None:
+    async with engine.create(user="user") as sandbox:
+        assert (await sandbox.sh("id -u; id -g; echo $HOME; touch ~/x && echo ok")).text.split() == [
+            "1000",
+            "1000",
+            "/home/user",
+            "ok",
+        ]
+        assert (await sandbox.sh("id -u; id -g", user="root")).text.split() == ["0", "0"]
+        assert (await sandbox.sh("id -u; id -g", user="12:34")).text.split() == ["12", "34"]
+        assert (await sandbox.sh("id -u; id -g", user="12:tty")).text.split() == ["12", "5"]
+        for wrong in ("nobody-like-that", 65536, "0:70000", "-1", ""):
+            with pytest.raises(InvalidArgumentError):
+                await sandbox.run(["true"], user=wrong)
+
+
+async def test_a_program_outside_of_usr_is_explained(engine: Engine, tmp_path: Path) -> None:
+    program = tmp_path / "tool"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    async with engine.create() as sandbox:
+        with pytest.raises(InvalidArgumentError, match="shows only programs below /usr") as caught:
+            await sandbox.run([str(program)])
+        assert caught.value.exit_code == 127
+
+
+async def test_large_arguments_and_environments(engine: Engine) -> None:
+    async with engine.create() as sandbox:
+        words = ["x" * 100_000] * 10
+        done = await sandbox.run(
+            ["sh", "-c", 'echo ${#1} $#; printf %s "$BIG" | wc -c', "sh", *words], env={"BIG": "y" * 120_000}
+        )
+        assert done.text.split() == ["100000", "10", "120000"]
+        with pytest.raises(InvalidArgumentError, match="too large"):
+            await sandbox.run(["true", "x" * 200_000])
+        assert (await sandbox.run(["true"])).exit_code == 0
+
+
+async def test_a_timeout_says_so_and_keeps_what_there_was(engine: Engine) -> None:
+    async with engine.create() as sandbox:
+        with pytest.raises(DeadlineExceededError, match=r"did not end within 0\.3 s") as caught:
+            await sandbox.sh("echo before; sleep 60; echo after", timeout=0.3)
+        completed = caught.value.completed
+        assert completed is not None
+        assert (completed.stdout, completed.exit.signal, completed.exit.reason) == (b"before\n", 9, "signaled")
+        assert 0.25 < completed.duration < 10
+        for wrong in (0, -1.0, float("nan")):
+            with pytest.raises(InvalidArgumentError):
+                await sandbox.run(["true"], timeout=wrong)
+
+
+async def test_a_timeout_that_catches_the_start_leaves_nothing(engine: Engine) -> None:
+    async with engine.create() as sandbox:
+        with pytest.raises(DeadlineExceededError):
+            await sandbox.run(["sleep", "60"], timeout=0.000001)
+        assert (await sandbox.run(["true"])).exit_code == 0
+
+
+async def test_a_directory_as_root_runs_programs_with_a_layer_on_top(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "usr").mkdir()
+    for name in ("bin", "lib", "lib64"):
+        (tmp_path / name).symlink_to(f"usr/{name}")
+    for readonly in (False, True):
+        rootfs = Rootfs.dir(tmp_path, readonly=readonly)
+        async with engine.create(rootfs=rootfs, mounts=[Mount.bind("/usr", "/usr")]) as sandbox:
+            done = await sandbox.sh("id -u; echo x > /tmp/x && cat /tmp/x; mkdir /new && echo made")
+            assert done.text.split() == (["0", "x"] if readonly else ["0", "x", "made"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "lib", "lib64", "usr"]  # noqa: ASYNC240
+
+
+async def test_mounts_are_there_in_time_and_as_asked(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("of the host")
+    script = (
+        "cat /tmp/one-file; echo; stat -c %u /data/file; touch /mnt/ro/x 2>/dev/null || echo held;"
+        " echo new > /data/new;"
+        " head -c 4M /dev/zero > /cache/x 2>/dev/null || stat -c %s /cache/x"
+    )
+    mounts = [
+        Mount.bind(tmp_path, "/mnt/ro"),
+        Mount.bind(tmp_path, "/data", readonly=False),
+        Mount.bind(tmp_path / "file", "/tmp/one-file"),
+        Mount.tmpfs("/cache", size="1M"),
+    ]
+    async with engine.create(mounts=mounts) as sandbox:
+        assert await sandbox.files.read("/mnt/ro/file") == b"of the host"
+        done = await sandbox.sh(script)
+        assert done.text.split("\n")[:4] == ["of the host", "0", "held", str(1 << 20)]
+    assert (tmp_path / "new").read_text() == "new\n"
+    assert (tmp_path / "new").stat().st_uid == 0
+
+
+async def test_handles_of_one_sandbox_are_equal_in_power(engine: Engine) -> None:
+    await engine.create(name="w")
+    first, second = await engine.get("w"), await engine.get("w")
+    async with first.exec(["cat"], stdin="pipe"):
+        await second.remove()
+    with pytest.raises(NotFoundError):
+        await first.run(["true"])
+
+
+async def test_events_reach_a_reader_that_waits(engine: Engine) -> None:
+    seen: list[str] = []
+
+    async def read() -> None:
+        async for event in engine.events():
+            seen.append(event.kind)  # noqa: PERF401 - what was seen so far counts
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(read)
+        await anyio.wait_all_tasks_blocked()
+        async with engine.create() as sandbox:
+            await sandbox.run(["true"])
+        await engine.close()
+
+    assert seen[0] == "sandbox.created"
+    assert seen[-1] == "sandbox.removed"

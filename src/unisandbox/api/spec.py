@@ -98,6 +98,12 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], Any], None]
     return check
 
 
+def _half_of_the_memory(resources: Resources) -> int:
+    if resources.memory is None:
+        return _LARGEST_DEFAULT_DISK
+    return min(max(resources.memory // 2, LEAST_DISK), _LARGEST_DEFAULT_DISK)
+
+
 @attrs.frozen
 class Resources:
     """Limits of a sandbox or of one container in it. None means: not limited.
@@ -117,17 +123,11 @@ class Resources:
     swap: int | None = attrs.field(default=0, validator=_whole)
     cpu: float | None = attrs.field(default=None, validator=_positive)
     pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
-    disk: int | None = attrs.field(converter=_size, validator=_at_least(LEAST_DISK))
+    disk: int | None = attrs.field(
+        default=attrs.Factory(_half_of_the_memory, takes_self=True), converter=_size, validator=_at_least(LEAST_DISK)
+    )
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
     core: int | None = attrs.field(default=0, validator=_whole)
-
-    @disk.default
-    def _half_of_the_memory(self) -> int:
-        return (
-            _LARGEST_DEFAULT_DISK
-            if self.memory is None
-            else min(max(self.memory // 2, LEAST_DISK), _LARGEST_DEFAULT_DISK)
-        )
 
     @classmethod
     def unlimited(cls) -> Resources:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Final, Literal
 
 import anyio
@@ -13,7 +13,6 @@ import anyio.lowlevel
 
 from unisandbox.api import (
     AlreadyExistsError,
-    Event,
     FailedPreconditionError,
     NotFoundError,
     Probe,
@@ -26,7 +25,7 @@ from unisandbox.api import (
 from unisandbox.engine.choice import Choice, choose
 from unisandbox.engine.entry import CLEANING_SECONDS, Entry
 from unisandbox.engine.events import EventLog
-from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec
+from unisandbox.engine.records import Record, RecordStore, boot_id
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
 from unisandbox.host.cgroups import Cgroups, ending
@@ -46,12 +45,14 @@ class EngineCore:
         host: what it lends to backends.
         events: what happened.
         closed: it has been closed, or is being closed.
+        gone: nothing of it is left.
     """
 
     def __init__(self, host: Host, state: StateDirectory, registry: Registry) -> None:
         self.host = host
         self.events: EventLog = EventLog()
         self.closed: bool = False
+        self.gone: bool = False
         self._state = state
         self._registry = registry
         self._records = RecordStore(os.path.join(host.state_dir, "sandboxes"), durable=state.durable)
@@ -153,11 +154,6 @@ class EngineCore:
         """Every sandbox that is not removed, the oldest first."""
         return sorted(self._entries.values(), key=lambda entry: entry.created_at)
 
-    async def read_events(self, after: int = 0) -> AsyncIterator[Event]:
-        """See `EventLog.read`."""
-        async for event in self.events.read(after):
-            yield event
-
     def write_record(self, entry: Entry, phase: Literal["creating", "ready", "stopped", "removing"]) -> None:
         """Put on disk what is being done, or was reached."""
         self._records.write(
@@ -169,7 +165,7 @@ class EngineCore:
                 created_at=entry.created_at,
                 boot_id=self._boot_id,
                 owner_pid=os.getpid(),
-                spec=plain_spec(entry.spec) if phase == "creating" else {},
+                spec=entry.plain_spec,
             )
         )
 
@@ -223,6 +219,7 @@ class EngineCore:
             ending.kill(dirs)
             ending.remove(dirs, CLEANING_SECONDS)
         self._state.discard()
+        self.gone = True
 
     @staticmethod
     async def _remove(entry: Entry, errors: list[SandboxError]) -> None:

@@ -27,6 +27,7 @@ from unisandbox.api import (
     Stdio,
     TaskService,
 )
+from unisandbox.engine.records import plain_spec
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -59,6 +60,7 @@ class Entry:
         self.main = MAIN
         self.closing: set[Callable[[], None]] = set()
         self.created_at: float = time.time()
+        self.plain_spec: dict[str, object] = plain_spec(spec)
         self._core = core
         self._sandboxer = sandboxer
         self._lock = anyio.Lock()
@@ -244,7 +246,7 @@ class Entry:
     async def stop(self, grace: float) -> None:
         """End every process; the files stay. Repeating is harmless."""
         async with self._lock:
-            if self._state != "ready":
+            if self._state != "ready" or self._core.closed:
                 return
             await self._sandboxer.stop(self.sandbox_id, grace=grace)
             self._main_made = False
@@ -254,7 +256,7 @@ class Entry:
 
     def kill_now(self) -> None:
         """End every process by synchronous system calls."""
-        if self._state == "ready":
+        if self._state == "ready" and not self._core.gone:
             self._sandboxer.kill_now(self.sandbox_id)
 
     async def kill(self) -> None:
@@ -264,7 +266,7 @@ class Entry:
 
     async def remove(self) -> None:
         """End it and free everything. Repeating is harmless, also from several tasks."""
-        if self._state == "removed":
+        if self._state == "removed" or self._core.gone:
             return
         self.kill_now()
         # Not to be cancelled: what was begun is finished, or left to the engine's close and the keeper's guards.

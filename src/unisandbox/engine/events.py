@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
 import anyio
+import anyio.lowlevel
 
 from unisandbox.api import Event, EventKind, Exit
 
@@ -53,25 +54,40 @@ class EventLog:
         self._closed = True
         self._wake()
 
-    async def read(self, after: int = 0) -> AsyncIterator[Event]:
-        """Every event with a number above `after`, then new ones as they come, until the engine closes.
+    def read(self, after: int = 0) -> EventReader:
+        """Every event with a number above `after`, then new ones as they come, until the engine closes."""
+        return EventReader(self, after)
 
-        A reader that is so slow that events were dropped gets a "gap" event whose `seq` is the last one lost.
+    async def next_after(self, after: int) -> Event | None:
+        """The event that follows number `after`, waiting for it; None when the engine is closed and no more come.
+
+        When it was dropped meanwhile: a "gap" event whose `seq` is the number of the last one lost.
         """
-        while True:
-            oldest = self._events[0].seq if self._events else self._next
-            if after + 1 < oldest:
-                after = oldest - 1
-                yield Event(seq=after, at=time.time(), kind="gap")
-            pending = [event for event in self._events if event.seq > after]
-            for event in pending:
-                after = event.seq
-                yield event
-            if not pending:
-                if self._closed:
-                    return
-                await self._news.wait()
+        await anyio.lowlevel.checkpoint()
+        while self._next <= after + 1:
+            if self._closed:
+                return None
+            await self._news.wait()
+        oldest = self._next - len(self._events)
+        if after + 1 < oldest:
+            return Event(seq=oldest - 1, at=time.time(), kind="gap")
+        return self._events[after + 1 - oldest]
 
     def _wake(self) -> None:
         self._news.set()
         self._news = anyio.Event()
+
+
+class EventReader(AsyncIterator[Event]):
+    """Reads an event log at its own pace. An object and no generator: it may be left at any point without cleaning."""
+
+    def __init__(self, log: EventLog, after: int) -> None:
+        self._log = log
+        self._after = after
+
+    async def __anext__(self) -> Event:
+        event = await self._log.next_after(self._after)
+        if event is None:
+            raise StopAsyncIteration
+        self._after = event.seq
+        return event

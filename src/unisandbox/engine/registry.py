@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import EntryPoint, entry_points
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from unisandbox.api import Capabilities, InvalidArgumentError, Probe, Sandboxer, UnavailableError
 from unisandbox.host.services import Host
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 GROUP: Final = "unisandbox.backends"
 
@@ -74,5 +76,8 @@ class Registry:
 
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._points is None:
+            # A quarter of the time that importing the engine takes, and not needed by every process.
+            from importlib.metadata import entry_points
+
             self._points = {point.name: point for point in entry_points(group=GROUP)}
         return self._points

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from collections.abc import AsyncGenerator
 
 import anyio
@@ -16,9 +18,11 @@ class _Default:
     def __init__(self) -> None:
         self.lock = anyio.Lock()
         self.core: EngineCore | None = None
-        self.keeper_of_the_end: AsyncGenerator[None] | None = None
+        self.end: AsyncGenerator[None] | None = None
 
 
+# Generators of loops that ended without telling them (a notebook's, `run_until_complete`): closed with the interpreter.
+_open: dict[EngineCore, AsyncGenerator[None]] = {}
 _default: RunVar[_Default] = RunVar("unisandbox_default_engine")
 
 
@@ -32,8 +36,11 @@ async def default_core() -> EngineCore:
     async with default.lock:
         if default.core is None or default.core.closed:
             default.core = await EngineCore.open()
-            default.keeper_of_the_end = _close_with_the_loop(default.core)
-            await anext(default.keeper_of_the_end)
+            default.end = _close_with_the_loop(default.core)
+            for core in [core for core in _open if core.closed]:
+                del _open[core]
+            _open[default.core] = default.end
+            await anext(default.end)
     return default.core
 
 
@@ -48,3 +55,11 @@ async def _close_with_the_loop(core: EngineCore) -> AsyncGenerator[None]:
         await checkpoint()
     finally:
         core.abandon()
+
+
+@atexit.register
+def _close_with_the_interpreter() -> None:
+    for end in tuple(_open.values()):
+        # Its end needs no event loop: it runs up to its last line at once.
+        with contextlib.suppress(StopIteration, RuntimeError):
+            end.aclose().send(None)

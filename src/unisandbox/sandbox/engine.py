@@ -78,7 +78,7 @@ class Engine:
 
     def events(self, after: int = 0) -> AsyncIterator[Event]:
         """What happens, from the event after number `after` on, until the engine closes."""
-        return self._core.read_events(after)
+        return self._core.events.read(after)
 
     async def explain(self, **options: Unpack[SandboxOptions]) -> Choice:
         """Which backend `create` with the same options would take, and why; nothing is created."""

@@ -89,9 +89,10 @@ class Keeper:
         dirfd = starting.open_state_dir(state_dir)
         try:
             identity = starting.identity_of(dirfd)
-            os.makedirs(workdir, 0o711, exist_ok=True)
             lock = await starting.lock_state_dir(dirfd, state_dir, policy)
             try:
+                # Not before the lock: a former keeper of this directory may be about to remove it.
+                os.makedirs(workdir, 0o711, exist_ok=True)
                 started = starting.spawn_keeper(state_dir, dirfd, lock, workdir=workdir, hide=hide, policy=policy)
             except BaseException:
                 starting.forget_owned(identity)

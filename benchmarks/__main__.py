@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 
 from benchmarks import report
-from benchmarks.bare import Bare
+from benchmarks.bare import Bare, ToolFailed
 from benchmarks.cases import all_cases
 from benchmarks.measure import Outcome, Series, measure
 from benchmarks.memory import measure_idle, measure_imports
@@ -136,7 +136,7 @@ def main() -> int:
 
     try:
         results = anyio.run(measured, backend=options.backend)
-    except SandboxError as error:
+    except (SandboxError, ToolFailed) as error:
         print(f"cannot measure: {error}", file=sys.stderr)
         return 1
     written = report.write(results, options.output)

@@ -69,7 +69,7 @@ def _tools(bare: Bare) -> list[Tool]:
     if "crun" in bare.programs:
         tools += [
             bare.runtime("crun", TRUE),
-            bare.runtime("crun", TRUE, how="bpf", label="crun run, seccomp compiled before"),
+            bare.runtime("crun", TRUE, how="bpf", label="crun run, BPF ready"),
         ]
     if "runc" in bare.programs:
         tools.append(bare.runtime("runc", TRUE))

@@ -89,7 +89,7 @@ class Outcome:
 
 
 async def measure(case: Case, asked: int, advance: Callable[[], None]) -> Outcome:
-    """Do the rounds. A contender that fails is left out, and it is said why.
+    """Do the rounds. A contender that fails, even once, is left out, and it is said why.
 
     Args:
         case: what to do.
@@ -97,24 +97,23 @@ async def measure(case: Case, asked: int, advance: Callable[[], None]) -> Outcom
         advance: called after each round, warm-ups too.
     """
     rounds = case.rounds(asked)
-    alive = list(case.contenders)
+    alive = list(range(len(case.contenders)))
     missing: list[str] = []
-    values: dict[str, list[float]] = {}
+    values: list[dict[str, list[float]]] = [{} for _ in case.contenders]
     for number in range(-case.warm_ups, rounds):
         # There and back again: nobody always comes after the same one, whose remains the kernel may still be freeing.
-        for contender in tuple(alive) if number % 2 == 0 else tuple(reversed(alive)):
+        for index in tuple(alive) if number % 2 == 0 else tuple(reversed(alive)):
             if case.pause:
                 await anyio.sleep(case.pause)
             try:
-                times = await contender.once()
+                times = await case.contenders[index].once()
             except (ToolFailed, SandboxError) as error:
-                if number >= 0:
-                    raise
-                alive.remove(contender)
+                alive.remove(index)
                 missing.append(str(error))
                 continue
             if number >= 0:
                 for part, value in times.items():
-                    values.setdefault(part, []).append(value)
+                    values[index].setdefault(part, []).append(value)
         advance()
-    return Outcome(case, {part: Series(tuple(found)) for part, found in values.items()}, missing, rounds)
+    series = {part: Series(tuple(found)) for index in alive for part, found in values[index].items()}
+    return Outcome(case, series, missing, rounds)

@@ -28,7 +28,6 @@ REST: Final = "rest"
 
 # Phase, owner, names of its functions; a function that is not there any more is an error, never a phase of nothing.
 _PHASES: Final[tuple[tuple[str, object, tuple[str, ...]], ...]] = (
-    ("choice of the backend", core, ("choose",)),
     ("records on disk", core.EngineCore, ("write_record",)),
     ("cgroups", Cgroup, ("child", "allow_devices", "admit", "enter", "oom_kills", "remove")),
     ("keeper: guards, leases, pins", Keeper, ("guard", "lease", "hold")),

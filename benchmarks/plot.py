@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import matplotlib as mpl
 
@@ -28,7 +28,7 @@ _OURS_LIGHT: Final = "#99d1da"
 _THEIRS: Final = "#adb5bd"
 # Cold for what is ours, warm for what is crun's, grey for the rest.
 _PHASE_COLOURS: Final = (
-    "#c5f6fa", "#99e9f2", "#66d9e8", "#3bc9db", "#0c8599", "#0b7285", "#ffd8a8", "#ff922b", "#b2f2bb",
+    "#c5f6fa", "#66d9e8", "#3bc9db", "#0c8599", "#0b7285", "#ffd8a8", "#ff922b", "#b2f2bb",
     "#69db7c", "#2f9e44", "#d0bfff", "#9775fa", "#dee2e6",
 )  # fmt: skip
 _STYLE: Any = {  # the keys are a type of 300 literals
@@ -157,11 +157,11 @@ def _scaling(axes: Axes, results: Results) -> None:
         spread = [[s.quantile(10) / n for n, s in points], [s.quantile(90) / n for n, s in points]]
         axes.plot(numbers, each, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=label)
         axes.fill_between(numbers, spread[0], spread[1], color=colour, alpha=0.10, linewidth=0)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(each for line in axes.lines for each in cast("list[float]", line.get_ydata())) * 1.45)
     axes.set_xticks(sorted({number for points in lines.values() for number, _ in points}))
     axes.set_xlabel("at the same time")
     axes.yaxis.grid(color=_GRID)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
 
 
 def _aims(axes: Axes, results: Results) -> None:

@@ -368,30 +368,34 @@ def test_killed_command_line_leaves_nothing() -> None:
 
 
 def test_signal_ends_waiting_for_a_reader_that_does_not_read() -> None:
-    with started("run", "sh", "-c", "head -c 100k /dev/zero; sleep 1000 & head -c 30k /dev/zero") as process:
+    sleep = f"sleep {os.getpid()}.5"  # can be told from others'
+    with started("run", "sh", "-c", f"{sleep} & head -c 120k /dev/zero") as process:
         # 64 KiB are in the pipe to us, the rest on its way: the program ends, and its output cannot be written.
-        _wait_until_blocked_after_the_end(process)
+        _wait_for_the_end_inside(sleep)
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 0
 
 
-def _wait_until_blocked_after_the_end(process: subprocess.Popen[bytes]) -> None:
-    """Until nothing but the keeper is left below the command line's sandbox: it has killed the sleep, too."""
+def _wait_for_the_end_inside(command: str) -> None:
+    """Until a background process has come and gone: it is ended when the program's last output cannot be written."""
     deadline = time.monotonic() + SECONDS
     seen = False
     while time.monotonic() < deadline:
-        running = _sleeping_inside()
+        running = _runs(command)
         seen |= running
         if seen and not running:
             return
         time.sleep(0.002)
-    pytest.fail("the program in the sandbox did not end")
+    pytest.fail(f"{command!r} in the sandbox did not {'end' if seen else 'begin'}")
 
 
-def _sleeping_inside() -> bool:
+def _runs(command: str) -> bool:
     for name in os.listdir("/proc"):
         try:
-            if name.isdigit() and Path(f"/proc/{name}/cmdline").read_bytes() == b"sleep\x001000\x00":
+            if name.isdigit() and Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0") == [
+                *command.encode().split(),
+                b"",
+            ]:
                 return True
         except OSError:  # ended meanwhile
             continue

@@ -22,4 +22,6 @@ def main() -> NoReturn:
         if (error.name or "").split(".")[0] != _EXTRA:
             raise
         sys.exit(f"unisandbox: the command line needs {error.name}, which is missing: pip install 'unisandbox[cli]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(run_app(sys.argv[1:]))

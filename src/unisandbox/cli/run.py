@@ -130,7 +130,7 @@ class _Session:
         self._interrupts = 0
 
     async def run(self, signals: AsyncIterator[signal.Signals]) -> Ended:
-        outcome: Ended | Exception
+        outcome: Ended | Exception = Ended(None)
         async with anyio.create_task_group() as group:
             group.start_soon(self._forward, signals)
             try:
@@ -203,7 +203,9 @@ class _Session:
         sources = [process.stdout] if request.tty else [process.stdout, process.stderr]
         shown = [anyio.Event() for _ in sources]
         problems: list[OSError] = []
-        with self._showing:
+        exit: Exit | None = None
+        timed_out, duration = False, 0.0
+        with self._showing:  # nobody cancels it before these are known
             async with anyio.create_task_group() as group:
                 for source, sink, done in zip(sources, sinks, shown, strict=False):
                     group.start_soon(_show, source, sink.write, done, problems)

@@ -225,7 +225,9 @@ async def test_a_terminal_passes_keys_on(sandbox: Sandbox) -> None:
         await process.stdin.aclose()
         assert (await process.wait()).code == 0
 
-    async with sandbox.exec(["sh", "-c", "echo ready; sleep 60"], tty=True) as process:
+    # No shell: it may take the key before it has started its child, and go on.
+    sleep = "import time; print('ready', flush=True); time.sleep(60)"
+    async with sandbox.exec(["python3", "-c", sleep], tty=True) as process:
         assert await process.stdout.receive() == b"ready\r\n"
         await process.stdin.send(b"\x03")
         with anyio.fail_after(20):

@@ -70,12 +70,15 @@ class StepError(Exception):
         self.message = message
 
 
-def run(steps: list[dict[str, object]], fds: list[int]) -> tuple[dict[str, object], dict[str, int]]:
+def run(
+    steps: list[dict[str, object]], fds: list[int], *, leave_children: bool = False
+) -> tuple[dict[str, object], dict[str, int]]:
     """Run `steps` in order in the calling process.
 
     Args:
         steps: see the module's text.
         fds: descriptors that came with the request; they stay the caller's.
+        leave_children: leave killed children to the caller to be reaped, who may be in a hurry to answer first.
 
     Returns:
         `{"steps": [one result for each]}`, and the named descriptors, which now are the caller's.
@@ -83,7 +86,7 @@ def run(steps: list[dict[str, object]], fds: list[int]) -> tuple[dict[str, objec
     Raises:
         StepError: a step failed; whatever the job had mounted or opened is undone.
     """
-    job = _Job(fds)
+    job = _Job(fds, leave_children)
     results: list[dict[str, object]] = []
     do = "job"
     try:
@@ -184,8 +187,9 @@ class Fields:
 class _Job:
     """What one job has made so far."""
 
-    def __init__(self, fds: list[int]) -> None:
+    def __init__(self, fds: list[int], leave_children: bool) -> None:
         self.fds = fds
+        self.leave_children = leave_children
         self.named: dict[str, int] = {}
         self.trees: list[Tree] = []
 
@@ -274,6 +278,7 @@ def _namespaces(job: _Job, fields: Fields) -> dict[str, object]:
         domainname=fields.text_or_none("domainname"),
         sysctls=sysctls,
         loopback=fields.flag("loopback", True),
+        leave_child=job.leave_children,
     )
     for kind, fd in made.items():
         job.name(kind, fd)

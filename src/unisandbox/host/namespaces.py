@@ -109,6 +109,7 @@ def create(
     domainname: str | None = None,
     sysctls: dict[str, str] | None = None,
     loopback: bool = True,
+    leave_child: bool = False,
 ) -> dict[str, int]:
     """Make namespaces; the caller stays in its own.
 
@@ -123,6 +124,7 @@ def create(
         sysctls: by name with dots, as for sysctl(8): net.*, and those of System V and POSIX queues. Which of them a
             sandbox may have is for the caller to know.
         loopback: bring `lo` up in a new network namespace.
+        leave_child: leave a killed child to the caller to be reaped (waitpid): its end takes as long as all the rest.
 
     Returns:
         Descriptors by kind, each verified to be another namespace than the caller's and rightly owned.
@@ -154,9 +156,10 @@ def create(
     except BaseException:
         for fd in fds.values():
             os.close(fd)
+        os.waitpid(pid, 0)
         raise
-    finally:
-        os.waitpid(pid, 0)  # last: its end takes the kernel as long as all of the above
+    if not leave_child:
+        os.waitpid(pid, 0)
     return fds
 
 

@@ -446,7 +446,7 @@ class PodPlanner:
         )
 
     def _verify_cgroup(self, name: str, pid: int) -> None:
-        if pid not in self._pod.cgroup.pids():
+        if not self._pod.cgroup.holds(pid):
             raise BackendError(f"container {name!r} of sandbox {self._pod.label!r} is not in its cgroup")
 
 

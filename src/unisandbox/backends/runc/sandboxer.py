@@ -7,6 +7,7 @@ import resource
 import signal
 import stat
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -89,6 +90,7 @@ class RuncSandboxer:
         self._trees: dict[bool, str] = {}
         self._preparing = anyio.Lock()
         self._init_fd = -1
+        self._free_ranges: deque[int] = deque()
 
     async def create(self, request: CreateSandbox) -> None:
         """See `Sandboxer.create`."""
@@ -232,8 +234,7 @@ class RuncSandboxer:
         await self.stop(sandbox_id, grace=0)
         pod.cgroup.kill()
         keeper = self._host.keeper
-        held = await keeper.held(f"{pod.short}/")
-        await keeper.drop(list(held))
+        await keeper.drop(prefix=f"{pod.short}/")
         await keeper.job(
             [{"do": "unmount", "path": pod.work}, {"do": "remove_tree", "path": pod.work}], timeout=_JOB_SECONDS
         )
@@ -243,7 +244,8 @@ class RuncSandboxer:
         if not pod.layer.in_memory:
             _unlink(pod.image)
         if pod.lease is not None:
-            await keeper.release(os.path.dirname(self._host.work_dir), pod.lease)
+            # Everything that had these ids is gone: the next sandbox may have them.
+            self._free_ranges.append(pod.lease)
             pod.lease = None
         await keeper.unguard([f"{pod.short}/cgroup-directories", f"{pod.short}/processes", f"{pod.short}/image"])
         self._sandboxes.pop(sandbox_id, None)
@@ -297,7 +299,7 @@ class RuncSandboxer:
         hold: dict[str, str] = {"root": f"{pod.short}/root"}
         fds = list(pod.sources)
         if pod.mapped:
-            pod.lease = await keeper.lease(os.path.dirname(self._host.work_dir), _FIRST_RANGE, _RANGES)
+            pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease()
             pod.first_id = pod.lease * IDS
             rows = [[0, pod.first_id, IDS]]
             kinds = ["user", *kinds]
@@ -357,6 +359,16 @@ class RuncSandboxer:
         for kind, inode in pod.inodes.items():
             if inode == namespaces.namespace_inode(f"/proc/self/ns/{kind}"):
                 raise BackendError(f"sandbox {pod.label!r}: the pinned {kind} namespace is the host's own")
+
+    async def _lease(self) -> int:
+        """A range of user ids that no other engine of this host has; it is ours until the engine ends."""
+        directory = os.path.dirname(self._host.work_dir)
+        try:
+            return await self._host.keeper.lease(directory, _FIRST_RANGE, _RANGES)
+        except BlockingIOError as error:
+            raise UnavailableError(
+                f"all {_RANGES} ranges of user ids of this host are in use", hint="Remove some sandboxes first."
+            ) from error
 
     async def _job(
         self,

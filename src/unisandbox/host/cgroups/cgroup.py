@@ -291,6 +291,16 @@ class Cgroup:
                 message = f"process {pid} is in {place.key} cgroup {now.get(place.key)!r} and not in {directory}"
                 raise OSError(errno.EIO, message)
 
+    def holds(self, pid: int) -> bool:
+        """Whether a process is in here or below, in every hierarchy where this cgroup has a directory.
+
+        Raises:
+            ProcessLookupError: there is no such process.
+        """
+        now = hierarchy.memberships(pid)
+        names = {place.key: place.mount.name(directory) for place, directory in self._own.items()}
+        return all(f"{now.get(key)}/".startswith(f"{name}/") for key, name in names.items())
+
     def set_limits(self, limits: Limits) -> None:
         """Make these the limits, also while processes run; those that are None are taken away.
 

@@ -159,7 +159,7 @@ def _job(steps: list[dict[str, object]], fds: list[int], answer: socket.socket, 
     message: Message
     made: list[int] = []
     try:
-        result, named = jobs.run(steps, fds)
+        result, named = jobs.run(steps, fds, leave_children=True)
         made = list(named.values())
         message = {"result": result, "names": list(named)}
         data = protocol.encode(message, made)
@@ -173,7 +173,11 @@ def _job(steps: list[dict[str, object]], fds: list[int], answer: socket.socket, 
         data = protocol.encode({"errno": number, "error": f"{type(error).__name__}: {error}"[:4000]})
     answer.setblocking(True)
     answer.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(made))] if made else [])
-    os._exit(0)
+    try:
+        while True:
+            os.waitpid(-1, 0)  # after the answer: what the job has killed takes a while to end
+    except ChildProcessError:
+        os._exit(0)
 
 
 def start_guards(action: Callable[[int], None], keep: Sequence[int]) -> tuple[int, int]:

@@ -342,9 +342,12 @@ class Keeper:
             raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
         return packet.claim()
 
-    async def drop(self, names: Sequence[str]) -> None:
-        """Close what is held (or ringed) under these names; names that are not there are no error."""
-        await self._link.ask("drop", names=list(names))
+    async def drop(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
+        """Close what is held (or ringed) under these names, and under all that begin with `prefix` unless it is empty.
+
+        Names that are not there are no error.
+        """
+        await self._link.ask("drop", names=list(names), prefix=prefix)
 
     async def held(self, prefix: str = "") -> dict[str, int]:
         """Names that begin with `prefix`, with their numbers in the keeper; rings too (-1 when theirs has ended)."""

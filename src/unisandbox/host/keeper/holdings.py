@@ -80,8 +80,12 @@ class Holdings:
         reply({}, [os.dup(self._fds[name])])
 
     def drop(self, packet: Packet, reply: Reply) -> None:
-        """Close what is behind these names; a name that is not there is no error."""
-        for name in protocol.texts(packet.message, "names"):
+        """Close what is behind these names, and behind all with this prefix; none that are not there are no error."""
+        names = protocol.texts(packet.message, "names")
+        prefix = protocol.text(packet.message, "prefix")
+        if prefix:
+            names += [name for name in (*self._fds, *self._rings) if name.startswith(prefix)]
+        for name in names:
             self.forget(name)
         reply({})
 

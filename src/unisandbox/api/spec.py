@@ -53,8 +53,11 @@ def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
     return mounts
 
 
-def _size(value: int | str | None) -> int | None:
-    return None if value is None else parse_size(value)
+def _size(what: str) -> Callable[[int | str | None], int | None]:
+    def convert(value: int | str | None) -> int | None:
+        return None if value is None else parse_size(value, what)
+
+    return convert
 
 
 def _text(value: object, what: str) -> str:
@@ -119,12 +122,14 @@ class Resources:
         core: bytes of a core dump (RLIMIT_CORE).
     """
 
-    memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_size)
+    memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_size("memory"))
     swap: int | None = attrs.field(default=0, validator=_whole)
     cpu: float | None = attrs.field(default=None, validator=_positive)
     pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
     disk: int | None = attrs.field(
-        default=attrs.Factory(_half_of_the_memory, takes_self=True), converter=_size, validator=_at_least(LEAST_DISK)
+        default=attrs.Factory(_half_of_the_memory, takes_self=True),
+        converter=_size("disk"),
+        validator=_at_least(LEAST_DISK),
     )
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
     core: int | None = attrs.field(default=0, validator=_whole)
@@ -264,7 +269,7 @@ class Mount:
     target: str = attrs.field(converter=_target)
     source: str = ""
     readonly: bool = True
-    size: int | None = attrs.field(default=None, converter=_size)
+    size: int | None = attrs.field(default=None, converter=_size("size of a mount"))
     idmap: bool = True
 
     def __attrs_post_init__(self) -> None:

@@ -202,7 +202,7 @@ class OciTaskService:
                     container.control,
                     request,
                     None if request.tty is not None else stdio,
-                    before_exec=lambda pid, _: self._before_exec(container, process, pid),
+                    before_exec=lambda pid, pidfd: self._before_exec(container, process, pid, pidfd),
                     timeout=START_SECONDS,
                     cgroup=cgroup,
                 )
@@ -212,11 +212,16 @@ class OciTaskService:
         process.master = started.master if started.master is not None else -1
 
     @staticmethod
-    def _before_exec(container: Container, process: Process, pid: int) -> None:
-        process.enter(pid)
-        if not container.verified:
-            container.plan.verify_process(pid)
-            container.verified = True
+    def _before_exec(container: Container, process: Process, pid: int, pidfd: int) -> None:
+        try:
+            process.enter(pid)
+            if not container.verified:
+                container.plan.verify_process(pid)
+                container.verified = True
+        except OSError as error:
+            if has_ended(pidfd):
+                return  # killed meanwhile: it is in no cgroup any more, and `wait` will say by what it ended
+            raise BackendError(f"process {process.exec_id or 'main'} cannot enter its cgroup: {error}") from error
 
     async def _exec(self, container: Container, process: Process) -> None:
         assert process.spec is not None  # noqa: S101 (only exec comes here)

@@ -53,11 +53,17 @@ def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
     return mounts
 
 
-def _size(what: str) -> Callable[[int | str | None], int | None]:
-    def convert(value: int | str | None) -> int | None:
-        return None if value is None else parse_size(value, what)
+# One function each, since type checkers take no closures as converters.
+def _memory_size(value: int | str | None) -> int | None:
+    return None if value is None else parse_size(value, "memory")
 
-    return convert
+
+def _disk_size(value: int | str | None) -> int | None:
+    return None if value is None else parse_size(value, "disk")
+
+
+def _mount_size(value: int | str | None) -> int | None:
+    return None if value is None else parse_size(value, "size of a mount")
 
 
 def _text(value: object, what: str) -> str:
@@ -122,13 +128,13 @@ class Resources:
         core: bytes of a core dump (RLIMIT_CORE).
     """
 
-    memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_size("memory"))
+    memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_memory_size)
     swap: int | None = attrs.field(default=0, validator=_whole)
     cpu: float | None = attrs.field(default=None, validator=_positive)
     pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
     disk: int | None = attrs.field(
         default=attrs.Factory(_half_of_the_memory, takes_self=True),
-        converter=_size("disk"),
+        converter=_disk_size,
         validator=_at_least(LEAST_DISK),
     )
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
@@ -269,7 +275,7 @@ class Mount:
     target: str = attrs.field(converter=_target)
     source: str = ""
     readonly: bool = True
-    size: int | None = attrs.field(default=None, converter=_size("size of a mount"))
+    size: int | None = attrs.field(default=None, converter=_mount_size)
     idmap: bool = True
 
     def __attrs_post_init__(self) -> None:

@@ -141,10 +141,12 @@ async def run(
     max_output: int,
 ) -> Completed:
     """See `Sandbox.run`."""
-    if timeout is not None and not timeout > 0:
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise InvalidArgumentError(f"timeout must be > 0 seconds, got {timeout!r}")
-    if isinstance(max_output, bool) or max_output < 0:
+    if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
         raise InvalidArgumentError(f"max_output must be >= 0 bytes, got {max_output!r}")
+    if not isinstance(input, str | bytes | bytearray | memoryview | None):
+        raise InvalidArgumentError(f"input must be bytes or text, got {type(input).__name__}")
     spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user)
     data = input.encode() if isinstance(input, str) else (input or b"")
     begun = time.monotonic()

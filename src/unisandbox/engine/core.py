@@ -87,6 +87,7 @@ class EngineCore:
         host = Host(
             engine_id=state.engine_id,
             state_dir=state.path,
+            disk_dir=state.disk_dir,
             work_dir=state.work_dir,
             keeper=keeper,
             cgroups=cgroups,

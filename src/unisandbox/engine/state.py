@@ -87,6 +87,11 @@ class StateDirectory:
         except ValueError as error:
             raise InvalidArgumentError(f"{os.fspath(directory or '')!r} is no path of a directory: {error}") from error
 
+    @property
+    def disk_dir(self) -> str:
+        """Where large files go: a temporary state directory may lie in memory."""
+        return "/var/tmp" if self.temporary else self.path
+
     def guards(self, cgroups: Cgroups) -> list[Guard]:
         """How to undo what `prepare` and the cgroup tree made, for the keeper."""
         undo = [

@@ -25,7 +25,7 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
 - `symlink`: `target`, `uid=0`, `gid=0`.
 - `tmpfs`: `size` (bytes), `inodes`, `mode=0o755`, `uid=0`, `gid=0`, `attributes`.
 - `image`: `image` (path of this machine), `size=null` (bytes; make it), `uid=0`, `gid=0`, `attributes` (nosuid, nodev
-  always).
+  always), `unlink=false` (remove its name once it is mounted).
 - `bind`: `source`, `recursive=true`, `attributes` (hold for the whole tree), `idmap=false` (true, or "try"),
   `create=false` (make the mount point, and directories above it), `detached=false` (the source is a tree that
   `mounts.detached_tree` made).
@@ -394,6 +394,7 @@ def _op_image(job: _Job, tree: Tree, path: str, fields: Fields) -> bool:
         uid=fields.number("uid", 0),
         gid=fields.number("gid", 0),
         attributes=_attributes(fields),
+        unlink=fields.flag("unlink", False),
         follow=fields.flag("follow", False),
     )
     return True

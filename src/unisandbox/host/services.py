@@ -15,6 +15,7 @@ class Host:
     Attributes:
         engine_id: part of the name of everything that the engine makes.
         state_dir: survives the keeper; holds records.
+        disk_dir: on a disk; for files that may be large.
         work_dir: the keeper's private file system in memory; the same path in its mount namespace only.
         keeper: the helper process.
         cgroups: the engine's cgroup tree.
@@ -22,6 +23,7 @@ class Host:
 
     engine_id: str
     state_dir: str
+    disk_dir: str
     work_dir: str
     keeper: Keeper
     cgroups: Cgroups

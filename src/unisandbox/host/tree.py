@@ -172,11 +172,13 @@ class Tree:
         uid: int = 0,
         gid: int = 0,
         attributes: int = 0,
+        unlink: bool = False,
         follow: bool = False,
     ) -> None:
         """Mount the disk image at the path `image` (of this machine), always nosuid and nodev.
 
-        With `size` it is made first (and removed if it cannot be mounted); without, it must exist.
+        With `size` it is made first (and removed if it cannot be mounted); without, it must exist. With `unlink` its
+        name is removed once it is mounted: the loop device keeps the file, and the unmount frees it.
         """
         if size is not None:
             loop.make_image(image, size, uid, gid)
@@ -194,6 +196,8 @@ class Tree:
             if size is not None:
                 os.unlink(image)
             raise
+        if unlink:
+            os.unlink(image)
 
     def bind(
         self,

@@ -43,8 +43,8 @@ class _Level:
         self.mode = mode
         self.scanned = False
         self.below: list[str] = []
-        self._source_id = _identity(source)
-        self._target_id = _identity(target)
+        self.source_id = _identity(source)
+        self.target_id = _identity(target)
 
     def close(self) -> None:
         for fd in (self.source, self.target):
@@ -56,8 +56,8 @@ class _Level:
         """Open it again, as what `below` is in now."""
         if self.source >= 0:
             return
-        self.source = _above(below.source, self._source_id, where)
-        self.target = _above(below.target, self._target_id, where)
+        self.source = _above(below.source, self.source_id, where)
+        self.target = _above(below.target, self.target_id, where)
 
 
 class Copy:
@@ -162,6 +162,8 @@ class Copy:
                 return None
         try:
             mode = stat.S_IMODE(os.fstat(source).st_mode) & 0o777
+            if _identity(source) == self._levels[0].target_id:
+                raise InvalidArgumentError(f"{self._source!r} is copied into itself, at {self._target!r}")
             path = self._shown(self._target, name)
             with named(path, self._target_side):
                 # Ours to write in until its copy is complete.

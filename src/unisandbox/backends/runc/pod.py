@@ -7,7 +7,7 @@ import functools
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -196,7 +196,9 @@ def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) ->
 class PodPlanner:
     """Makes what the containers of one sandbox need; see `oci.plan.Planner`."""
 
-    def __init__(self, host: Host, runtime: Runtime, pod: Pod, *, host_tree: str, init_fd: int) -> None:
+    def __init__(
+        self, host: Host, runtime: Runtime, pod: Pod, *, host_tree: Callable[[Rootfs], Awaitable[str]], init_fd: int
+    ) -> None:
         self._host = host
         self._runtime = runtime
         self._pod = pod
@@ -208,6 +210,7 @@ class PodPlanner:
     async def prepare(self, container: ContainerSpec) -> Plan:
         """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
         pod = self._pod
+        _check_container(container)
         oci_id = f"{pod.short}-{container.name}"
         cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or Resources.unlimited()))
         self._cgroups[container.name] = cgroup
@@ -276,14 +279,13 @@ class PodPlanner:
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
         pod = self._pod
-        if rootfs.kind == "image":
-            raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")
         mounts = (*pod.spec.mounts, *container.mounts)
         place = pod.place(container.name)
         sources = open_sources(rootfs, mounts, container.name)
         try:
             ops: list[Op] = [{"op": "mkdir", "path": f"/c/{container.name}", "parents": True}]
-            ops += root_ops(place, rootfs, pod.identity, mounts, self._host_tree)
+            shared = await self._host_tree(rootfs) if rootfs.kind == "host" else ""
+            ops += root_ops(place, rootfs, pod.identity, mounts, shared)
             ops += mount_ops(place, mounts, first_fd=int(rootfs.kind == "dir"))
             self._own_roots.add(container.name)
             fds = list(sources)
@@ -448,6 +450,17 @@ class PodPlanner:
     def _verify_cgroup(self, name: str, pid: int) -> None:
         if not self._pod.cgroup.holds(pid):
             raise BackendError(f"container {name!r} of sandbox {self._pod.label!r} is not in its cgroup")
+
+
+def _check_container(container: ContainerSpec) -> None:
+    """Refuse what a container cannot have, before anything is done."""
+    resources = container.resources
+    if resources is not None and resources.disk not in {None, Resources(memory=resources.memory).disk}:
+        raise UnsupportedError(
+            "a disk limit of one container", "runc", hint="All containers share that of the sandbox; leave disk= out."
+        )
+    if container.rootfs is not None and container.rootfs.kind == "image":
+        raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")
 
 
 def _no_request(_: ProcessSpec) -> SpawnRequest:

@@ -81,6 +81,7 @@ class Layer:
                     "path": path,
                     "image": image,
                     "size": self.size,
+                    "unlink": True,
                     "uid": first_id,
                     "gid": first_id,
                     "attributes": _SAFE,

@@ -26,6 +26,7 @@ from unisandbox.api import (
     Mount,
     NotFoundError,
     Resources,
+    Rootfs,
     SandboxSpec,
     SandboxStatus,
     StartedSandbox,
@@ -102,7 +103,7 @@ class RuncSandboxer:
         short = short_name(host.engine_id, request.sandbox_id)
         root = host.cgroups.root()
         dirs = root.predict(short, limits=limits_of(spec.resources))
-        image = os.path.join(host.state_dir, f"layer-{short}.img")
+        image = os.path.join(host.disk_dir, f"unisandbox-{host.engine_id}-{short}.img")
         sources = open_sources(spec.rootfs, spec.mounts, request.sandbox_id)
         undo = [
             Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
@@ -129,10 +130,11 @@ class RuncSandboxer:
         sandbox = self._get(sandbox_id)
         pod = sandbox.pod
         if sandbox.task is None:
-            await self._prepare_engine(local=pod.spec.rootfs.local)
+            if self._init_fd < 0:
+                self._init_fd = open_binary()
             await self._make(pod)
             sandbox.planner = PodPlanner(
-                self._host, self._runtime, pod, host_tree=self._trees[pod.spec.rootfs.local], init_fd=self._init_fd
+                self._host, self._runtime, pod, host_tree=self._host_tree, init_fd=self._init_fd
             )
             sandbox.task = OciTaskService(pod.label, self._host.keeper, self._runtime, sandbox.planner)
             sandbox.started_at = time.time()
@@ -200,10 +202,14 @@ class RuncSandboxer:
     async def update(self, sandbox_id: str, resources: Resources) -> None:
         """See `Sandboxer.update`."""
         pod = self._get(sandbox_id).pod
+        if resources.disk == Resources(memory=resources.memory).disk:
+            # Nobody asked for another one: the default follows the memory, the layer stays as it was made.
+            resources = attrs.evolve(resources, disk=pod.spec.resources.disk)
         if resources.disk != pod.spec.resources.disk:
             raise UnsupportedError(
                 "a change of the disk limit of a living sandbox", "runc", hint=f"Keep disk={pod.spec.resources.disk}."
             )
+        _check_resources(resources)
         pod.cgroup.set_limits(limits_of(resources))
         pod.spec = attrs.evolve(pod.spec, resources=resources)
         await anyio.lowlevel.checkpoint()
@@ -241,8 +247,6 @@ class RuncSandboxer:
         pod.close()
         if not pod.cgroup.remove(timeout=5.0):
             raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
-        if not pod.layer.in_memory:
-            _unlink(pod.image)
         if pod.lease is not None:
             # Everything that had these ids is gone: the next sandbox may have them.
             self._free_ranges.append(pod.lease)
@@ -279,15 +283,15 @@ class RuncSandboxer:
             os.close(self._init_fd)
             self._init_fd = -1
 
-    async def _prepare_engine(self, *, local: bool) -> None:
-        """What all sandboxes share: the tree of this machine's programs, and init's program."""
+    async def _host_tree(self, rootfs: Rootfs) -> str:
+        """The tree of this machine's programs that all sandboxes of the engine clone; made at the first use."""
         async with self._preparing:
-            if local not in self._trees:
-                path = f"/host{'-local' if local else ''}"
-                await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": host_tree(path, local=local)}])
-                self._trees[local] = f"{self._host.work_dir}{path}"
-            if self._init_fd < 0:
-                self._init_fd = open_binary()
+            if rootfs.local not in self._trees:
+                path = f"/host{'-local' if rootfs.local else ''}"
+                ops = host_tree(path, local=rootfs.local)
+                await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": ops}])
+                self._trees[rootfs.local] = f"{self._host.work_dir}{path}"
+            return self._trees[rootfs.local]
 
     async def _make(self, pod: Pod) -> None:
         """Namespaces and root file system, in one job of the keeper; verified."""
@@ -330,7 +334,8 @@ class RuncSandboxer:
                 "attributes": ["nosuid", "nodev", "noexec"],
             },
         ]
-        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, self._trees[spec.rootfs.local])
+        shared = await self._host_tree(spec.rootfs) if spec.rootfs.kind == "host" else ""
+        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared)
         ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
         if spec.share_pid:
             ops += empty
@@ -409,7 +414,11 @@ def _check(spec: SandboxSpec) -> None:
         raise UnavailableError(
             "this kernel has no user namespaces", hint="Use userns='host' if you trust what runs in the sandbox."
         )
-    resources = spec.resources
+    _check_resources(spec.resources)
+    checked_sysctls(spec.sysctls, spec.network)
+
+
+def _check_resources(resources: Resources) -> None:
     if resources.pids is not None and resources.pids < _LEAST_PIDS:
         raise InvalidArgumentError(
             f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
@@ -419,7 +428,6 @@ def _check(spec: SandboxSpec) -> None:
         raise InvalidArgumentError(
             f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
         )
-    checked_sysctls(spec.sysctls, spec.network)
 
 
 def _open_network(path: str, label: str) -> int:
@@ -456,10 +464,3 @@ async def _ask_to_end(task: OciTaskService, grace: float) -> None:
     with anyio.move_on_after(grace):
         for container_id, exec_id in running:
             await task.wait(container_id, exec_id)
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return

@@ -1,7 +1,5 @@
 """kill -9 of the host process, of the keeper, of an init, of a runtime: what is left is nothing, and nobody hangs."""
 
-# ruff: noqa: ASYNC220, ASYNC221, ASYNC251 - a test may block its own event loop
-
 from __future__ import annotations
 
 import os

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ _ROUNDS: Final = 60
 _QUICK_ROUNDS: Final = 8
 _IDLE: Final = 100
 _QUICK_IDLE: Final = 40
+_DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
 PARTS: Final = ("phases", "imports", "idle")
 """What can be asked for beside the cases."""
 
@@ -116,6 +118,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rounds: 20 s; shows that it works, and little more")
     parser.add_argument("--json", action="store_true", help="write the JSON to stdout instead of the table")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory (default: bench-results)")
+    parser.add_argument("--publish", action="store_true", help="put table and picture into docs/ of this working copy")
     parser.add_argument("--backend", choices=("asyncio", "trio"), default="asyncio", help="event loop")
     options = parser.parse_args()
     if options.rounds is not None and options.rounds < 1:
@@ -140,12 +143,18 @@ def main() -> int:
         print(f"cannot measure: {error}", file=sys.stderr)
         return 1
     written = report.write(results, options.output)
+    if options.publish:
+        report.publish(results, _DOCS / "performance.md")
     try:
         from benchmarks import plot
     except ImportError:
         print("no picture: matplotlib is missing (pip install 'unisandbox[bench]')", file=sys.stderr)
+        if options.publish:
+            return 1
     else:
         written += plot.draw(results, options.output)
+        if options.publish:
+            shutil.copy(options.output / "bench.svg", _DOCS / "performance.svg")
     sys.stdout.write(report.to_json(results) if options.json else report.to_text(results))
     print("written:", ", ".join(str(path) for path in written), file=sys.stderr)
     return 0

@@ -59,10 +59,10 @@ def draw(results: Results, directory: Path) -> list[Path]:
 
 
 def _figure(results: Results) -> Figure:
-    figure = Figure(figsize=(10, 8.2), layout="constrained")
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
     grid = figure.add_gridspec(3, 2, height_ratios=(1.25, 1.0, 1.0))
     _bars(figure.add_subplot(grid[0, 0]), results, "first", "Create to the first result of /bin/true, ms")
-    _bars(figure.add_subplot(grid[0, 1]), results, "again", "Another run in a running sandbox, ms")
+    _bars(figure.add_subplot(grid[0, 1]), results, "again", "Another run of /bin/true, ms")
     _phases(figure.add_subplot(grid[1, :]), results)
     _scaling(figure.add_subplot(grid[2, 0]), results)
     _aims(figure.add_subplot(grid[2, 1]), results)
@@ -70,7 +70,7 @@ def _figure(results: Results) -> Figure:
     figure.suptitle(
         f"unisandbox {host['unisandbox']} against the bare tools: Linux {host['kernel']}, {host['cpus']} CPUs, "
         f"Python {host['python']}",
-        x=0.01,
+        x=0.012,
         ha="left",
         fontsize=11,
     )
@@ -140,7 +140,7 @@ def _phases(axes: Axes, results: Results) -> None:
 
 def _scaling(axes: Axes, results: Results) -> None:
     """Sandboxes at the same time: milliseconds for each."""
-    axes.set_title("Many at the same time, ms for each (less is better)")
+    axes.set_title("Many at the same time, ms for each")
     lines: dict[str, list[tuple[int, Series]]] = {}
     for name, outcome in results.outcomes.items():
         if name.startswith("parallel-"):
@@ -166,7 +166,7 @@ def _scaling(axes: Axes, results: Results) -> None:
 
 def _aims(axes: Axes, results: Results) -> None:
     """Each aim as a part of its limit."""
-    axes.set_title("Aims: measured, as a part of the limit")
+    axes.set_title("Aims, as a part of the limit")
     aims = list(reversed(results.aims()))
     if not aims:
         _nothing(axes)

@@ -215,3 +215,20 @@ def write(results: Results, directory: Path) -> list[Path]:
     written[0].write_text(to_json(results))
     written[1].write_text(to_text(results))
     return written
+
+
+BEGIN: Final = "<!-- results: written by python -m benchmarks --publish -->"
+END: Final = "<!-- end of the results -->"
+
+
+def publish(results: Results, page: Path) -> None:
+    """Put the tables between the marks of a page of the documentation.
+
+    Raises:
+        ValueError: the page has no marks.
+    """
+    before, begin, rest = page.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page} has no place for results between {BEGIN!r} and {END!r}")
+    page.write_text(f"{before}{begin}\n\n{to_text(results).strip()}\n\n{end}{after}")

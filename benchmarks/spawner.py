@@ -122,8 +122,8 @@ def main(scratch: str, hidden: Sequence[str]) -> None:
     syscalls.unshare(syscalls.CLONE_NEWNS)
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
     for path in hidden:
-        # Writable, and with room: crun's own cgroup manager makes a directory in each tree that it sees, and here nobody
-        # removes it. It ends with this process.
+        # Writable, and with room: crun's own cgroup manager makes a directory in each tree that it sees, which here
+        # nobody removes. They end with this process.
         syscalls.mount("none", path, "tmpfs", 0, "size=256m")
     syscalls.mount("none", scratch, "tmpfs", 0, "mode=0711")
     spawner = Spawner(scratch)

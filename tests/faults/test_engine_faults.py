@@ -37,10 +37,10 @@ Options = Mapping[str, Any]
 REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = {
     "memory-0": (lambda _: {"resources": Resources(memory=0)}, InvalidArgumentError, "> 0"),
     "memory-negative": (lambda _: {"resources": Resources(memory=-1)}, InvalidArgumentError, "> 0"),
-    "memory-words": (lambda _: {"resources": Resources(memory="lots")}, InvalidArgumentError, "'512M'"),  # type: ignore[arg-type]
+    "memory-words": (lambda _: {"resources": Resources(memory="lots")}, InvalidArgumentError, "'512M'"),
     "memory-fraction": (lambda _: {"resources": Resources(memory=1.5)}, InvalidArgumentError, "'512M'"),  # type: ignore[arg-type]
     "memory-2**70": (lambda _: {"resources": Resources(memory=2**70)}, InvalidArgumentError, r"2\*\*62"),
-    "memory-of-400-digits": (lambda _: {"resources": Resources(memory="9" * 400 + "T")}, InvalidArgumentError, ""),  # type: ignore[arg-type]
+    "memory-of-400-digits": (lambda _: {"resources": Resources(memory="9" * 400 + "T")}, InvalidArgumentError, ""),
     "memory-1": (lambda _: {"resources": Resources(memory=1)}, InvalidArgumentError, "at least"),
     "pids-0": (lambda _: {"resources": Resources(pids=0)}, InvalidArgumentError, "> 0"),
     "pids-1": (lambda _: {"resources": Resources(pids=1)}, InvalidArgumentError, "at least"),
@@ -113,10 +113,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = 
         UnsupportedError,
         "not the sandbox's own",
     ),
-    "dns": (lambda _: {"dns": Dns(servers=["a b\nc"])}, InvalidArgumentError, "resolv.conf"),  # type: ignore[arg-type]
+    "dns": (lambda _: {"dns": Dns(servers=["a b\nc"])}, InvalidArgumentError, "resolv.conf"),
     "hosts": (lambda _: {"hosts": {"a": "1.1.1.1\n"}}, InvalidArgumentError, "not valid"),
     "capability-unknown": (
-        lambda _: {"security": Security(capabilities=["CAP_NOPE"])},  # type: ignore[arg-type]
+        lambda _: {"security": Security(capabilities=["CAP_NOPE"])},
         InvalidArgumentError,
         "CAP_NOPE",
     ),
@@ -211,11 +211,11 @@ async def test_what_cannot_be_made_leaves_nothing(name: str, place: Path) -> Non
     "resources",
     [
         Resources(memory=2**60),
-        Resources(memory="2M", disk="1M"),  # type: ignore[arg-type]
+        Resources(memory="2M", disk="1M"),
         Resources(pids=3),
         Resources(cpu=0.01),
-        Resources(disk="64K"),  # type: ignore[arg-type]
-        Resources(disk="1T"),  # type: ignore[arg-type]
+        Resources(disk="64K"),
+        Resources(disk="1T"),
         Resources(core=2**60, swap=2**61),
         Resources.unlimited(),
     ],
@@ -396,7 +396,7 @@ async def test_a_runtime_that_breaks_harms_neither_engine_nor_others(
     async with engine_with_a_sandbox() as (engine, check):
         switch.write_text("")
         async with engine.create(resources=SMALL) as sandbox:
-            with pytest.raises(BackendError, match="broken|failed"):
+            with pytest.raises(BackendError, match="broken"):
                 await sandbox.run(["true"])
             switch.unlink()
             assert (await sandbox.run(["true"])).exit_code == 0, "the same sandbox works once the runtime does"

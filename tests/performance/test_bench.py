@@ -115,3 +115,20 @@ def test_unknown_case_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "first" in done.stderr
     assert not (tmp_path / "bench.json").exists()
+
+
+def test_publishing_replaces_the_old_results_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY)
+    from benchmarks import report
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nafter\n")
+    results = report.Results(report.describe_host({"crun": "1.2"}), {}, {}, {}, {"together": 12.0, "sandboxes": 9.0})
+    report.publish(results, page)
+    once = page.read_text()
+    report.publish(results, page)
+    assert page.read_text() == once
+    assert once.startswith("before\n")
+    assert once.endswith("\nafter\n")
+    assert "old" not in once
+    assert "12.0" in once

@@ -1,0 +1,263 @@
+"""Full disks and odd places for the state: one clear error or it works, and nothing is left behind."""
+
+# ruff: noqa: ASYNC240 - a test may block its own event loop
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import anyio
+import pytest
+from tests.programs import program
+
+from unisandbox import BackendError, Engine, FailedPreconditionError, InvalidArgumentError, Resources, SandboxError
+from unisandbox.host import syscalls
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+SMALL = Resources(memory="64M")
+
+
+@contextmanager
+def mounted(kind: str, place: Path, options: str, flags: int = 0) -> Iterator[Path]:
+    place.mkdir(exist_ok=True)
+    syscalls.mount(kind, str(place), kind, flags, options)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(place: Path) -> None:
+    """Leave no byte free."""
+    with open(place / "filler", "wb") as file, suppress(OSError):
+        while True:
+            file.write(b"\0" * 4096)
+            file.flush()
+
+
+def take_inodes(place: Path) -> None:
+    """Leave no inode free."""
+    with suppress(OSError):
+        for number in range(100_000):
+            (place / f"inode{number}").touch()
+
+
+@pytest.mark.parametrize("exhaust", [fill, take_inodes], ids=["bytes", "inodes"])
+async def test_a_full_disk_before_the_engine_opens(tmp_path: Path, exhaust: Callable[[Path], None]) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=256k,nr_inodes=200,mode=0700") as disk:
+        exhaust(disk)
+        state = disk / "state"
+        with pytest.raises(SandboxError, match="No space left"):
+            await Engine.open(state)
+        for name in os.listdir(disk):
+            if name != "state":
+                (disk / name).unlink()
+        async with Engine.open(state) as engine, engine.create(resources=SMALL) as sandbox:
+            assert (await sandbox.run(["true"])).exit_code == 0
+
+
+@pytest.mark.parametrize("exhaust", [fill, take_inodes], ids=["bytes", "inodes"])
+async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
+    tmp_path: Path, exhaust: Callable[[Path], None]
+) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=512k,nr_inodes=200,mode=0700") as disk:
+        async with Engine.open(disk / "state") as engine:
+            sandbox = await engine.create(resources=SMALL)
+            await sandbox.run(["true"])
+            exhaust(disk)
+            with pytest.raises(BackendError, match="cannot write the record .* No space left.*Free space"):
+                await engine.create(resources=SMALL)
+            assert [status.id for status in await engine.list()] == [sandbox.id]
+            assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
+            # What is wanted when a disk is full is that things can be ended and removed.
+            await sandbox.stop(grace=0)
+            await sandbox.remove()
+            assert await engine.list() == []
+            for name in os.listdir(disk):
+                if name != "state":
+                    (disk / name).unlink()
+            async with engine.create(resources=SMALL) as again:
+                assert (await again.run(["true"])).exit_code == 0
+
+
+async def test_an_engine_closes_on_a_full_disk(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=512k,mode=0700") as disk:
+        async with Engine.open(disk / "state") as engine:
+            sandbox = await engine.create(resources=SMALL)
+            await sandbox.run(["true"])
+            fill(disk)
+        assert not list((disk / "state" / "sandboxes").iterdir())
+
+
+async def test_a_disk_image_that_finds_no_room(tmp_path: Path) -> None:
+    """The image is sparse; making its file system needs some room all the same."""
+    with mounted("tmpfs", tmp_path / "disk", "size=300k,mode=0700") as disk:
+        async with Engine.open(disk / "state") as engine, engine.create(resources=SMALL) as other:
+            with pytest.raises(BackendError, match="No space left|image"):
+                await engine.create(resources=Resources(memory="64M", disk="256M"))  # type: ignore[arg-type]
+            assert not list((disk / "state").glob("*.img"))
+            assert (await other.run(["true"])).exit_code == 0
+
+
+async def test_a_read_only_state_directory(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=256k,mode=0700") as disk:
+        syscalls.mount("none", str(disk), None, syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
+        for place in (disk, disk / "below"):
+            with pytest.raises(BackendError, match="Read-only file system.*can write"):
+                await Engine.open(place)
+
+
+async def test_a_state_directory_that_became_read_only(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=1m,mode=0700") as disk:
+        async with Engine.open(disk):
+            pass
+        syscalls.mount("none", str(disk), None, syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
+        with pytest.raises(SandboxError, match="Read-only file system"):
+            await Engine.open(disk)
+
+
+async def test_a_state_directory_of_somebody_else(tmp_path: Path) -> None:
+    os.chown(tmp_path, 65534, 65534)
+    try:
+        with pytest.raises(FailedPreconditionError, match=r"owner 65534.*chown"):
+            await Engine.open(tmp_path)
+    finally:
+        os.chown(tmp_path, 0, 0)
+    tmp_path.chmod(0o777)
+    with pytest.raises(FailedPreconditionError, match=r"mode 777.*chmod"):
+        await Engine.open(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BackendError, match="cannot use the state directory"):
+            await Engine.open(place)
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(InvalidArgumentError, match="null"):
+        await Engine.open(f"{tmp_path}/a\0b")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with space",
+        "line\nbreak",
+        "büro-日本",
+        "\udcff-no-utf-8",
+        "quote'\"$(x)",
+        "a" * 200 + "/" + "b" * 200,
+        "-rf",
+        "%s",
+    ],
+    ids=ascii,
+)
+@pytest.mark.parametrize("disk", ["8M", "128M"], ids=["memory", "image"])
+async def test_any_path_can_hold_the_state(tmp_path: Path, name: str, disk: str) -> None:
+    place = tmp_path / name
+    async with Engine.open(place) as engine:
+        async with engine.create(resources=Resources(memory="64M", disk=disk)) as sandbox:  # type: ignore[arg-type]
+            assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
+            with pytest.raises(FailedPreconditionError, match=f"process {os.getpid()}"):
+                await Engine.open(place)
+    async with Engine.open(place):
+        pass
+
+
+@pytest.mark.parametrize("disk", ["8M", "128M"], ids=["memory", "image"])
+async def test_the_state_may_lie_on_overlayfs(tmp_path: Path, disk: str) -> None:
+    """As in a container; an overlay as the upper layer of another one is what the kernel refuses."""
+    with mounted("tmpfs", tmp_path / "tmpfs", "size=64m,mode=0700") as base:
+        for name in ("lower", "upper", "work"):
+            (base / name).mkdir()
+        options = f"lowerdir={base}/lower,upperdir={base}/upper,workdir={base}/work"
+        root = base / "lower" / "root"
+        (root / "bin").mkdir(parents=True)
+        (root / "tmp").mkdir()
+        with mounted("overlay", tmp_path / "overlay", options) as overlay:
+            resources = Resources(memory="64M", disk=disk)  # type: ignore[arg-type]
+            async with Engine.open(overlay / "state") as engine:
+                async with engine.create(resources=resources) as sandbox:
+                    assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
+                    await sandbox.files.write("/tmp/y", b"y")
+                    assert await sandbox.files.read("/tmp/y") == b"y"
+            assert not list((overlay / "state").rglob("*.img"))
+
+
+async def test_a_relative_path_is_meant_from_where_the_engine_was_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    async with Engine.open("state") as engine:
+        monkeypatch.chdir("/")
+        async with engine.create(resources=SMALL) as sandbox:
+            assert len(list((tmp_path / "state" / "sandboxes").iterdir())) == 1
+            assert (await sandbox.run(["true"])).exit_code == 0
+    assert (tmp_path / "state" / "engine-id").exists()
+    monkeypatch.chdir(tmp_path)
+
+
+async def test_a_damaged_engine_id_is_made_anew(tmp_path: Path) -> None:
+    for damage in (b"", b"\xff\xfe", b"../../etc", b"A" * 1000):
+        (tmp_path / "engine-id").write_bytes(damage)
+        async with Engine.open(tmp_path) as engine:
+            assert (tmp_path / "engine-id").read_text() == f"{engine.id}\n"
+
+
+def test_a_full_run_directory() -> None:
+    """/run is where temporary state and mount points are; seen by the program alone, in a mount namespace of its own."""
+    code = """
+from unisandbox.host import syscalls
+syscalls.unshare(syscalls.CLONE_NEWNS)
+syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
+syscalls.mount("tmpfs", "/run", "tmpfs", 0, "size=64k,mode=0755,nr_inodes=100")
+with open("/run/filler", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError:
+        pass
+
+async def main():
+    try:
+        await Engine.open()
+    except SandboxError as error:
+        tell(kind=type(error).__name__, text=str(error))
+    else:
+        tell(kind="none", text="")
+    os.unlink("/run/filler")
+    tell(left=sorted(os.listdir("/run")))
+    async with Engine.open() as engine, engine.create(resources=Resources(memory="64M")) as sandbox:
+        tell(code=(await sandbox.run(["true"])).exit_code)
+    tell(left=sorted(os.listdir("/run")))
+anyio.run(main)
+"""
+    with program(code) as host:
+        told = host.heard()
+        assert told["kind"] in {"BackendError", "UnavailableError"}, told
+        assert "No space left" in told["text"], told
+        assert host.heard() == {"left": []}
+        assert host.heard() == {"code": 0}
+        assert host.heard() == {"left": []}
+        assert host.finish() == (0, "", "")
+
+
+async def test_a_store_that_fails_in_the_middle_keeps_the_old_record(tmp_path: Path) -> None:
+    """A record is whole or it is the one before, also on a disk that takes half of it."""
+    from unisandbox.engine.records import Record, RecordStore
+
+    await anyio.lowlevel.checkpoint()
+    with mounted("tmpfs", tmp_path / "disk", "size=32k,mode=0700") as disk:
+        store = RecordStore(str(disk / "sandboxes"), durable=True)
+        first = Record("a", None, "runc", "creating", 1.0, spec={"a": "b"})
+        store.write(first)
+        with pytest.raises(BackendError, match="No space left"):
+            store.write(Record("a", None, "runc", "ready", 1.0, spec={"a": "b" * 100_000}))
+        records, damaged = store.read_all()
+        assert (records, damaged) == ([first], [])
+        assert os.listdir(disk / "sandboxes") == ["a.json"]

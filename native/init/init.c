@@ -108,7 +108,7 @@ enum { SOL_SOCKET = 1, SCM_RIGHTS = 1, MSG_CTRUNC = 8, MSG_TRUNC = 0x20, MSG_DON
 enum { O_RDWR = 2, O_NOCTTY = 0400, O_CLOEXEC = 02000000, AT_FDCWD = -100, SEEK_END = 2 };
 enum { WNOHANG = 1, WALL = 0x40000000 };
 enum { SIGKILL = 9, SIGCHLD = 17, SIGSTOP = 19, NSIG = 64, SIG_BLOCK = 0, SIG_SETMASK = 2 };
-enum { PR_SET_DUMPABLE = 4, PR_SET_KEEPCAPS = 8, PR_SET_NAME = 15, PR_SET_SECCOMP = 22, PR_CAPBSET_READ = 23, PR_CAPBSET_DROP = 24,
+enum { PR_SET_PDEATHSIG = 1, PR_SET_DUMPABLE = 4, PR_SET_KEEPCAPS = 8, PR_SET_NAME = 15, PR_SET_SECCOMP = 22, PR_CAPBSET_READ = 23, PR_CAPBSET_DROP = 24,
 	PR_SET_CHILD_SUBREAPER = 36, PR_SET_NO_NEW_PRIVS = 38, PR_CAP_AMBIENT = 47, PR_CAP_AMBIENT_RAISE = 2,
 	PR_CAP_AMBIENT_CLEAR_ALL = 4 };
 enum { TIOCSPTLCK = 0x40045431, TIOCGPTPEER = 0x5441, TIOCSCTTY = 0x540e, TIOCSWINSZ = 0x5414 };
@@ -549,6 +549,9 @@ void start(long *stack)
 		exit(64);
 	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0 || CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
 		exit(70);
+	/* The parent is the keeper by now. Without it nobody reaps us nor finds us: what runs here ends with it, and
+	 * whoever waits on a `life` hears of it at once. */
+	CALL2(prctl, PR_SET_PDEATHSIG, SIGKILL);
 	CALL2(prctl, PR_SET_NAME, "init");
 	/* Where it is not PID 1 (shared pid namespace) the orphans of its container are its too. */
 	CALL2(prctl, PR_SET_CHILD_SUBREAPER, 1);

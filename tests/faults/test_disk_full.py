@@ -69,7 +69,7 @@ async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
             sandbox = await engine.create(resources=SMALL)
             await sandbox.run(["true"])
             exhaust(disk)
-            with pytest.raises(BackendError, match="cannot write the record .* No space left.*Free space"):
+            with pytest.raises(BackendError, match=r"cannot write the record .* No space left.*Free space"):
                 await engine.create(resources=SMALL)
             assert [status.id for status in await engine.list()] == [sandbox.id]
             assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
@@ -95,10 +95,10 @@ async def test_an_engine_closes_on_a_full_disk(tmp_path: Path) -> None:
 
 async def test_a_disk_image_that_finds_no_room(tmp_path: Path) -> None:
     """The image is sparse; making its file system needs some room all the same."""
-    with mounted("tmpfs", tmp_path / "disk", "size=300k,mode=0700") as disk:
+    with mounted("tmpfs", tmp_path / "disk", "size=76k,mode=0700") as disk:
         async with Engine.open(disk / "state") as engine, engine.create(resources=SMALL) as other:
-            with pytest.raises(BackendError, match="No space left|image"):
-                await engine.create(resources=Resources(memory="64M", disk="256M"))  # type: ignore[arg-type]
+            with pytest.raises(BackendError, match=r"No space left|image"):
+                await engine.create(resources=Resources(memory="64M", disk="256M"))
             assert not list((disk / "state").glob("*.img"))
             assert (await other.run(["true"])).exit_code == 0
 
@@ -107,7 +107,7 @@ async def test_a_read_only_state_directory(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "disk", "size=256k,mode=0700") as disk:
         syscalls.mount("none", str(disk), None, syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
         for place in (disk, disk / "below"):
-            with pytest.raises(BackendError, match="Read-only file system.*can write"):
+            with pytest.raises(BackendError, match=r"Read-only file system.*can write"):
                 await Engine.open(place)
 
 
@@ -161,7 +161,7 @@ async def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
 async def test_any_path_can_hold_the_state(tmp_path: Path, name: str, disk: str) -> None:
     place = tmp_path / name
     async with Engine.open(place) as engine:
-        async with engine.create(resources=Resources(memory="64M", disk=disk)) as sandbox:  # type: ignore[arg-type]
+        async with engine.create(resources=Resources(memory="64M", disk=disk)) as sandbox:
             assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
             with pytest.raises(FailedPreconditionError, match=f"process {os.getpid()}"):
                 await Engine.open(place)
@@ -180,7 +180,7 @@ async def test_the_state_may_lie_on_overlayfs(tmp_path: Path, disk: str) -> None
         (root / "bin").mkdir(parents=True)
         (root / "tmp").mkdir()
         with mounted("overlay", tmp_path / "overlay", options) as overlay:
-            resources = Resources(memory="64M", disk=disk)  # type: ignore[arg-type]
+            resources = Resources(memory="64M", disk=disk)
             async with Engine.open(overlay / "state") as engine:
                 async with engine.create(resources=resources) as sandbox:
                     assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
@@ -210,7 +210,7 @@ async def test_a_damaged_engine_id_is_made_anew(tmp_path: Path) -> None:
 
 
 def test_a_full_run_directory() -> None:
-    """/run is where temporary state and mount points are; seen by the program alone, in a mount namespace of its own."""
+    """/run is where temporary state and mount points are; seen by the program alone, in its own mount namespace."""
     code = """
 from unisandbox.host import syscalls
 syscalls.unshare(syscalls.CLONE_NEWNS)

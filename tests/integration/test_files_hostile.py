@@ -260,7 +260,7 @@ async def mounted(engine: Engine, tmp_path: Path) -> AsyncIterator[Sandbox]:
 async def test_a_mount_is_neither_removed_nor_replaced(mounted: Sandbox, tmp_path: Path) -> None:
     files = mounted.files
     await files.write("/mnt/other", b"")
-    for attempt in (
+    attempts: list[Callable[[], Awaitable[None]]] = [
         lambda: files.remove("/mnt/file"),
         lambda: files.remove("/mnt/dir"),
         lambda: files.remove("/mnt/dir", recursive=True),
@@ -269,7 +269,8 @@ async def test_a_mount_is_neither_removed_nor_replaced(mounted: Sandbox, tmp_pat
         lambda: files.upload(tmp_path / "shared.txt", "/mnt/file"),
         lambda: files.rename("/mnt/file", "/mnt/moved"),
         lambda: files.rename("/mnt/dir", "/mnt/moved"),
-    ):
+    ]
+    for attempt in attempts:
         with pytest.raises(FailedPreconditionError, match="/mnt"):
             await attempt()
 

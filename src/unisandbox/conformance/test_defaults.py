@@ -53,7 +53,9 @@ async def test_nothing_of_the_host_is_in_the_environment(create: Create, monkeyp
 async def test_the_network_is_its_own_and_empty(sandbox: Sandbox) -> None:
     interfaces = (await sandbox.sh("tail -n +3 /proc/net/dev")).text.splitlines()
     assert [line.split(":")[0].strip() for line in interfaces] == ["lo"]
-    ping = "import socket; s = socket.create_server(('127.0.0.1', 0)); socket.create_connection(s.getsockname()); print('up')"
+    ping = (
+        "import socket as s; a = s.create_server(('127.0.0.1', 0)); s.create_connection(a.getsockname()); print('up')"
+    )
     assert (await sandbox.run(["python3", "-c", ping])).text == "up\n"
     out = "import socket\ntry: socket.create_connection(('198.51.100.1', 80), 2)\nexcept OSError as e: print(e.errno)"
     assert (await sandbox.run(["python3", "-c", out])).text.strip() == "101"  # ENETUNREACH

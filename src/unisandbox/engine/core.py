@@ -175,6 +175,15 @@ class EngineCore:
         self._records.remove(entry.sandbox_id)
         self._entries.pop(entry.sandbox_id, None)
 
+    def check_keeper(self) -> None:
+        """Raise UnavailableError when the keeper is dead: nothing can be started any more."""
+        if not self.host.keeper.alive:
+            raise UnavailableError(
+                f"the keeper of engine {self.host.engine_id} (process {self.host.keeper.pid}) has ended,"
+                " and with it what ran in its sandboxes",
+                hint="Close the engine and open another one.",
+            )
+
     async def close(self) -> None:
         """Remove every sandbox, end the keeper, leave nothing. Repeating is harmless."""
         async with self._closing:

@@ -143,6 +143,7 @@ class Entry:
         """
         task = self.task
         self._check_started()
+        self._core.check_keeper()
         if not self._main_made or (await task.state(MAIN)).state == "stopped":
             async with self._lock:
                 self._check_started()

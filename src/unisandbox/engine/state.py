@@ -70,6 +70,7 @@ class StateDirectory:
             except BaseException:
                 if temporary:
                     shutil.rmtree(path, ignore_errors=True)
+                _remove_if_empty(runtime)
                 raise
             return cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
         except FileExistsError as error:
@@ -114,14 +115,10 @@ class StateDirectory:
         with _unlocked(self.path) as unused:
             if not unused:
                 return
-            # The keeper was faster, or another engine uses the directory above.
-            for path in (self.work_dir, os.path.dirname(self.work_dir)):
-                with contextlib.suppress(OSError):
-                    os.rmdir(path)
+            _remove_if_empty(self.work_dir)
             if self.temporary:
                 shutil.rmtree(self.path, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(os.path.dirname(self.work_dir))
+            _remove_if_empty(os.path.dirname(self.work_dir))
 
 
 def _runtime_directory() -> str:
@@ -139,6 +136,11 @@ def _make_directory(path: str, mode: int) -> None:
     os.chmod(path, mode)
 
 
+def _remove_if_empty(path: str) -> None:
+    with contextlib.suppress(OSError):  # the keeper was faster, or another engine uses it
+        os.rmdir(path)
+
+
 def _temporary_directory(runtime: str) -> str:
     for left in reversed(range(_TRIES)):
         _make_directory(runtime, 0o711)
@@ -147,6 +149,9 @@ def _temporary_directory(runtime: str) -> str:
         except FileNotFoundError:
             if not left:
                 raise
+        except OSError:
+            _remove_if_empty(runtime)
+            raise
     raise AssertionError("the loop returns or raises")
 
 

@@ -62,6 +62,7 @@ from unisandbox.oci.runtime import Runtime
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
+_TOLD_SECONDS: Final = 1.0
 # A shell's answers for a program that cannot be started. Source: POSIX, 2.8.2 Exit Status for Commands.
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
@@ -88,8 +89,10 @@ class OciTaskService:
     def abandon(self) -> None:
         """Close every descriptor that this process holds; ends nothing, and waits for nothing."""
         for container in self._containers.values():
-            for process in container.processes.values():
+            for exec_id, process in container.processes.items():
                 process.close()
+                if process.pid is not None:
+                    self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
             if container.control is not None:
                 container.control.close()
                 container.control = None
@@ -372,11 +375,13 @@ class OciTaskService:
 
     async def _delete_container(self, container: Container) -> Exit | None:
         self.kill_now(container.name)
-        with anyio.move_on_after(_END_SECONDS):
-            for exec_id, process in list(container.processes.items()):
-                if process.pid is not None and process.exit is None:
-                    await self.wait(container.name, exec_id)
-        container.plan.cgroup.kill()
+        # Init tells how they ended; one that does not answer (stopped, say) is killed too, and the kernel may tell.
+        for patience in (_TOLD_SECONDS, _END_SECONDS):
+            with anyio.move_on_after(patience):
+                for exec_id, process in list(container.processes.items()):
+                    if process.pid is not None and process.exit is None:
+                        await self.wait(container.name, exec_id)
+            container.plan.cgroup.kill()
         # Each step may be repeated: a cancellation may have cut this call before.
         await self._keeper.drop([self._held(container)])
         if container.control is not None:

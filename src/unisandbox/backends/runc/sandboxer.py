@@ -154,11 +154,14 @@ class RuncSandboxer:
                 await _ask_to_end(task, grace)
             for container_id in task.container_ids:
                 task.kill_now(container_id)
-            for container_id in task.container_ids:
-                await task.delete(container_id)
-        if sandbox.pids is not None:
-            pids, sandbox.pids = sandbox.pids, None
-            await pids.end(self._host, self._runtime, sandbox.pod)
+        try:
+            for container_id in task.container_ids if task is not None else ():
+                await task.delete(container_id)  # type: ignore[union-attr]
+            if sandbox.pids is not None:
+                await sandbox.pids.end(self._host, self._runtime, sandbox.pod)
+                sandbox.pids = None
+        except UnavailableError:
+            self._end_without_keeper(sandbox)
         sandbox.stopped_at = time.time()
         sandbox.ended.set()
 
@@ -240,6 +243,10 @@ class RuncSandboxer:
         await self.stop(sandbox_id, grace=0)
         pod.cgroup.kill()
         keeper = self._host.keeper
+        if not keeper.alive:
+            self._end_without_keeper(sandbox)
+            self._sandboxes.pop(sandbox_id, None)
+            return
         await keeper.drop(prefix=f"{pod.short}/")
         await keeper.job(
             [{"do": "unmount", "path": pod.work}, {"do": "remove_tree", "path": pod.work}], timeout=_JOB_SECONDS
@@ -253,6 +260,19 @@ class RuncSandboxer:
             pod.lease = None
         await keeper.unguard([f"{pod.short}/cgroup-directories", f"{pod.short}/processes", f"{pod.short}/image"])
         self._sandboxes.pop(sandbox_id, None)
+
+    def _end_without_keeper(self, sandbox: _Sandbox) -> None:
+        """The keeper is dead, and with it mounts, pins and every init; what is left are cgroups and descriptors."""
+        if self._host.keeper.alive:
+            raise BackendError(f"the keeper does not answer for sandbox {sandbox.pod.label!r}")
+        sandbox.pod.cgroup.kill()
+        if sandbox.task is not None:
+            sandbox.task.abandon()
+        if sandbox.pids is not None:
+            os.close(sandbox.pids.created.pidfd)
+            sandbox.pids = None
+        sandbox.pod.close()
+        sandbox.pod.cgroup.remove(timeout=5.0)
 
     async def list(self) -> Sequence[SandboxStatus]:
         """See `Sandboxer.list`."""

@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LEAST_NOFILE = 4096
 NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
 
 #: The limit of file descriptors that children get back: the keeper raises its own as far as it may.
@@ -39,12 +40,21 @@ def leave_inheritance(keep: Sequence[int]) -> None:
         signal.signal(number, lambda _number, _frame: None)
     os.umask(0o077)
     os.chdir("/")
-    soft, hard = inherited_nofile
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    _take_descriptors()
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(NAME)
+
+
+def _take_descriptors() -> None:
+    """Use all the file descriptors that we may have, and at least those that one message can bring."""
+    soft, hard = inherited_nofile
+    wanted = max(hard, _LEAST_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+    except (PermissionError, ValueError):
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 _hidden: dict[str, int] = {}

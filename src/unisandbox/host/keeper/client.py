@@ -437,6 +437,15 @@ class Keeper:
 
     # --- the end ---
 
+    @property
+    def alive(self) -> bool:
+        """Whether the keeper's process lives and this connection is open; a look, without waiting."""
+        if self.pidfd < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
     async def close(self, run_guards: bool = True) -> CloseReport:
         """End the keeper and everything that it is the parent of; owner only. Again: nothing happens.
 

@@ -95,11 +95,16 @@ async def test_an_engine_closes_on_a_full_disk(tmp_path: Path) -> None:
 
 async def test_a_disk_image_that_finds_no_room(tmp_path: Path) -> None:
     """The image is sparse; making its file system needs some room all the same."""
-    with mounted("tmpfs", tmp_path / "disk", "size=76k,mode=0700") as disk:
+    with mounted("tmpfs", tmp_path / "disk", "size=1m,mode=0700") as disk:
         async with Engine.open(disk / "state") as engine, engine.create(resources=SMALL) as other:
-            with pytest.raises(BackendError, match=r"No space left|image"):
+            fill(disk)
+            # What a record needs, and not what mkfs needs.
+            os.truncate(disk / "filler", (disk / "filler").stat().st_size - (32 << 10))
+            with pytest.raises(BackendError, match=r"No space left"):
                 await engine.create(resources=Resources(memory="64M", disk="256M"))
             assert not list((disk / "state").glob("*.img"))
+            assert [status.id for status in await engine.list()] == [other.id]
+            (disk / "filler").unlink()
             assert (await other.run(["true"])).exit_code == 0
 
 
@@ -243,7 +248,8 @@ anyio.run(main)
         assert "No space left" in told["text"], told
         assert host.heard() == {"left": []}
         assert host.heard() == {"code": 0}
-        assert host.heard() == {"left": []}
+        # crun makes a directory for itself, whatever it is told.
+        assert host.heard() in ({"left": []}, {"left": ["crun"]})
         assert host.finish() == (0, "", "")
 
 

@@ -29,8 +29,8 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
 - `bind`: `source`, `recursive=true`, `attributes` (hold for the whole tree), `idmap=false` (true, or "try"),
   `create=false` (make the mount point, and directories above it), `detached=false` (the source is a tree that
   `mounts.detached_tree` made).
-- `overlay`: `lower` (sources, the uppermost first), `upper=null`, `work=null` (sources), `idmap=false`,
-  `volatile=false`, `attributes`.
+- `overlay`: `lower` (sources, the uppermost first), `front=[]` (lower ones above these whose ids are never mapped),
+  `upper=null`, `work=null` (sources), `idmap=false`, `volatile=false`, `attributes`.
 - `readonly`: `recursive=true`.
 
 A source is an absolute path without symbolic links (a string), `{"fd": n}` (the n-th fd of the request), `{"name": s}`
@@ -438,10 +438,12 @@ def _op_overlay(job: _Job, tree: Tree, path: str, fields: Fields) -> bool:
 
     try:
         lower = [source(value) for value in fields.items("lower")]
+        front = [source(value) for value in fields.items("front", required=False) or ()]
         upper, work = fields.any("upper"), fields.any("work")
         mapped = tree.overlay(
             path,
             lower=lower,
+            front=front,
             upper=None if upper is None else source(upper),
             work=None if work is None else source(work),
             userns_fd=userns_fd,

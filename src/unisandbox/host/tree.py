@@ -250,6 +250,7 @@ class Tree:
         lower: list[int],
         upper: int | None = None,
         work: int | None = None,
+        front: list[int] | None = None,
         userns_fd: int | None = None,
         require_idmap: bool = True,
         attributes: int = 0,
@@ -263,6 +264,7 @@ class Tree:
             lower: descriptors of directories, at most 500.
             upper: where changes go; None: the overlay is read-only. With `work`, an empty directory beside it.
             work: see upper.
+            front: lower directories above the others, whose ids are as they shall be and are not mapped.
             userns_fd: map the ids of the lower directories by this user namespace; `upper` has mapped ids as they are.
             require_idmap: False: leave those unmapped whose file system cannot.
             attributes: MOUNT_ATTR_* to set.
@@ -290,7 +292,7 @@ class Tree:
                 mapped = mounts.idmap(tree, mapper, False, require_idmap) and mapped
                 # Before Linux 6.15 a layer must be mounted in our namespace: for a moment, where the overlay will be.
                 syscalls.move_mount(tree, "", target, "", _ATTACH)
-            layers = _Layers(staged or lower, upper, work, volatile)
+            layers = _Layers([*(front or []), *(staged or lower)], upper, work, volatile)
             try:
                 mount_fd = _overlay_mount(layers, attributes)
             except OSError as error:

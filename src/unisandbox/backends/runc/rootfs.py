@@ -283,10 +283,10 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
         return ops + _shadow_writable(place.work, place.layer, place.root)
     if rootfs.readonly:
         # A directory in front of the user's that holds the mount points, so that nothing is written into his.
-        ops.append({"op": "mkdir", "path": place.base})
-        ops += [{"op": "mkdir", "path": f"{place.base}/{name}"} for name in (*_EMPTY_DIRECTORIES, "etc")]
+        ops.append({"op": "mkdir", "path": place.base, **owner})
+        ops += [{"op": "mkdir", "path": f"{place.base}/{name}", **owner} for name in (*_EMPTY_DIRECTORIES, "etc")]
         ops += [
-            {"op": "file", "path": f"{place.base}/etc/{name}", "content": text}
+            {"op": "file", "path": f"{place.base}/etc/{name}", "content": text, **owner}
             for name, text in identity.files().items()
         ]
         for mount in mounts:
@@ -296,7 +296,9 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
             {
                 "op": "overlay",
                 "path": place.root,
-                "lower": [f"{place.work}{place.base}", {"fd": 0}],
+                # Not mapped: before Linux 6.3 a tmpfs cannot be.
+                "front": [f"{place.work}{place.base}"],
+                "lower": [{"fd": 0}],
                 "idmap": place.mapped,
                 "attributes": _SAFE,
             }

@@ -33,10 +33,9 @@ def mounted(kind: str, place: Path, options: str, flags: int = 0) -> Iterator[Pa
 
 def fill(place: Path) -> None:
     """Leave no byte free."""
-    with open(place / "filler", "wb") as file, suppress(OSError):
+    with open(place / "filler", "wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(b"\0" * 4096)
-            file.flush()
 
 
 def take_inodes(place: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import resource
 import stat
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,21 +139,26 @@ def identity() -> list[str]:
 # Links that are swapped in
 
 
+# Exchanges directories with links in one system call (renameat2, RENAME_EXCHANGE), and makes anew what was removed.
 SWAP = """
-import os, sys
+import ctypes, os, sys
+exchange = lambda one, other: ctypes.CDLL(None).renameat2(-100, one, -100, other, 2)
 victim = sys.argv[1]
 os.chdir('/tmp/arena')
+os.symlink(victim, 'link'); os.symlink(victim + '/sub', 'sublink')
 def quiet(call, *args):
     try: call(*args)
     except OSError: pass
 print('go', flush=True)
 while True:
-    quiet(os.mkdir, 'new'); quiet(os.mkdir, 'new/sub'); quiet(lambda: open('new/file', 'w').close())
-    quiet(os.rename, 'new', 'way'); quiet(os.rename, 'way', 'aside')
-    quiet(os.symlink, victim, 'way'); quiet(os.unlink, 'way')
-    quiet(os.rename, 'aside', 'way')
-    quiet(os.rename, 'way/sub', 'way/aside'); quiet(os.symlink, victim + '/sub', 'way/sub'); quiet(os.unlink, 'way/sub')
-    quiet(os.rename, 'way/aside', 'way/sub')
+    quiet(os.mkdir, 'way'); quiet(os.mkdir, 'way/sub'); quiet(lambda: open('way/file', 'w').close())
+    for _ in range(20):
+        exchange(b'way/sub', b'sublink'); exchange(b'sublink', b'way/sub')
+        exchange(b'way', b'link'); exchange(b'link', b'way')
+    if not os.path.islink('link') and os.path.islink('way'): exchange(b'way', b'link')
+    if not os.path.islink('sublink') and os.path.islink('way/sub'): exchange(b'way/sub', b'sublink')
+    if not os.path.lexists('link'): quiet(os.symlink, victim, 'link')
+    if not os.path.lexists('sublink'): quiet(os.symlink, victim + '/sub', 'sublink')
 """
 
 
@@ -176,22 +182,24 @@ async def test_links_that_are_swapped_in_never_lead_out(
         lambda: files.remove("/tmp/arena/way", recursive=True),
         lambda: files.list("/tmp/arena/way/sub"),
     ]
-    ended = {"well": 0, "refused": 0}
+    ended = [[0, 0] for _ in calls]
     await files.mkdir("/tmp/arena")
 
     async with sandbox.exec(["python3", "-c", SWAP, str(victim)]) as process:
         assert await process.stdout.receive() == b"go\n"
         for _ in range(count(1000)):
-            for call in calls:
+            if (tmp_path / "out").is_symlink():
+                (tmp_path / "out").unlink()
+            for number, call in enumerate(calls):
                 try:
                     await call()
-                    ended["well"] += 1
+                    ended[number][0] += 1
                 except SandboxError:
-                    ended["refused"] += 1
+                    ended[number][1] += 1
 
     assert shape(victim) == before
     # Both happened, so the swapping met the calls.
-    assert min(ended.values()) > 0, ended
+    assert all(map(sum, zip(*ended, strict=True))), ended
     assert not [name for name in shape(tmp_path) if ".unisandbox" in name]
 
 
@@ -215,15 +223,22 @@ async def test_a_download_into_a_tree_full_of_links_replaces_them(
         assert shape(victim) == before
 
 
-async def test_the_callers_own_link_is_followed(sandbox: Sandbox, tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to("real")
-    await sandbox.sh("mkdir /tmp/t; echo 1 > /tmp/t/f")
+async def test_a_link_that_was_downloaded_is_not_followed_by_the_next_download(
+    sandbox: Sandbox, victim: Path, tmp_path: Path
+) -> None:
+    before = shape(victim)
+    await sandbox.run(["ln", "-s", str(victim), "/tmp/t"], check=True)
+    await sandbox.files.download("/tmp/t", tmp_path / "out")
+    await sandbox.sh("rm /tmp/t; mkdir /tmp/t; echo changed > /tmp/t/file", check=True)
 
-    await sandbox.files.download("/tmp/t", tmp_path / "link")
+    for local in (tmp_path / "out", f"{tmp_path}/out/"):
+        with pytest.raises(FailedPreconditionError, match="is a link"):
+            await sandbox.files.download("/tmp/t", local)
 
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "real" / "f").read_bytes() == b"1\n"
+    assert shape(victim) == before
+    await sandbox.files.download("/tmp/t/file", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == b"changed\n"
+    assert shape(victim) == before
 
 
 async def test_hard_links_do_not_carry_a_write_elsewhere(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -312,19 +327,23 @@ async def test_a_rename_across_file_systems_says_so(mounted: Sandbox) -> None:
 # Depth, width, size
 
 
-async def test_a_tree_of_any_depth_is_copied_and_removed_with_few_descriptors(sandbox: Sandbox, tmp_path: Path) -> None:
-    source, back = tmp_path / "source", tmp_path / "back"
-    make_deep(source, DEEP)
-    try:
-        with few_descriptors(90):
-            await sandbox.files.upload(source, "/tmp/deep")
-            await sandbox.files.download("/tmp/deep", back)
-            await sandbox.files.remove("/tmp/deep", recursive=True)
-        assert depth_of(back) == DEEP
-        assert await sandbox.files.list("/tmp") == []
-    finally:
-        removal.remove_tree(str(source))
-        removal.remove_tree(str(back))
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory in memory for trees that are too deep for pytest to clean."""
+    path = tempfile.mkdtemp(dir="/dev/shm")
+    yield Path(path)
+    removal.remove_tree(path)
+
+
+async def test_a_tree_of_any_depth_is_copied_and_removed_with_few_descriptors(sandbox: Sandbox, scratch: Path) -> None:
+    make_deep(scratch / "source", DEEP)
+    with few_descriptors(90):
+        await sandbox.files.upload(scratch / "source", "/tmp/deep")
+        await sandbox.files.download("/tmp/deep", scratch / "back")
+        await sandbox.files.remove("/tmp/deep", recursive=True)
+
+    assert depth_of(scratch / "back") == DEEP
+    assert await sandbox.files.list("/tmp") == []
 
 
 async def test_a_tree_that_is_moved_while_it_is_copied_is_refused(
@@ -434,6 +453,7 @@ async def test_every_name_goes_in_and_comes_out(sandbox: Sandbox, tmp_path: Path
 async def test_what_is_no_path_is_refused_by_every_call(sandbox: Sandbox, tmp_path: Path, path: str) -> None:
     files = sandbox.files
     (tmp_path / "f").write_bytes(b"")
+    await files.write("/tmp/f", b"")
     for attempt in (
         lambda: files.read(path),
         lambda: files.write(path, b""),
@@ -443,7 +463,7 @@ async def test_what_is_no_path_is_refused_by_every_call(sandbox: Sandbox, tmp_pa
         lambda: files.mkdir(path),
         lambda: files.remove(path, recursive=True),
         lambda: files.rename(path, "/tmp/x"),
-        lambda: files.rename("/tmp", path),
+        lambda: files.rename("/tmp/f", path),
         lambda: files.upload(tmp_path / "f", path),
         lambda: files.download(path, tmp_path / "x"),
         lambda: files.upload(path, "/tmp/x"),
@@ -507,7 +527,7 @@ async def test_what_is_in_the_way_is_said(sandbox: Sandbox, tmp_path: Path) -> N
         await files.download("/tmp/e/sub", tmp_path / "dir")
     with pytest.raises(AlreadyExistsError, match="/tmp/e/sub"):
         await files.upload(tmp_path / "dir", "/tmp/e")
-    with pytest.raises(AlreadyExistsError, match="file"):
+    with pytest.raises(InvalidArgumentError, match="Not a directory"):
         await files.download("/tmp/d", tmp_path / "file")
     with pytest.raises(AlreadyExistsError, match="nowhere"):
         await files.mkdir("/tmp/l")

@@ -23,7 +23,8 @@ from unisandbox.api import (
     check_id,
 )
 from unisandbox.engine.choice import Choice, choose
-from unisandbox.engine.entry import CLEANING_SECONDS, Entry
+from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
+from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog
 from unisandbox.engine.records import Record, RecordStore, boot_id
 from unisandbox.engine.registry import Backend, Registry
@@ -44,6 +45,7 @@ class EngineCore:
     Attributes:
         host: what it lends to backends.
         events: what happened.
+        cleaning: what was cut and has to be finished.
         closed: it has been closed, or is being closed.
         gone: nothing of it is left.
     """
@@ -61,6 +63,7 @@ class EngineCore:
         self._chosen: dict[str, Backend] = {}
         self._entries: dict[str, Entry] = {}
         self._closing = anyio.Lock()
+        self.cleaning: Cleaning = Cleaning()
 
     @classmethod
     async def open(
@@ -120,6 +123,7 @@ class EngineCore:
             UnsupportedError, UnavailableError: it cannot be had; nothing was done.
         """
         self._check_open()
+        await self.cleaning.catch_up()
         identity = check_id(sandbox_id) if sandbox_id is not None else secrets.token_hex(16)
         self._check_free(identity, spec)
         backend = self._chosen.get(spec.isolation)

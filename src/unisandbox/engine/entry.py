@@ -27,14 +27,13 @@ from unisandbox.api import (
     Stdio,
     TaskService,
 )
+from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
 from unisandbox.engine.records import plain_spec
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
 
 MAIN: Final = "main"
-# What cleaning after a cancelled or failed call may take before the engine's close and the keeper's guards finish it.
-CLEANING_SECONDS: Final = 10.0
 # What is kept of each output stream of a container that nobody reads.
 LOG_BYTES: Final = 1 << 20
 
@@ -79,6 +78,11 @@ class Entry:
     def engine_open(self) -> bool:
         """Whether the engine still answers."""
         return not self._core.closed
+
+    @property
+    def cleaning(self) -> Cleaning:
+        """Where cleaning goes that must not be lost."""
+        return self._core.cleaning
 
     @property
     def removed(self) -> bool:
@@ -144,6 +148,7 @@ class Entry:
         task = self.task
         self._check_started()
         self._core.check_keeper()
+        await self.cleaning.catch_up()
         if not self._main_made or (await task.state(MAIN)).state == "stopped":
             async with self._lock:
                 self._check_started()
@@ -160,8 +165,7 @@ class Entry:
             await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
             await task.start(MAIN)
         except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                await task.delete(MAIN)
+            await self.cleaning.run(lambda: task.delete(MAIN))
             raise
         self._main_made = True
         self.emit("container.started", container_id=MAIN)
@@ -179,27 +183,33 @@ class Entry:
         """Create and start a container; the keeper keeps the last of what it writes. Its pid on the host."""
         task = self.task
         self._check_started()
-        if spec.name == MAIN:
+        self._core.check_keeper()
+        await self.cleaning.catch_up()
+        if spec.name == MAIN or spec.name in task.container_ids:
             raise AlreadyExistsError(
-                f"{MAIN!r} is the container that run and exec use", hint="Take another name for the container."
+                f"sandbox {self.label!r} has a container {spec.name!r} already",
+                hint=f"Take another name; {MAIN!r} is the one that run and exec use.",
             )
         readers: list[int] = []
         writers: list[int] = []
+
+        async def undo() -> None:
+            task.kill_now(spec.name)
+            await task.delete(spec.name)
+            await self.drop_logs(spec.name)
+
         try:
             for _ in LOG_STREAMS:
                 reader, writer = os.pipe2(os.O_CLOEXEC)
                 readers.append(reader)
                 writers.append(writer)
-            await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
             try:
+                await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
                 for stream, reader in zip(LOG_STREAMS, readers, strict=True):
                     await self._core.host.keeper.ring(self._log(spec.name, stream), reader, limit=LOG_BYTES)
                 started = await task.start(spec.name)
             except BaseException:
-                task.kill_now(spec.name)
-                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                    await task.delete(spec.name)
-                    await self.drop_logs(spec.name)
+                await self.cleaning.run(undo)
                 raise
         finally:
             for fd in (*readers, *writers):
@@ -227,8 +237,7 @@ class Entry:
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self._core.write_record(self, "ready")
         except BaseException:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                await self._free()
+            await self.cleaning.run(self._free)
             raise
         self._state = "ready"
         self.emit("sandbox.started")
@@ -270,19 +279,20 @@ class Entry:
         if self._state == "removed" or self._core.gone:
             return
         self.kill_now()
-        # Not to be cancelled: what was begun is finished, or left to the engine's close and the keeper's guards.
-        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-            async with self._lock:
-                if not self.removed:
-                    self._core.write_record(self, "removing")
-                    await self._free()
-                    self.emit("sandbox.removed")
-        if not self.removed:
+        # Not to be cancelled: what was begun is finished, or left to the next call.
+        if not await self.cleaning.run(self._remove):
             raise DeadlineExceededError(
                 f"sandbox {self.label!r} could not be removed within {CLEANING_SECONDS:g} s",
                 hint="Something in it may sit in the kernel (a disk, a network file system). Remove it again later.",
             )
         await anyio.lowlevel.checkpoint_if_cancelled()
+
+    async def _remove(self) -> None:
+        async with self._lock:
+            if not self.removed:
+                self._core.write_record(self, "removing")
+                await self._free()
+                self.emit("sandbox.removed")
 
     async def status(self) -> SandboxStatus:
         """The state at this moment; never waits for another call."""

@@ -39,6 +39,7 @@ from unisandbox.api import (
     StartedTask,
     TaskState,
     Terminal,
+    UnavailableError,
     check_id,
 )
 from unisandbox.api.status import ContainerState
@@ -54,6 +55,7 @@ from unisandbox.oci.processes import (
     ended_process,
     has_ended,
     oom_kills_of,
+    readable,
     status_without_init,
     streams,
 )
@@ -135,7 +137,6 @@ class OciTaskService:
                 main.close()
             with anyio.CancelScope(shield=True), anyio.move_on_after(_END_SECONDS):
                 await self.delete(name)
-                await self._planner.free(name)
             raise
 
     async def _create(self, container: Container, main: Process) -> None:
@@ -209,6 +210,12 @@ class OciTaskService:
                     timeout=START_SECONDS,
                     cgroup=cgroup,
                 )
+        except UnavailableError:
+            # Init's socket closes a moment before its death can be seen: who asks again shall see it.
+            if container.created is not None:
+                with anyio.move_on_after(_TOLD_SECONDS):
+                    await readable(container.created.pidfd)
+            raise
         except ExecFailed as error:
             raise self._not_started(container, process.spec, request.cwd, error) from error
         process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
@@ -335,7 +342,8 @@ class OciTaskService:
         """See `TaskService.delete`. What an exec'd process left in the background goes on."""
         container = self._containers.get(container_id)
         if container is None:
-            await anyio.lowlevel.checkpoint()
+            if not exec_id:
+                await self._planner.free(container_id)  # a creation that was cut may have left something
             return self._exits.pop((container_id, exec_id), None)
         if exec_id:
             return await self._delete_process(container, exec_id)
@@ -349,9 +357,15 @@ class OciTaskService:
         process.deleted = True
         if process.pid is not None and process.exit is None:
             await self.wait(container.name, exec_id)
-        # From here on without an await: done once begun.
+        # Once begun it is done, with or without the rest.
         self._free_process(container, process)
         self._sweep(container)
+        if process.cgroup in container.lingering and (process.killed_by_us or process.pid is None):
+            # Everything in it was killed, and is about to be gone; background work is not waited for.
+            with anyio.move_on_after(_TOLD_SECONDS):
+                while process.cgroup in container.lingering:
+                    await anyio.sleep(0.001)
+                    self._sweep(container)
         return process.exit
 
     @staticmethod

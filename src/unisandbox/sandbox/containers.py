@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-import anyio
-
 from unisandbox.api import ContainerSpec, ContainerStatus, Exit, Mount, ProcessSpec, Resources, Rootfs
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
-from unisandbox.sandbox.process import CLEANING_SECONDS
 
 
 class Container:
@@ -61,10 +58,12 @@ class Container:
         if self._entry.removed:
             return
         self._entry.task.kill_now(self.name)
-        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-            await self._entry.task.delete(self.name)
-            await self._entry.drop_logs(self.name)
+        await self._entry.cleaning.run(self._free)
         self._entry.emit("container.exited", container_id=self.name, exit=self._exit)
+
+    async def _free(self) -> None:
+        await self._entry.last_task.delete(self.name)
+        await self._entry.drop_logs(self.name)
 
     async def __aenter__(self) -> Self:
         return self

@@ -17,7 +17,14 @@ from typing import Final
 
 import anyio.lowlevel
 
-from unisandbox.api import AlreadyExistsError, FileInfo, InvalidArgumentError, NotFoundError, UnavailableError
+from unisandbox.api import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    FileInfo,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
 from unisandbox.engine.entry import Entry
 from unisandbox.host import removal
 from unisandbox.sandbox import inside
@@ -263,16 +270,18 @@ class Files:
 
         Everything belongs to the caller and has the permission bits of the original under his umask; holes stay holes.
         An existing file at `local` is replaced, a directory is merged into, a link below that is in the way of a
-        directory is replaced. Where the links that were copied lead to is the sandbox's choice: do not follow them.
+        directory is replaced. Where the links that were copied lead to is the sandbox's choice: do not follow them, nor
+        give a `local` that goes through one.
 
         Args:
-            path: absolute path inside.
-            local: path on the host. For a directory missing parents are made.
+            path: absolute path inside; a link is copied as a link.
+            local: path on the host. For a directory missing parents are made, and it must not be a link itself.
             limit: bytes in all, each entry counted with 4 KiB at least; what is more is refused when it is met.
 
         Raises:
             NotFoundError: `path` or the directory of `local` does not exist.
             InvalidArgumentError: there is more than `limit`; a device, FIFO or socket is in the tree.
+            FailedPreconditionError: `local` is a link and `path` a directory; there is no room on the host.
         """
         await anyio.lowlevel.checkpoint()
         _check_limit(limit)
@@ -392,8 +401,13 @@ def _local_parent(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _local_directory(path: str, mode: int) -> tuple[int, bool]:
-    """The host's directory at the caller's `path`, which may be a link of his, and whether it was made."""
-    parent = os.path.dirname(path.rstrip("/"))
+    """The host's directory at the caller's `path`, and whether it was made.
+
+    A link in the last place is refused: an earlier download of the same path may have put it there, when the sandbox
+    had a link where it has a directory now.
+    """
+    path = path.rstrip("/") or "/"
+    parent = os.path.dirname(path)
     if parent:
         os.makedirs(parent, exist_ok=True)
     try:
@@ -401,4 +415,12 @@ def _local_directory(path: str, mode: int) -> tuple[int, bool]:
         made = True
     except FileExistsError:
         made = False
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), made
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC), made
+    except NotADirectoryError:
+        if not os.path.islink(path):
+            raise
+    raise FailedPreconditionError(
+        f"{path!r} is a link, perhaps one that was downloaded earlier",
+        hint="If it is yours, give the directory that it leads to; otherwise remove it.",
+    )

@@ -34,20 +34,23 @@ ON_THIS_MOUNT: Final = ONE_STEP | syscalls.RESOLVE_NO_XDEV
 """The same, and EXDEV for a mount point."""
 # openat2 answers EAGAIN when anything on the host was renamed or mounted while it followed a ".."; source: openat2(2).
 _ATTEMPTS: Final = 1000
+_PATH_MAX: Final = 4096  # with the NUL at the end; source: include/uapi/linux/limits.h
 
 
 def checked(path: str) -> str:
     """The path, if the kernel could take it.
 
     Raises:
-        InvalidArgumentError: it is empty, has a NUL, or no bytes stand for its text.
+        InvalidArgumentError: it is empty, too long, has a NUL, or no bytes stand for its text.
     """
     if not path or "\0" in path:
         raise InvalidArgumentError(f"{path!r} is not a path")
     try:
-        os.fsencode(path)
+        length = len(os.fsencode(path))
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(f"{path!r} is not a path: {error.reason}") from error
+    if length >= _PATH_MAX:
+        raise InvalidArgumentError(f"{path[:100]!r}... is not a path: it has {length} bytes of at most {_PATH_MAX - 1}")
     return path
 
 

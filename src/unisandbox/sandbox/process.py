@@ -127,8 +127,7 @@ async def _start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, St
         return exec_id, await task.start(entry.main, exec_id)
     except BaseException:
         task.kill_now(entry.main, exec_id)
-        with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-            await task.delete(entry.main, exec_id)
+        await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
         raise
 
 
@@ -240,8 +239,7 @@ class Process:
         try:
             if self._exit is None:
                 self._entry.last_task.kill_now(self._entry.main, self._exec_id)
-                with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                    await self.wait()
+                await self._entry.cleaning.run(self.wait, seconds=CLEANING_SECONDS)
         finally:
             self._close_ends()
         await anyio.lowlevel.checkpoint()

@@ -164,11 +164,12 @@ async def run(
                     await entry.take_over_output(collector.source.fileno())
             await entry.last_task.delete(entry.main, exec_id)
         except BaseException:
-            entry.last_task.kill_now(entry.main, exec_id)
+            task = entry.last_task
+            task.kill_now(entry.main, exec_id)
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
-                exit = exit or await entry.last_task.wait(entry.main, exec_id)
+                exit = exit or await task.wait(entry.main, exec_id)
                 exchange.drain()
-                await entry.last_task.delete(entry.main, exec_id)
+            await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
             raise
         finally:
             pipes.close()

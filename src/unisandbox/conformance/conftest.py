@@ -17,7 +17,7 @@ from unisandbox.conformance.scope import run_cgroup
 from unisandbox.sandbox import SandboxOptions
 
 # The options are known when pytest was told of the plugin in time; its other hooks are needed in every case.
-pytest_plugins = ["unisandbox.conformance.plugin"]
+pytest_plugins: list[str] = ["unisandbox.conformance.plugin"]
 
 
 class Create(Protocol):

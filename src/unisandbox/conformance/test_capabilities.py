@@ -14,7 +14,7 @@ from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.selection import Candidate
 from unisandbox.sandbox import SandboxOptions
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 ASKED: dict[str, SandboxOptions] = {
     "rootfs:image": {"rootfs": "debian"},

@@ -13,7 +13,7 @@ from unisandbox import AlreadyExistsError, InvalidArgumentError, Mount, NotFound
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.waiting import until
 
-pytestmark = [pytest.mark.anyio, pytest.mark.needs("containers")]
+pytestmark: list[pytest.MarkDecorator] = [pytest.mark.anyio, pytest.mark.needs("containers")]
 
 _SERVER = (
     "import socket\ns = socket.create_server(('127.0.0.1', 8080))\nprint('ready', flush=True)\n"

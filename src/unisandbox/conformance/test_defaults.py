@@ -9,7 +9,7 @@ import pytest
 from unisandbox import Sandbox
 from unisandbox.conformance.conftest import Create
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 
 def _table(status: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from unisandbox import InvalidArgumentError, ProcessFailedError, Resources, Sand
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 # What a process cannot be ended by: its default is to be ignored or to stop. Source: signal(7).
 _HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}

@@ -21,7 +21,7 @@ from unisandbox import (
 )
 from unisandbox.conformance.conftest import Create
 
-pytestmark = [pytest.mark.anyio, pytest.mark.needs("files")]
+pytestmark: list[pytest.MarkDecorator] = [pytest.mark.anyio, pytest.mark.needs("files")]
 
 # Of the host, and nothing that a sandbox could have.
 SECRET = b"of the host only"

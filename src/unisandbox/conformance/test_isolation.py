@@ -11,7 +11,7 @@ from unisandbox import Resources, Sandbox
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 # Generous for a loaded machine of two cores; a test fails at once where something waits for the bad one for ever.
 BOUND = 20.0

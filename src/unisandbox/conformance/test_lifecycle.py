@@ -23,7 +23,7 @@ from unisandbox import (
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 
 async def test_ids_are_generated_of_one_length_and_never_reused(create: Create, count: Callable[[int], int]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from unisandbox import InvalidArgumentError, Resources, Sandbox
 from unisandbox.conformance.conftest import Create
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 MIB = 1 << 20
 

@@ -12,7 +12,7 @@ import pytest
 from unisandbox import FailedPreconditionError, Sandbox, Terminal
 from unisandbox.conformance.waiting import until
 
-pytestmark = pytest.mark.anyio
+pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 MIB = 1 << 20
 _WRITE = "import sys\nblock = bytes(range(256)) * 256\nfor _ in range(int(sys.argv[1])): sys.stdout.buffer.write(block)"

@@ -29,7 +29,7 @@ class Cgroups:
 
     def __init__(self, name: str, layout: Layout) -> None:
         """Use `detect`."""
-        self.name = check_name(name, "cgroup name")
+        self.name: str = check_name(name, "cgroup name")
         self._layout = layout
         self.version: Version = layout.version
         self.missing: Mapping[str, str] = dict(layout.missing)
@@ -157,7 +157,7 @@ class Cgroup:
 
     def __init__(self, tree: Cgroups, path: str, own: Mapping[Place, str], inherited: Mapping[Place, str]) -> None:
         """Use `Cgroups.root`, `Cgroups.find`, `Cgroup.child` or `open_existing`."""
-        self.path = path
+        self.path: str = path
         """Relative to the engine's cgroup; "" is that itself."""
         self._tree = tree
         self._own = dict(own)

@@ -18,7 +18,7 @@ _LEAST_NOFILE = 4096
 NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
 
 #: The limit of file descriptors that children get back: the keeper raises its own as far as it may.
-inherited_nofile = resource.getrlimit(resource.RLIMIT_NOFILE)
+inherited_nofile: tuple[int, int] = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def leave_inheritance(keep: Sequence[int]) -> None:

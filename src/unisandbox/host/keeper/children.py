@@ -41,10 +41,10 @@ class Program:
             raise OSError(errno.EINVAL, f"argv must begin with a path, got {argv[:1]!r}")
         if not cwd.startswith("/"):
             raise OSError(errno.EINVAL, f"cwd must be absolute, got {cwd!r}")
-        self.argv = argv
-        self.env = env
-        self.cwd = cwd
-        self.cgroup_procs = cgroup_procs
+        self.argv: list[str] = argv
+        self.env: dict[str, str] = env
+        self.cwd: str = cwd
+        self.cgroup_procs: list[str] = cgroup_procs
 
 
 def start(program: Program, fds: Sequence[int]) -> tuple[int, int]:

@@ -56,9 +56,9 @@ class Keeper:
         self._identity = identity
         self.hello: Hello
         #: The keeper's process id; `/proc/PID/fd/N` reaches what it holds, `/proc/PID/root` its mounts.
-        self.pid = 0
+        self.pid: int = 0
         #: Readable when the keeper has ended.
-        self.pidfd = -1
+        self.pidfd: int = -1
         self._link = Link(sock, state_dir, self._pushed)
         self._exits: dict[tuple[int, int], ExitRecord] = {}
         self._last_seq = 0

@@ -38,14 +38,16 @@ class Client:
     __slots__ = ("alive", "cursor", "events", "in_flight", "pid", "queue", "sock", "subscribed", "uid")
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock: socket.socket = sock
+        self.pid: int
+        self.uid: int
         self.pid, self.uid = peer(sock)
-        self.alive = True
+        self.alive: bool = True
         self.queue: list[tuple[bytes, list[int]]] = []
-        self.in_flight = 0
-        self.cursor = 0
-        self.subscribed = False
-        self.events = select.EPOLLIN
+        self.in_flight: int = 0
+        self.cursor: int = 0
+        self.subscribed: bool = False
+        self.events: int = select.EPOLLIN
 
 
 class Reply:
@@ -55,8 +57,8 @@ class Reply:
 
     def __init__(self, connections: Connections, client: Client, request: int | None) -> None:
         self._connections = connections
-        self.client = client
-        self.id = request
+        self.client: Client = client
+        self.id: int | None = request
         client.in_flight += 1
 
     def __call__(self, message: Message, fds: Sequence[int] = ()) -> None:

@@ -27,8 +27,8 @@ class Journal:
     """Exits of one keeper. Sequence numbers begin at 1 and have no holes."""
 
     def __init__(self, dirfd: int, name: str, boot: str) -> None:
-        self.last = 0
-        self.acknowledged = 0
+        self.last: int = 0
+        self.acknowledged: int = 0
         self._records: dict[int, Record] = {}
         self._by_process: dict[tuple[int, int], int] = {}
         self._dirfd = dirfd

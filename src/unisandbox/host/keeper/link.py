@@ -36,7 +36,7 @@ class Link:
     def __init__(self, sock: socket.socket, state_dir: str, on_push: Callable[[Message], None]) -> None:
         #: The keeper's process id, for messages; 0 while it is not known.
         self.pid = 0
-        self.closed = False
+        self.closed: bool = False
         self._sock = sock
         self._state_dir = state_dir
         self._on_push = on_push

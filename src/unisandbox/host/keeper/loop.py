@@ -26,8 +26,8 @@ class Timer:
 
     def __init__(self, timers: set[Timer], at: float, action: Callable[[], None]) -> None:
         self._timers = timers
-        self.at = at
-        self.action = action
+        self.at: float = at
+        self.action: Callable[[], None] = action
         timers.add(self)
 
     def cancel(self) -> None:

@@ -52,10 +52,10 @@ class Packet:
     __slots__ = ("fds", "lost", "message")
 
     def __init__(self, message: Message, fds: list[int], lost: int) -> None:
-        self.message = message
-        self.fds = fds
+        self.message: Message = message
+        self.fds: list[int] = fds
         #: How many of the fds did not arrive, because our table of file descriptors is full.
-        self.lost = lost
+        self.lost: int = lost
 
     def claim(self, index: int = 0) -> int:
         """The fd at `index`, from now on the caller's to close."""

@@ -17,10 +17,10 @@ class Ring:
     __slots__ = ("_bytes", "end", "eof", "fd", "limit")
 
     def __init__(self, fd: int, limit: int) -> None:
-        self.fd = fd
-        self.limit = limit
-        self.end = 0
-        self.eof = False
+        self.fd: int = fd
+        self.limit: int = limit
+        self.end: int = 0
+        self.eof: bool = False
         self._bytes = bytearray()
         os.set_blocking(fd, False)
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -25,6 +26,8 @@ RUNTIME_DIRECTORY: Final = "/run/unisandbox"
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 # How often to make the runtime directory again that another engine, the last one, removes at this very moment.
 _TRIES: Final = 50
+# Seconds that a keeper may take to end after it has said that it cannot begin.
+_LAST_BREATH: Final = 2.0
 
 
 @attrs.frozen
@@ -112,7 +115,9 @@ class StateDirectory:
         while no keeper holds the directory's lock. Source: unlink(2), rmdir(2); since Linux 3.18 a mount point that is
         one in another mount namespace only can be removed, and is unmounted there (d_invalidate, detach_mounts).
         """
-        with _unlocked(self.path) as unused:
+        # A keeper that could not begin lets go of the lock when its process ends, in a moment; a temporary directory is
+        # nobody else's, so that is what is waited for.
+        with _unlocked(self.path, wait=_LAST_BREATH if self.temporary else 0.0) as unused:
             if not unused:
                 return
             _remove_if_empty(self.work_dir)
@@ -156,19 +161,24 @@ def _temporary_directory(runtime: str) -> str:
 
 
 @contextlib.contextmanager
-def _unlocked(state_dir: str) -> Iterator[bool]:
-    """Whether no keeper holds the directory; none can while the context lasts."""
+def _unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
+    """Whether no keeper holds the directory, after up to `wait` seconds; none can while the context lasts."""
+    deadline = time.monotonic() + wait
     try:
         fd = os.open(os.path.join(state_dir, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         yield True  # there is no lock, so there never was a keeper
         return
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.002)  # a lock has no event with a deadline
         yield True
     finally:
         os.close(fd)

@@ -8,7 +8,7 @@ import secrets
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,12 +127,13 @@ def test_a_kill_at_any_moment_leaves_nothing(backend: str, count: Callable[[int]
             assert kept == [], f"seed {seed}, turn {turn}"
 
 
-async def raised_by(call: Callable[[], object]) -> tuple[type[BaseException] | None, str]:
+async def raised_by(call: Callable[[], Awaitable[object]]) -> tuple[type[BaseException] | None, str]:
+    """The error of a call, or None and what it answered."""
     try:
-        await call()  # type: ignore[misc]
+        answer = await call()
     except SandboxError as error:
         return type(error), str(error)
-    return None, ""
+    return None, repr(answer)
 
 
 @pytest.mark.anyio
@@ -156,7 +157,7 @@ async def without_keeper(engine: Engine) -> None:
     with anyio.fail_after(10):
         async with anyio.create_task_group() as group:
 
-            async def wait(name: str, call: Callable[[], object]) -> None:
+            async def wait(name: str, call: Callable[[], Awaitable[object]]) -> None:
                 pending[name] = await raised_by(call)
 
             group.start_soon(wait, "wait", process.wait)
@@ -166,7 +167,8 @@ async def without_keeper(engine: Engine) -> None:
             begun = time.monotonic()
             os.kill(keeper, signal.SIGKILL)
         took = time.monotonic() - begun
-        assert {kind for kind, _ in pending.values()} == {UnavailableError}, pending
+        # Containers do not outlive their keeper: what they ran was killed, and that is told, or that it is not known.
+        assert all(kind is UnavailableError or "signal=9" in text or "lost" in text for kind, text in pending.values())
         assert took < 1.0
         later = {
             "run": await raised_by(lambda: sandbox.run(["true"])),

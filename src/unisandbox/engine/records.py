@@ -89,7 +89,7 @@ class RecordStore:
         Raises:
             BackendError: the disk is full or not writable; the old record is still there.
         """
-        body = json.dumps(_plain(attrs.asdict(record)), sort_keys=True, separators=(",", ":"))
+        body = json.dumps(attrs.asdict(record, recurse=False), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(body.encode()).hexdigest()
         line = json.dumps({"version": RECORD_VERSION, "sha256": digest})[:-1] + f', "record": {body}}}\n'
         path = self._path(record.sandbox_id)

@@ -20,6 +20,8 @@ import attrs
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, short_name
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Guard
+from unisandbox.host.keeper.leases import NAME as LEASES_NAME
+from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
@@ -123,6 +125,7 @@ class StateDirectory:
             _remove_if_empty(self.work_dir)
             if self.temporary:
                 shutil.rmtree(self.path, ignore_errors=True)
+            _end_leases(os.path.dirname(self.work_dir))
             _remove_if_empty(os.path.dirname(self.work_dir))
 
 
@@ -144,6 +147,14 @@ def _make_directory(path: str, mode: int) -> None:
 def _remove_if_empty(path: str) -> None:
     with contextlib.suppress(OSError):  # the keeper was faster, or another engine uses it
         os.rmdir(path)
+
+
+def _end_leases(runtime: str) -> None:
+    """Remove the file of leased numbers if nobody leases any: a keeper that was killed could not."""
+    if os.path.exists(os.path.join(runtime, LEASES_NAME)):
+        leases = Leases()
+        with contextlib.suppress(OSError):  # another engine is about to remove it
+            leases.release(runtime, leases.lease(runtime, 0, 1))
 
 
 def _temporary_directory(runtime: str) -> str:

@@ -10,6 +10,9 @@ Steps are `{"do": NAME, ...}`; fields without "=" are required.
   the others owned by the new "user" one; names their fds by kind; result `{"inodes": {kind: number}}`.
 - `mounts`: `root` (an absolute path without symbolic links), `ops`: see below; result `{"unmapped": [paths]}`: mounts
   whose ids could not be mapped although `idmap` was "try".
+- `mount_namespace`: makes a mount namespace for the steps that follow, and names its fd "mnt". All that they mount ends
+  with it, and no other job or program sees it, nor is slowed down by it.
+- `enter`: `fd` (the n-th of the request). Enters a mount namespace that a former job made.
 - `unmount`: `path`, `rmdir=false` (also remove the then empty directory; a missing one is fine). Everything at and
   below `path`, at once. Result `{"unmounted": n}`.
 - `remove_tree`: `path`. Removes a directory with all below it; never follows a link, never enters a mount.
@@ -199,6 +202,12 @@ class _Job:
             raise ValueError(f"two steps name a descriptor {name!r}")
         self.named[name] = fd
 
+    def given(self, number: int) -> int:
+        """The n-th descriptor that came with the request."""
+        if number >= len(self.fds):
+            raise ValueError(f"there is no descriptor {number}: {len(self.fds)} came with the request")
+        return self.fds[number]
+
     def close(self) -> None:
         for tree in self.trees:
             tree.close()
@@ -332,13 +341,24 @@ def _dirfd(job: _Job, fields: Fields) -> dict[str, object]:
     return {}
 
 
+def _mount_namespace(job: _Job, fields: Fields) -> dict[str, object]:
+    del fields
+    syscalls.unshare(syscalls.CLONE_NEWNS)
+    job.name("mnt", os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+    return {}
+
+
+def _enter(job: _Job, fields: Fields) -> dict[str, object]:
+    syscalls.setns(job.given(fields.number("fd")), syscalls.CLONE_NEWNS)
+    return {}
+
+
 def _given(job: _Job, fields: Fields) -> dict[str, object]:
     number, name = fields.number("fd"), fields.text("name")
-    if number >= len(job.fds):
-        raise ValueError(f"there is no descriptor {number}: {len(job.fds)} came with the request")
-    if name == "user" and (kind := namespaces.kind_of(job.fds[number])) != "user":
+    fd = job.given(number)
+    if name == "user" and (kind := namespaces.kind_of(fd)) != "user":
         raise ValueError(f"descriptor {number} is a namespace of kind {kind}, not a user namespace")
-    job.name(name, os.dup(job.fds[number]))
+    job.name(name, os.dup(fd))
     return {}
 
 
@@ -467,6 +487,8 @@ def _op_readonly(job: _Job, tree: Tree, path: str, fields: Fields) -> bool:
 _STEPS: dict[str, Callable[[_Job, Fields], dict[str, object]]] = {
     "namespaces": _namespaces,
     "mounts": _mounts,
+    "mount_namespace": _mount_namespace,
+    "enter": _enter,
     "unmount": _unmount,
     "remove_tree": _remove_tree,
     "given": _given,

@@ -91,6 +91,7 @@ class Spawner(Protocol):
         env: Mapping[str, str],
         cwd: str = "/",
         cgroup_procs: Sequence[str] = (),
+        mounts: str = "",
         fds: Sequence[int] = (),
     ) -> Child:
         """See `Keeper.spawn`."""
@@ -123,6 +124,7 @@ class Call:
         log: the runtime's log, as seen from here; "" when it has none.
         fds: become its fds 0, 1, 2 ...
         cgroup_procs: `cgroup.procs` files that it enters before it becomes the runtime.
+        mounts: name of the mount namespace, held by the keeper, in which it runs; empty: the keeper's own.
         timeout: seconds.
     """
 
@@ -131,6 +133,7 @@ class Call:
     log: str
     fds: Sequence[int]
     cgroup_procs: Sequence[str] = ()
+    mounts: str = ""
     timeout: float = 30.0
 
 
@@ -174,6 +177,7 @@ async def _spawn(spawner: Spawner, call: Call) -> Child:
             call.argv,
             env=ENVIRONMENT,
             cgroup_procs=call.cgroup_procs,
+            mounts=call.mounts,
             fds=call.fds,
         )
     except OSError as error:

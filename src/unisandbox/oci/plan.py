@@ -23,6 +23,7 @@ class Plan:
         request: how its processes start: a program's spec to what init is asked for.
         admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
         netns: the network namespace in which the runtime starts; None: its own.
+        mounts: name of the mount namespace, held by the keeper, in which the root file system is; empty: the keeper's.
         extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
         verify: raises when the container is not what it shall be; given the pid of its first process.
         verify_process: the same for what init spawns; called for the first one, before its exec.
@@ -35,6 +36,7 @@ class Plan:
     request: Callable[[ProcessSpec], SpawnRequest]
     admitted: int | None
     netns: str | None
+    mounts: str
     extra_fds: Sequence[int]
     verify: Callable[[int], None]
     verify_process: Callable[[int], None]

@@ -106,6 +106,7 @@ class Runtime:
         cgroup_procs: Sequence[str] = (),
         console_socket: str | None = None,
         netns: str | None = None,
+        mounts: str = "",
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Created:
         """Make a container; its init waits for `start`. When this raises, nothing of it is left.
@@ -121,6 +122,8 @@ class Runtime:
             console_socket: path of a listening unix socket that gets the terminal's master (`terminal: true`).
             netns: enter this network namespace first, for a config without a network namespace: runc cannot join one
                 that the joined user namespace does not own (`Features.foreign_netns`).
+            mounts: name of the mount namespace, held by the keeper, in which the root file system is mounted; empty:
+                the keeper's own.
             timeout: seconds.
 
         Raises:
@@ -149,6 +152,7 @@ class Runtime:
                 fds=(*stdio, *extra_fds),
                 cgroup_procs=cgroup_procs,
                 netns=netns,
+                mounts=mounts,
                 timeout=timeout,
             )
             code = await run(self.keeper, call)
@@ -210,6 +214,7 @@ class Runtime:
         cgroup_procs: Sequence[str] = (),
         console_socket: str | None = None,
         netns: str | None = None,
+        mounts: str = "",
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Created:
         """Start another process in a running container; detached, so that "not found" is no exit code.
@@ -219,7 +224,7 @@ class Runtime:
             bundle: where the request and the log are written; files of this call are removed again.
             process: the OCI process object, or its JSON text.
             exec_id: for messages.
-            stdio, extra_fds, cgroup_procs, console_socket, netns, timeout: see `create`.
+            stdio, extra_fds, cgroup_procs, console_socket, netns, mounts, timeout: see `create`.
 
         Raises:
             InvalidArgumentError: the program cannot be started (`exit_code` 127: not found, 126: not executable).
@@ -246,6 +251,7 @@ class Runtime:
                 fds=(*stdio, *extra_fds),
                 cgroup_procs=cgroup_procs,
                 netns=netns,
+                mounts=mounts,
                 timeout=timeout,
                 what=f"exec {exec_id!r} in container {container_id!r}" if exec_id else "",
             )
@@ -383,6 +389,7 @@ class Runtime:
         fds: Sequence[int],
         cgroup_procs: Sequence[str] = (),
         netns: str | None = None,
+        mounts: str = "",
         timeout: float,
         what: str = "",
     ) -> Call:
@@ -406,6 +413,7 @@ class Runtime:
             log=self._files.view(log),
             fds=fds,
             cgroup_procs=cgroup_procs if self.program.features.cgroup_disabled else (),
+            mounts=mounts,
             timeout=timeout,
         )
 

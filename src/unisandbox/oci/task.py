@@ -141,7 +141,7 @@ class OciTaskService:
 
     async def _create(self, container: Container, main: Process) -> None:
         plan = container.plan
-        leaf = plan.cgroup.child("init", for_process=True)
+        leaf = plan.cgroup.leaf("init")
         if container.with_init:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             container.control = ours
@@ -155,6 +155,7 @@ class OciTaskService:
                         extra_fds=(theirs.fileno(), *plan.extra_fds),
                         cgroup_procs=leaf.entry,
                         netns=plan.netns,
+                        mounts=plan.mounts,
                         timeout=START_SECONDS,
                     )
         else:

@@ -52,6 +52,7 @@ class SharedPids:
                 extra_fds=(init_fd,),
                 cgroup_procs=cgroup.entry,
                 netns=planner.entered_network,
+                mounts=pod.held("mnt"),
                 timeout=START_SECONDS,
             )
         made = cls(oci_id, cgroup, created)

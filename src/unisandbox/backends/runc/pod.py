@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
 import shutil
 import stat
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -75,7 +76,8 @@ class Pod:
         lease: number of its range of ids; None without a user namespace.
         pins: number in the keeper of each namespace, by kind.
         inodes: inode number of each pinned namespace.
-        root_fd: number in the keeper of its root directory.
+        fds: numbers in the keeper of what is held beside the namespaces: "root", its root directory, "rw", that of its
+            writable layer, "mnt", the mount namespace in which all its mounts are, "root-NAME" of a container's own.
         sources: descriptors of the sources of `spec.mounts`, opened once; of the root directory first, for kind "dir".
     """
 
@@ -89,13 +91,17 @@ class Pod:
     lease: int | None = None
     pins: dict[str, int] = attrs.field(factory=dict)
     inodes: dict[str, int] = attrs.field(factory=dict)
-    root_fd: int = -1
+    fds: dict[str, int] = attrs.field(factory=dict)
     sources: list[int] = attrs.field(factory=list)
 
     @property
     def label(self) -> str:
         """What to call it in messages."""
         return self.spec.name or self.sandbox_id
+
+    def held(self, what: str) -> str:
+        """The name under which the keeper holds something of it."""
+        return f"{self.short}/{what}"
 
     @property
     def mapped(self) -> bool:
@@ -215,14 +221,12 @@ class PodPlanner:
         cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or Resources.unlimited()))
         self._cgroups[container.name] = cgroup
         bundle = f"{pod.work}/b/{container.name}"
-        root = f"{pod.work}/root"
-        rootfs = pod.spec.rootfs
+        place, rootfs, root = pod.place(), pod.spec.rootfs, "root"
         if container.rootfs is not None:
-            rootfs = container.rootfs
-            root = f"{pod.work}{pod.place(container.name).root}"
+            place, rootfs, root = pod.place(container.name), container.rootfs, f"root-{container.name}"
             await self._make_root(container, rootfs)
         await self._guard_own_cgroups(oci_id)
-        self._bundle(root).write(self._host.outside(bundle))
+        self._bundle(f"{pod.work}{place.root}").write(self._host.outside(bundle))
         quick = pod.spec.security.no_new_privileges or pod.spec.security.seccomp == "unconfined"
         if quick:
             cgroup.admit(pod.first_id)
@@ -233,6 +237,7 @@ class PodPlanner:
             request=lambda process: self._request(container, process, root),
             admitted=pod.first_id if quick else None,
             netns=self.entered_network,
+            mounts=pod.held("mnt"),
             extra_fds=(self._init_fd,),
             verify=lambda pid: self._verify(container.name, pid),
             verify_process=lambda pid: self._verify_process(container.name, pid),
@@ -250,6 +255,7 @@ class PodPlanner:
             request=_no_request,
             admitted=None,
             netns=None,
+            mounts="",
             extra_fds=(),
             verify=lambda pid: self._verify_cgroup(container_id, pid),
             verify_process=lambda _: None,
@@ -265,10 +271,14 @@ class PodPlanner:
         # Only the bundle's own files lie there, and no mount.
         shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)
         if container_id in self._own_roots:
-            path = f"{self._pod.work}/c/{container_id}"
-            layer = f"{self._pod.work}/rw/c/{container_id}"
-            steps = [{"do": "unmount", "path": path}, *({"do": "remove_tree", "path": p} for p in (path, layer))]
-            await self._host.keeper.job(steps)
+            work = self._pod.work
+            paths = (f"{work}/c/{container_id}", f"{work}/rw/c/{container_id}")
+            steps: list[Mapping[str, object]] = [{"do": "enter", "fd": 0}, {"do": "unmount", "path": paths[0]}]
+            steps += [{"do": "remove_tree", "path": path} for path in paths]
+            await self._host.keeper.drop([self._pod.held(f"root-{container_id}")])
+            with self._open("mnt") as fd:
+                await self._host.keeper.job(steps, fds=[fd])
+            self._pod.fds.pop(f"root-{container_id}", None)
             self._own_roots.discard(container_id)
 
     async def _guard_own_cgroups(self, oci_id: str) -> None:
@@ -288,14 +298,16 @@ class PodPlanner:
             ops += root_ops(place, rootfs, pod.identity, mounts, shared)
             ops += mount_ops(place, mounts, first_fd=int(rootfs.kind == "dir"))
             self._own_roots.add(container.name)
-            fds = list(sources)
-            steps: list[Mapping[str, object]] = []
+            steps: list[Mapping[str, object]] = [{"do": "enter", "fd": len(sources)}]
+            sources.append(os.open(self._path("mnt"), os.O_RDONLY | os.O_CLOEXEC))
             if pod.mapped:
-                steps.append({"do": "given", "fd": len(fds), "name": "user"})
-                fds.append(os.open(self.pin("user"), os.O_RDONLY | os.O_CLOEXEC))
-                sources.append(fds[-1])
+                steps.append({"do": "given", "fd": len(sources), "name": "user"})
+                sources.append(os.open(self.pin("user"), os.O_RDONLY | os.O_CLOEXEC))
             steps.append({"do": "mounts", "root": pod.work, "ops": ops})
-            await self._host.keeper.job(steps, fds=fds)
+            steps.append({"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"})
+            held = pod.held(f"root-{container.name}")
+            result = await self._host.keeper.job(steps, hold={"root": held}, fds=sources)
+            pod.fds[f"root-{container.name}"] = result.held[held]
         except JobFailed as error:
             raise translate_job(error, f"{pod.label}/{container.name}", mounts) from error
         finally:
@@ -308,6 +320,18 @@ class PodPlanner:
         if self._pod.spec.network.kind == "namespace" and not self._runtime.program.features.foreign_netns:
             return self.pin("net")
         return None
+
+    def _path(self, what: str) -> str:
+        return f"/proc/{self._host.keeper.pid}/fd/{self._pod.fds[what]}"
+
+    @contextlib.contextmanager
+    def _open(self, what: str, flags: int = os.O_RDONLY) -> Iterator[int]:
+        """A descriptor of our own of what the keeper holds."""
+        fd = os.open(self._path(what), flags | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
 
     def pin(self, kind: str) -> str:
         """The path of a pinned namespace."""
@@ -380,11 +404,8 @@ class PodPlanner:
         spec = self._pod.spec
         resources = container.resources or spec.resources
         user = process.user or container.user or spec.user
-        root_fd = os.open(self._host.outside(root), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
             who = resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
-        finally:
-            os.close(root_fd)
         limits: dict[str, tuple[int, int]] = {}
         if resources.nofile is not None:
             limits["RLIMIT_NOFILE"] = (resources.nofile, resources.nofile)

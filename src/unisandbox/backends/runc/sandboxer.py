@@ -43,6 +43,7 @@ from unisandbox.host import namespaces
 from unisandbox.host.cgroups import DeviceRule, ending
 from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard, JobFailed
+from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
 from unisandbox.oci.plan import limits_of, metrics_of
 from unisandbox.oci.runtime import Runtime
@@ -65,6 +66,7 @@ _DEVICES: Final = (
     DeviceRule("c", 136, None, "rwm"),  # pts
 )
 _JOB_SECONDS: Final = 60.0
+_HELD: Final = ("root", "rw", "mnt")
 _LEAST_PIDS: Final = 3
 _SAFE: Final = ["readonly", "nosuid", "nodev"]
 
@@ -225,9 +227,9 @@ class RuncSandboxer:
         metrics = metrics_of(pod.cgroup)
         if task is not None:
             metrics = attrs.evolve(metrics, oom_kills=task.oom_kills())
-        if pod.root_fd < 0:
+        if "rw" not in pod.fds:
             return metrics
-        layer = os.statvfs(self._host.outside(f"{pod.work}/rw"))
+        layer = os.statvfs(f"/proc/{self._host.keeper.pid}/fd/{pod.fds['rw']}")
         return attrs.evolve(
             metrics,
             disk_bytes=(layer.f_blocks - layer.f_bfree) * layer.f_frsize,
@@ -248,9 +250,8 @@ class RuncSandboxer:
             self._sandboxes.pop(sandbox_id, None)
             return
         await keeper.drop(prefix=f"{pod.short}/")
-        await keeper.job(
-            [{"do": "unmount", "path": pod.work}, {"do": "remove_tree", "path": pod.work}], timeout=_JOB_SECONDS
-        )
+        # With the last descriptor its mount namespace is gone, and all its mounts; what is left are bundles.
+        remove_tree(self._host.outside(pod.work))
         pod.close()
         if not pod.cgroup.remove(timeout=5.0):
             raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
@@ -281,9 +282,9 @@ class RuncSandboxer:
     def root_fd(self, sandbox_id: str) -> int:
         """See `Sandboxer.root_fd`."""
         pod = self._get(sandbox_id).pod
-        if pod.root_fd < 0:
+        if "root" not in pod.fds:
             raise NotFoundError(f"sandbox {pod.label!r} has no files before it is started")
-        return os.open(f"/proc/{self._host.keeper.pid}/fd/{pod.root_fd}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        return os.open(f"/proc/{self._host.keeper.pid}/fd/{pod.fds['root']}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""
@@ -317,10 +318,11 @@ class RuncSandboxer:
         """Namespaces and root file system, in one job of the keeper; verified."""
         spec = pod.spec
         keeper = self._host.keeper
-        steps: list[Mapping[str, object]] = []
+        # A mount namespace of its own: mounts of one sandbox cost no other anything, and they end with it.
+        steps: list[Mapping[str, object]] = [{"do": "mount_namespace"}]
         kinds = ["ipc", "uts"] + (["net"] if spec.network.kind == "none" else [])
         maps: dict[str, object] = {}
-        hold: dict[str, str] = {"root": f"{pod.short}/root"}
+        hold: dict[str, str] = {what: pod.held(what) for what in _HELD}
         fds = list(pod.sources)
         if pod.mapped:
             pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease()
@@ -364,6 +366,7 @@ class RuncSandboxer:
             {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},
             {"do": "mounts", "root": pod.work, "ops": ops},
             {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"},
+            {"do": "dirfd", "path": f"{pod.work}/rw", "name": "rw"},
         ]
         given = -1
         try:
@@ -376,7 +379,7 @@ class RuncSandboxer:
         finally:
             if given >= 0:
                 os.close(given)
-        pod.root_fd = result.pop(f"{pod.short}/root")
+        pod.fds = {what: result.pop(pod.held(what)) for what in _HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         pod.inodes = {
             kind: namespaces.namespace_inode(f"/proc/{keeper.pid}/fd/{number}") for kind, number in pod.pins.items()

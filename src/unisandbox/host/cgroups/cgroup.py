@@ -256,6 +256,13 @@ class Cgroup:
             raise
         return child
 
+    def leaf(self, name: str) -> Cgroup:
+        """Where a process goes that belongs to the cgroup as a whole: v2 allows none beside children with controllers.
+
+        On v1 and hybrid hosts this cgroup itself, on v2 a child for it.
+        """
+        return self.child(name, for_process=True) if self._tree.version == "v2" else self
+
     def _plan(self, name: str, limits: Limits, *, for_process: bool) -> dict[Place, str]:
         check_name(name, "cgroup name")
         if name.partition(".")[0] in (*hierarchy.CONTROLLERS, "cgroup"):

@@ -34,9 +34,11 @@ _LOST = 120  # exit code of a child that could not even report
 class Program:
     """What `spawn` was asked to start."""
 
-    __slots__ = ("argv", "cgroup_procs", "cwd", "env")
+    __slots__ = ("argv", "cgroup_procs", "cwd", "env", "mounts")
 
-    def __init__(self, argv: list[str], env: dict[str, str], cwd: str, cgroup_procs: list[str]) -> None:
+    def __init__(
+        self, argv: list[str], env: dict[str, str], cwd: str, cgroup_procs: list[str], mounts: int = -1
+    ) -> None:
         if not argv or "/" not in argv[0]:
             raise OSError(errno.EINVAL, f"argv must begin with a path, got {argv[:1]!r}")
         if not cwd.startswith("/"):
@@ -45,6 +47,8 @@ class Program:
         self.env: dict[str, str] = env
         self.cwd: str = cwd
         self.cgroup_procs: list[str] = cgroup_procs
+        #: The mount namespace that it enters, -1 for the keeper's own.
+        self.mounts: int = mounts
 
 
 def start(program: Program, fds: Sequence[int]) -> tuple[int, int]:
@@ -89,7 +93,7 @@ def _start_in_cgroup(program: Program, fds: Sequence[int], writing: int) -> int:
 
 
 def begin_error(report: bytes) -> tuple[str, int, str] | None:
-    """What the pipe of `start` said: stage ("fds", "cgroup", "cwd", "exec"), errno and message; None: it runs."""
+    """What the pipe of `start` said: stage (see `records.SpawnStage`), errno and message; None: it runs."""
     if not report:
         return None
     stage, number, message = report.decode(errors="replace").split(" ", 2)
@@ -97,8 +101,11 @@ def begin_error(report: bytes) -> tuple[str, int, str] | None:
 
 
 def _become(program: Program, cgroups: list[str], fds: list[int], report: int) -> None:
-    stage = "fds"
+    stage = "mounts"
     try:
+        if program.mounts >= 0:
+            syscalls.setns(program.mounts, syscalls.CLONE_NEWNS)
+        stage = "fds"
         os.setsid()
         os.umask(_UMASK)
         report = _place(fds, report)

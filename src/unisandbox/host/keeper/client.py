@@ -194,9 +194,10 @@ class Keeper:
         env: Mapping[str, str],
         cwd: str = "/",
         cgroup_procs: Sequence[str] = (),
+        mounts: str = "",
         fds: Sequence[int] = (),
     ) -> Spawned:
-        """Start a program as a child of the keeper, in its mount namespace, as leader of a session of its own.
+        """Start a program as a child of the keeper, as leader of a session of its own.
 
         Args:
             key: names this request. Asked again (after a lost answer, by another client) with the same key, the keeper
@@ -206,6 +207,7 @@ class Keeper:
             cwd: absolute.
             cgroup_procs: paths of `tasks` and `cgroup.procs` files, entered before the exec, as the host sees them,
                 also below what is hidden. In a cgroup2 directory it is born: that is the quick way.
+            mounts: name of the held mount namespace that it enters; empty: the keeper's own.
             fds: become its 0..n-1; of 0-2 the missing ones are /dev/null. Nothing else is open in it.
 
         Cancelled, it kills what it has started.
@@ -214,8 +216,11 @@ class Keeper:
             SpawnFailed: nothing was started; see `stage` and `errno`.
         """
         request: Message = {"key": key, "argv": list(argv), "env": dict(env), "cwd": cwd}
+        request["cgroup_procs"] = list(cgroup_procs)
+        if mounts:
+            request["mounts"] = mounts
         try:
-            packet = await self._link.request("spawn", fds, {**request, "cgroup_procs": list(cgroup_procs)})
+            packet = await self._link.request("spawn", fds, request)
         except anyio.get_cancelled_exc_class():
             self._link.say({"op": "cancel_spawn", "key": key})
             raise

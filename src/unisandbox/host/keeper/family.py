@@ -104,6 +104,7 @@ class Family:
             protocol.mapping(message, "env"),
             protocol.text(message, "cwd"),
             protocol.texts(message, "cgroup_procs"),
+            self._holdings.number(protocol.text(message, "mounts")) if "mounts" in message else -1,
         )
         spawn = _Spawn()
         spawn.pid, spawn.pipe = children.start(program, packet.fds)

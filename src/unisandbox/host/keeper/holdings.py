@@ -54,6 +54,13 @@ class Holdings:
         self._fds[self.free(name)] = fd
         return fd
 
+    def number(self, name: str) -> int:
+        """The fd that is held as `name`. Raises OSError ENOENT when none is."""
+        fd = self._fds.get(name, -1)
+        if fd < 0:
+            raise OSError(errno.ENOENT, f"nothing is held as {name!r}")
+        return fd
+
     def forget(self, name: str) -> None:
         """Close what is behind this name, if anything."""
         fd = self._fds.pop(name, -1)

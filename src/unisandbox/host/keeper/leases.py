@@ -13,7 +13,7 @@ import stat
 import struct
 import time
 
-_NAME = "ids"
+NAME = "ids"
 # struct flock of every 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (must be 0 for F_OFD_*), padding.
 _FLOCK = struct.Struct("@hhqqi4x")
 # How often to look again while another keeper that gave back its last number is about to unlink the file, and the
@@ -58,19 +58,17 @@ class Leases:
                     break
             if not ending:
                 self._end_if_unused(directory)
-                raise OSError(
-                    errno.EAGAIN, f"no free number from {first} to {first + count - 1} in {directory}/{_NAME}"
-                )
+                raise OSError(errno.EAGAIN, f"no free number from {first} to {first + count - 1} in {directory}/{NAME}")
             if directory in self._files and not held:
                 self._close(directory)
             time.sleep(_PAUSE)
-        raise OSError(errno.EAGAIN, f"{directory}/{_NAME} stays locked as a whole by another process")
+        raise OSError(errno.EAGAIN, f"{directory}/{NAME} stays locked as a whole by another process")
 
     def release(self, directory: str, number: int) -> None:
         """Give a number back. Raises OSError ENOENT when it is not ours."""
         held = self._held.get(directory)
         if held is None or number not in held:
-            raise OSError(errno.ENOENT, f"number {number} of {directory}/{_NAME} is not leased here")
+            raise OSError(errno.ENOENT, f"number {number} of {directory}/{NAME} is not leased here")
         held.discard(number)
         _try_lock(self._files[directory], fcntl.F_UNLCK, number, 1)
         self._end_if_unused(directory)
@@ -86,11 +84,11 @@ class Leases:
         fd = self._files.get(directory)
         if fd is None:
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(f"{directory}/{_NAME}", flags, 0o600)
+            fd = os.open(f"{directory}/{NAME}", flags, 0o600)
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 os.close(fd)
-                raise OSError(errno.EPERM, f"{directory}/{_NAME} is not a regular file of user {os.geteuid()}")
+                raise OSError(errno.EPERM, f"{directory}/{NAME} is not a regular file of user {os.geteuid()}")
             self._files[directory] = fd
             self._held[directory] = set()
         return fd
@@ -107,7 +105,7 @@ class Leases:
         try:
             # Whoever opened the file before the unlink finds after his lock that it is not there, and begins anew.
             if _try_lock(fd, fcntl.F_WRLCK, 0, 0) and _is_at(fd, directory):
-                os.unlink(f"{directory}/{_NAME}")
+                os.unlink(f"{directory}/{NAME}")
         except FileNotFoundError:
             pass  # the directory was removed: so was the file
         finally:
@@ -135,7 +133,7 @@ def _locked_whole(fd: int, number: int) -> bool:
 def _is_at(fd: int, directory: str) -> bool:
     """Whether the open file is still the one at its path."""
     try:
-        there = os.stat(f"{directory}/{_NAME}", follow_symlinks=False)
+        there = os.stat(f"{directory}/{NAME}", follow_symlinks=False)
     except FileNotFoundError:
         return False
     here = os.fstat(fd)

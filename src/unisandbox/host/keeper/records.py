@@ -9,7 +9,7 @@ import attrs
 
 Policy = Literal["stop", "keep"]
 GuardKind = Literal["kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount"]
-SpawnStage = Literal["fork", "fds", "cgroup", "cwd", "exec", "pidfd"]
+SpawnStage = Literal["fork", "mounts", "fds", "cgroup", "cwd", "exec", "pidfd"]
 
 
 @attrs.frozen

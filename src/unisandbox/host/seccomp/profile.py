@@ -22,7 +22,7 @@ MACHINES: Mapping[str, str] = {
 """The machines that our profiles are written for (by `uname -m`): 64 bits, and clone(2) with its flags in front."""
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class ArgumentTest:
     """A condition on one argument of a system call.
 
@@ -42,7 +42,7 @@ class ArgumentTest:
     second: int = 0
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Rule:
     """An answer to some system calls.
 
@@ -57,7 +57,7 @@ class Rule:
     tests: tuple[ArgumentTest, ...] = ()
 
 
-@attrs.frozen
+@attrs.frozen(cache_hash=True)
 class Profile:
     """A seccomp profile.
 

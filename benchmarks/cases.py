@@ -32,6 +32,7 @@ async def all_cases(engine: Engine, bare: Bare, *, quick: bool) -> AsyncIterator
             containers = {name: stack.enter_context(bare.running(name)) for name in bare.programs if name != "youki"}
             yield [
                 _first(engine, bare),
+                _first(engine, bare, repeat=True),
                 _first(engine, bare, pause=_PAUSE),
                 _again(sandbox, bare, containers),
                 _again(sandbox, bare, containers, pause=_PAUSE),
@@ -77,7 +78,7 @@ def _tools(bare: Bare) -> list[Tool]:
     return [tool for tool in tools if tool is not None]
 
 
-def _first(engine: Engine, bare: Bare, pause: float = 0.0) -> Case:
+def _first(engine: Engine, bare: Bare, *, pause: float = 0.0, repeat: bool = False) -> Case:
     async def once() -> Times:
         begun = time.perf_counter()
         sandbox = await engine.create(rootfs="host")
@@ -101,6 +102,9 @@ def _first(engine: Engine, bare: Bare, pause: float = 0.0) -> Case:
         return Case(
             "first-after-pause", "create to first result, after 100 ms of idleness", contenders, pause=pause, share=0.5
         )
+    if repeat:
+        title = "create to first result, right after one of the same kind"
+        return Case("first-in-a-row", title, contenders, repeat=True, share=0.5)
     return Case("first", "create to the first result of /bin/true", contenders)
 
 

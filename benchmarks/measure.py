@@ -1,7 +1,8 @@
-"""Takes times in turns: A, B, C, C, B, A ... so that whatever disturbs the host disturbs all alike."""
+"""Takes times in turns, in another order each round, so that whatever disturbs the host disturbs all alike."""
 
 from __future__ import annotations
 
+import random
 import statistics
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -35,6 +36,7 @@ class Case:
         contenders: they take turns.
         unit: "ms", "MB/s".
         pause: seconds of idleness before each.
+        repeat: do it once more before, uncounted, so that each comes right after one of its own kind.
         share: which part of the asked rounds.
         most: rounds at most.
         warm_ups: rounds before, which are thrown away.
@@ -45,6 +47,7 @@ class Case:
     contenders: Sequence[Contender]
     unit: str = "ms"
     pause: float = 0.0
+    repeat: bool = False
     share: float = 1.0
     most: int = 1_000_000
     warm_ups: int = 2
@@ -101,11 +104,14 @@ async def measure(case: Case, asked: int, advance: Callable[[], None]) -> Outcom
     missing: list[str] = []
     values: list[dict[str, list[float]]] = [{} for _ in case.contenders]
     for number in range(-case.warm_ups, rounds):
-        # There and back again: nobody always comes after the same one, whose remains the kernel may still be freeing.
-        for index in tuple(alive) if number % 2 == 0 else tuple(reversed(alive)):
+        # Nobody always comes after the same one, whose remains the kernel may still be freeing. Every run has the same
+        # orders.
+        for index in random.Random(number).sample(alive, len(alive)):  # noqa: S311 (no secret)
             if case.pause:
                 await anyio.sleep(case.pause)
             try:
+                if case.repeat:
+                    await case.contenders[index].once()
                 times = await case.contenders[index].once()
             except (ToolFailed, SandboxError) as error:
                 alive.remove(index)

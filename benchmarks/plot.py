@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import matplotlib as mpl
 
@@ -157,7 +157,8 @@ def _scaling(axes: Axes, results: Results) -> None:
         spread = [[s.quantile(10) / n for n, s in points], [s.quantile(90) / n for n, s in points]]
         axes.plot(numbers, each, line, color=colour, marker=marker, markersize=4, linewidth=1.5, label=label)
         axes.fill_between(numbers, spread[0], spread[1], color=colour, alpha=0.10, linewidth=0)
-    axes.set_ylim(0, max(each for line in axes.lines for each in cast("list[float]", line.get_ydata())) * 1.45)
+    highest = max(series.quantile(90) / number for points in lines.values() for number, series in points)
+    axes.set_ylim(0, highest * 1.35)
     axes.set_xticks(sorted({number for points in lines.values() for number, _ in points}))
     axes.set_xlabel("at the same time")
     axes.yaxis.grid(color=_GRID)
@@ -175,8 +176,9 @@ def _aims(axes: Axes, results: Results) -> None:
     axes.barh(range(len(aims)), parts, color=[_OURS if aim.reached else "#e8590c" for aim in aims], height=0.55)
     axes.axvline(1.0, color=_INK, linewidth=1.0, linestyle=":")
     for place, (aim, part) in enumerate(zip(aims, parts, strict=True)):
-        text = f"  {aim.value:.2f} {aim.unit} of {aim.limit:g}"
-        axes.text(part, place, text, va="center", fontsize=8)
+        text = f"{aim.value:.2f} {aim.unit} of {aim.limit:g}"
+        behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+        axes.text(part + 0.04, place, text, va="center", fontsize=8, bbox=behind)
     axes.set_yticks(range(len(aims)), [aim.name for aim in aims])
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(0, max(1.0, *parts) * 1.55)

@@ -89,7 +89,6 @@ def end_of(pid: int) -> Iterator[Callable[[float], bool]]:
 def test_fifty_sandboxes_end_within_a_second_of_their_host_process(
     backend: str, how: str, count: Callable[[int], int], record_property: Callable[[str, object], None]
 ) -> None:
-    before = Inventory.take()
     with program(CROWD, backend, str(max(50, count(200))), how) as host:
         told = host.heard()
         with end_of(told["keeper"]) as ended:
@@ -101,8 +100,8 @@ def test_fifty_sandboxes_end_within_a_second_of_their_host_process(
         if told["child"]:
             os.kill(told["child"], signal.SIGKILL)
         host.kill()
+    # Of processes, mounts, cgroups, sockets and files nothing is left: that is what the fixture of every test looks for.
     assert took < (1.0 if count(10) == 1 else 4.0)
-    assert settle(before) == []
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])

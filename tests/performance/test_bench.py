@@ -22,7 +22,17 @@ pytestmark = [
 REPOSITORY = Path(__file__).parents[2]
 # Tests share the machine, and a few rounds say little: only what is wrong by a factor fails here.
 SLACK = 3.0
-CASES = {"first", "first-after-pause", "again", "again-after-pause", "terminal", "stream", "files", "parallel-10"}
+CASES = {
+    "first",
+    "first-in-a-row",
+    "first-after-pause",
+    "again",
+    "again-after-pause",
+    "terminal",
+    "stream",
+    "files",
+    "parallel-10",
+}
 
 
 def bench(output: Path, *options: str) -> subprocess.CompletedProcess[str]:

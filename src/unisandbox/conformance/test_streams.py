@@ -10,7 +10,7 @@ import anyio
 import pytest
 
 from unisandbox import FailedPreconditionError, Sandbox, Terminal
-from unisandbox.conformance.waiting import until
+from unisandbox.conformance.waiting import line, until
 
 pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
@@ -206,7 +206,7 @@ async def test_a_terminal_can_be_resized(sandbox: Sandbox) -> None:
     script = "import signal, os\nsignal.signal(signal.SIGWINCH, lambda *_: None)\nprint('ready')\nsignal.pause()\n"
     script += "print(*os.get_terminal_size())"
     async with sandbox.exec(["python3", "-u", "-c", script], tty=True) as process:
-        assert await process.stdout.receive() == b"ready\r\n"
+        assert await line(process) == b"ready\r\n"
         await process.resize(51, 132)
         got = b""
         async for output in process:
@@ -219,16 +219,16 @@ async def test_a_terminal_can_be_resized(sandbox: Sandbox) -> None:
 @pytest.mark.needs("tty")
 async def test_a_terminal_passes_keys_on(sandbox: Sandbox) -> None:
     async with sandbox.exec(["sh", "-c", "stty -echo; echo ready; cat"], tty=True) as process:
-        assert await process.stdout.receive() == b"ready\r\n"
+        assert await line(process) == b"ready\r\n"
         await process.stdin.send(b"typed\n")
-        assert await process.stdout.receive() == b"typed\r\n"
+        assert await line(process) == b"typed\r\n"
         await process.stdin.aclose()
         assert (await process.wait()).code == 0
 
     # No shell: it may take the key before it has started its child, and go on.
     sleep = "import time; print('ready', flush=True); time.sleep(60)"
     async with sandbox.exec(["python3", "-c", sleep], tty=True) as process:
-        assert await process.stdout.receive() == b"ready\r\n"
+        assert await line(process) == b"ready\r\n"
         await process.stdin.send(b"\x03")
         with anyio.fail_after(20):
             assert (await process.wait()).code == 128 + signal.SIGINT

@@ -100,7 +100,7 @@ def test_fifty_sandboxes_end_within_a_second_of_their_host_process(
         if told["child"]:
             os.kill(told["child"], signal.SIGKILL)
         host.kill()
-    # Of processes, mounts, cgroups, sockets and files nothing is left: that is what the fixture of every test looks for.
+    # Of processes, mounts, cgroups, sockets and files nothing is left: the fixture of every test looks for them.
     assert took < (1.0 if count(10) == 1 else 4.0)
 
 

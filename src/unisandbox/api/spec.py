@@ -193,7 +193,7 @@ class Rootfs:
         if not isinstance(value, str | os.PathLike):
             raise InvalidArgumentError(f"rootfs must be a Rootfs, 'host' or a path, got {value!r}")
         text = _text(os.fspath(value), "rootfs")
-        if text == "host":
+        if value == "host":
             return cls.host()
         if not text:
             raise InvalidArgumentError("rootfs is empty", hint="Use 'host' or a path with a '/' in it.")

@@ -13,6 +13,7 @@ import anyio.lowlevel
 
 from unisandbox.api import (
     AlreadyExistsError,
+    BackendError,
     FailedPreconditionError,
     NotFoundError,
     Probe,
@@ -84,8 +85,18 @@ class EngineCore:
         try:
             cgroups = Cgroups.detect(f"unisandbox-{state.engine_id}")
             keeper = await Keeper.start(state.path, workdir=state.work_dir, hide=_hidden(cgroups), policy=policy)
+        except FailedPreconditionError:
+            state.discard()  # not waiting: the directory is another engine's
+            raise
+        except OSError as error:
+            state.discard(wait=CLEANING_SECONDS)
+            place = f" ({os.fspath(error.filename)})" if error.filename else ""
+            raise BackendError(
+                f"cannot open an engine on {state.path}: {error.strerror or error}{place}",
+                hint="It must be a directory that this user can write, on a disk with free space.",
+            ) from error
         except BaseException:
-            state.discard()
+            state.discard(wait=CLEANING_SECONDS)
             raise
         host = Host(
             engine_id=state.engine_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import anyio.lowlevel
 
 from unisandbox.api import (
     AlreadyExistsError,
+    BackendError,
     ContainerSpec,
     CreateSandbox,
     CreateTask,
@@ -261,7 +263,7 @@ class Entry:
             await self._sandboxer.stop(self.sandbox_id, grace=grace)
             self._main_made = False
             self._state = "stopped"
-            self._core.write_record(self, "stopped")
+            self._note("stopped")
         self.emit("sandbox.stopped")
 
     def kill_now(self) -> None:
@@ -290,7 +292,7 @@ class Entry:
     async def _remove(self) -> None:
         async with self._lock:
             if not self.removed:
-                self._core.write_record(self, "removing")
+                self._note("removing")
                 await self._free()
                 self.emit("sandbox.removed")
 
@@ -303,6 +305,14 @@ class Entry:
         async with self._lock:
             self._check_alive()
             await self._sandboxer.update(self.sandbox_id, resources)
+
+    def _note(self, phase: Literal["stopped", "removing"]) -> None:
+        """Write down an ending, if the disk takes it: a full one must not keep anything alive.
+
+        The old record stays then, and whoever reads it finds nothing of it alive.
+        """
+        with contextlib.suppress(BackendError):
+            self._core.write_record(self, phase)
 
     async def _free(self) -> None:
         for close in tuple(self.closing):

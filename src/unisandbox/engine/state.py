@@ -109,17 +109,19 @@ class StateDirectory:
             undo.insert(1, Guard("engine/state", "remove_tree", (self.path,)))
         return undo
 
-    def discard(self) -> None:
+    def discard(self, *, wait: float = 0.0) -> None:
         """Remove what is left of the directories that the engine made for itself.
 
         They may be another engine's by now, or may always have been: the place for mounts is empty in our view while
         its keeper has mounts there, and removing the mount point would take them away from it. So this happens only
-        while no keeper holds the directory's lock. Source: unlink(2), rmdir(2); since Linux 3.18 a mount point that is
-        one in another mount namespace only can be removed, and is unmounted there (d_invalidate, detach_mounts).
+        while no keeper holds the directory's lock, which is waited for up to `wait` seconds.
+
+        Source: unlink(2), rmdir(2); since Linux 3.18 a mount point that is one in another mount namespace only can be
+        removed, and is unmounted there (d_invalidate, detach_mounts).
         """
         # A keeper that could not begin lets go of the lock when its process ends, in a moment; a temporary directory is
         # nobody else's, so that is what is waited for.
-        with _unlocked(self.path, wait=_LAST_BREATH if self.temporary else 0.0) as unused:
+        with _unlocked(self.path, wait=max(wait, _LAST_BREATH if self.temporary else 0.0)) as unused:
             if not unused:
                 return
             _remove_if_empty(self.work_dir)
@@ -207,15 +209,18 @@ def _check_private(path: str, what: str) -> None:
 
 def _engine_id(path: str) -> str:
     file = Path(path) / "engine-id"
-    known = _known_id(file)
+    status = os.stat(path)
+    # A copy of the directory is another one: two engines must not share their names.
+    place = f"{status.st_dev}:{status.st_ino}"
+    known = _known_id(file, place)
     if known:
         return known
     fresh = short_name(secrets.token_hex(16), "engine")
     temporary = file.with_name(f"engine-id.{secrets.token_hex(8)}")
     try:
-        temporary.write_text(fresh + "\n")
+        temporary.write_text(f"{fresh} {place}\n")
         if file.exists():
-            # It is damaged (a full disk of old, say): nothing could be found by what it says.
+            # It is damaged (a full disk of old, say) or copied: nothing could be found by what it says.
             temporary.rename(file)
             return fresh
         # The first one wins: of two engines that are opened at once, the other reads what this one wrote.
@@ -224,12 +229,13 @@ def _engine_id(path: str) -> str:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    return _known_id(file) or fresh
+    return _known_id(file, place) or fresh
 
 
-def _known_id(file: Path) -> str:
+def _known_id(file: Path, place: str) -> str:
     try:
         text = file.read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
-    return text if _ENGINE_ID.fullmatch(text) else ""
+    known, _, written_for = text.partition(" ")
+    return known if _ENGINE_ID.fullmatch(known) and written_for == place else ""

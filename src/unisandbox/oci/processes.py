@@ -13,7 +13,7 @@ from typing import Final
 import anyio
 import attrs
 
-from unisandbox.api import ContainerSpec, Exit, ProcessSpec, Stdio
+from unisandbox.api import BackendError, ContainerSpec, Exit, ProcessSpec, Stdio
 from unisandbox.host import syscalls
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.keeper import Keeper
@@ -21,6 +21,7 @@ from unisandbox.oci.plan import Plan
 from unisandbox.oci.runtime import Created
 
 _REAPED_SECONDS: Final = 1.0
+_LARGEST_LAST_WORDS: Final = 4096
 
 
 @attrs.define
@@ -100,6 +101,19 @@ def oom_kills_of(cgroup: Cgroup) -> int:
         return cgroup.oom_kills()
     except FileNotFoundError:
         return 0  # its directory is gone already
+
+
+@contextlib.contextmanager
+def last_words() -> Iterator[int]:
+    """A descriptor for a runtime's standard error; what it wrote becomes the log of an error that has none."""
+    memory = os.memfd_create("unisandbox-stderr", os.MFD_CLOEXEC)
+    try:
+        yield memory
+    except BackendError as error:
+        error.log = error.log or os.pread(memory, _LARGEST_LAST_WORDS, 0).decode("utf-8", "replace")
+        raise
+    finally:
+        os.close(memory)
 
 
 @contextlib.contextmanager

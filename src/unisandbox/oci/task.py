@@ -54,6 +54,7 @@ from unisandbox.oci.processes import (
     duplicate,
     ended_process,
     has_ended,
+    last_words,
     oom_kills_of,
     readable,
     status_without_init,
@@ -147,11 +148,11 @@ class OciTaskService:
             container.control = ours
             with theirs:
                 await self._keeper.hold(self._held(container), ours.fileno())
-                with streams() as stdio:
+                with streams() as (null, _, _), last_words() as stderr:
                     container.created = await self._runtime.create(
                         plan.oci_id,
                         plan.bundle,
-                        stdio=stdio,
+                        stdio=(null, null, stderr),
                         extra_fds=(theirs.fileno(), *plan.extra_fds),
                         cgroup_procs=leaf.entry,
                         netns=plan.netns,

@@ -174,6 +174,11 @@ def _open_source(path: str, flags: int, what: str) -> int:
 def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) -> Exception:
     """A job's failure in the words of whoever asked for the sandbox."""
     text = error.strerror or str(error)
+    if "mapping the ids" in text:
+        return UnavailableError(
+            f"cannot make sandbox {label!r}: {text}",
+            hint="Keep the directory on ext4, xfs, btrfs or tmpfs, or use userns='host' or Mount(idmap=False).",
+        )
     for mount in mounts:
         # Operations say their path; a mount point's ends with the target, or with the directory that it needs.
         targets = {mount.target, os.path.dirname(mount.target)} - {"/"}
@@ -186,12 +191,7 @@ def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) ->
         return InvalidArgumentError(f"sandbox {label!r}: {text}")
     if error.errno == errno.EFBIG:
         return InvalidArgumentError(f"sandbox {label!r}: the disk limit is above what the file system can hold")
-    if "mapping the ids" in text:
-        return UnavailableError(
-            f"cannot make sandbox {label!r}: {text}",
-            hint="Keep the directory on ext4, xfs, btrfs or tmpfs, or use userns='host' or Mount(idmap=False).",
-        )
-    if error.do == "userns":
+    if error.do == "namespaces":
         return UnavailableError(
             f"cannot make a user namespace for sandbox {label!r}: {text}",
             hint="Look at /proc/sys/user/max_user_namespaces, or use userns='host' if you trust what runs.",

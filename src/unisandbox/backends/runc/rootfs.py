@@ -15,6 +15,7 @@ from typing import Final
 import attrs
 
 from unisandbox.api import Dns, Mount, Resources, Rootfs, SandboxSpec
+from unisandbox.api.spec import LEAST_DISK
 from unisandbox.api.units import GIB
 
 Op = dict[str, object]
@@ -56,7 +57,7 @@ class Layer:
         if resources.disk is None:
             return cls(None, in_memory=True)
         room = _LARGEST_TMPFS if resources.memory is None else resources.memory // 2
-        return cls(resources.disk, in_memory=resources.disk <= max(room, 1))
+        return cls(resources.disk, in_memory=resources.disk <= max(room, LEAST_DISK))
 
     def ops(self, path: str, image: str, first_id: int) -> list[Op]:
         """Mount it at `path` (made), and make the directories that every root file system has in it."""

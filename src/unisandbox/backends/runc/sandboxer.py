@@ -106,7 +106,7 @@ class RuncSandboxer:
         root = host.cgroups.root()
         dirs = root.predict(short, limits=limits_of(spec.resources))
         image = os.path.join(host.disk_dir, f"unisandbox-{host.engine_id}-{short}.img")
-        sources = open_sources(spec.rootfs, spec.mounts, request.sandbox_id)
+        sources = open_sources(spec.rootfs, spec.mounts, spec.name or "new")
         undo = [
             Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
             Guard(f"{short}/processes", "kill_cgroup", dirs),
@@ -375,7 +375,7 @@ class RuncSandboxer:
                 steps.append({"do": "given", "fd": len(fds), "name": "net"})
                 fds.append(given)
                 hold["net"] = f"{pod.short}/net"
-            result = await self._job(steps, hold=hold, fds=fds, label=pod.label, mounts=spec.mounts)
+            result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
         finally:
             if given >= 0:
                 os.close(given)

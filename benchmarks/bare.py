@@ -28,7 +28,7 @@ from benchmarks import spawner
 from unisandbox.api import SandboxSpec
 from unisandbox.backends.runc.rootfs import Layer, host_tree
 from unisandbox.host import seccomp
-from unisandbox.host.cgroups import Cgroups, hierarchy
+from unisandbox.host.cgroups import Cgroups, ending, hierarchy
 from unisandbox.oci.bundle import Bundle, OciMount, OciNamespace
 from unisandbox.oci.features import RuntimeProgram, find_runtimes
 
@@ -42,6 +42,7 @@ _TMPFS: Final = ("nosuid", "nodev")
 _ENV: Final = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8")
 _SWAP_IS_COUNTED: Final = ("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes", "/sys/fs/cgroup/cgroup.controllers")
 _READY_SECONDS: Final = 10.0
+_CGROUP_SECONDS: Final = 2.0
 
 
 class ToolFailed(Exception):
@@ -143,7 +144,7 @@ class Bare:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        _remove_cgroups()
+        _remove_cgroups(f"unisandbox-bench-{self._pid}-")
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -264,9 +265,7 @@ class Bare:
         return Tool(f"{name} exec", (*self._command(name), "exec", *terminal, container, *argv))
 
 
-def _remove_cgroups() -> None:
-    """What crun leaves of cgroups of containers that failed: empty directories of our name."""
-    for mount in hierarchy.read_mounts():
-        for path in Path(mount.directory).glob("unisandbox-bench-*"):
-            with contextlib.suppress(OSError):  # somebody is in it: another benchmark runs
-                path.rmdir()
+def _remove_cgroups(prefix: str) -> None:
+    """What a runtime leaves of cgroups of containers that failed: empty directories of our name."""
+    left = [str(path) for mount in hierarchy.read_mounts() for path in Path(mount.directory).glob(f"{prefix}*")]
+    ending.remove(left, _CGROUP_SECONDS)

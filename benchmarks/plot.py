@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.cases import OURS
 from benchmarks.phases import REST
-from benchmarks.report import Results
+from benchmarks.report import Results, short_kernel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,7 +68,7 @@ def _figure(results: Results) -> Figure:
     _aims(figure.add_subplot(grid[2, 1]), results)
     host = results.host
     figure.suptitle(
-        f"unisandbox {host['unisandbox']} against the bare tools: Linux {host['kernel']}, {host['cpus']} CPUs, "
+        f"unisandbox {host['unisandbox']} against the bare tools: Linux {short_kernel(host)}, {host['cpus']} CPUs, "
         f"Python {host['python']}",
         x=0.012,
         ha="left",

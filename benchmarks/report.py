@@ -105,6 +105,11 @@ def describe_host(programs: Mapping[str, str]) -> dict[str, object]:
     }
 
 
+def short_kernel(host: Mapping[str, object]) -> str:
+    """The kernel's version without its builder's suffix."""
+    return str(host["kernel"]).partition("-")[0]
+
+
 def to_json(results: Results) -> str:
     """Everything, the single values too. `schema` rises when a reader of the former would be misled."""
 
@@ -147,7 +152,7 @@ def to_text(results: Results) -> str:
     tools = host["tools"]
     assert isinstance(tools, Mapping)
     lines = [
-        f"unisandbox {host['unisandbox']}, Python {host['python']}, Linux {host['kernel']} ({host['machine']}), "
+        f"unisandbox {host['unisandbox']}, Python {host['python']}, Linux {short_kernel(host)} ({host['machine']}), "
         f"{host['cpus']} CPUs, load {host['load']}; " + ", ".join(f"{name} {text}" for name, text in tools.items()),
         "",
     ]
@@ -179,9 +184,9 @@ def _case(outcome: Outcome) -> list[str]:
     rows = []
     for name, series in outcome.series.items():
         ratio = f"{series.median / outcome.series[base].median:.2f}" if base and ": " not in name else ""
-        rows.append([name, *_cells(series), ratio])
+        rows.append([name, *_cells(series), *([ratio] if base else [])])
     lines = [f"**{outcome.case.title}** ({outcome.case.unit}, {outcome.rounds} rounds)", ""]
-    lines += _table(["", "median", "p10", "p90", f"/ {base}" if base else ""], rows)
+    lines += _table(["", "median", "p10", "p90", *([f"/ {base}"] if base else [])], rows)
     lines += [f"not measured: {reason}" for reason in outcome.missing]
     return lines
 
@@ -204,6 +209,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         ]
         return "| " + " | ".join(padded) + " |"
 
+    widths = [max(width, 2) for width in widths]
     rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     return [line(heading), "| " + " | ".join(rule) + " |", *(line(row) for row in rows)]
 

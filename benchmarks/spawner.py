@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,7 @@ from unisandbox.host import jobs, syscalls
 PACKET = 1 << 17
 _CHUNK = 1 << 16
 _TAIL = 2000
+_END_SECONDS = 5.0
 
 Request = dict[str, object]
 
@@ -85,9 +87,15 @@ class Spawner:
         return pid
 
     def _end(self, pid: int) -> None:
+        """Wait for its end. It is expected to come: a runtime whose container was killed cleans up first."""
         self._living.discard(pid)
-        os.kill(pid, signal.SIGTERM)
-        os.waitid(os.P_PID, pid, os.WEXITED)
+        pidfd = os.pidfd_open(pid)
+        try:
+            if not select.select([pidfd], [], [], _END_SECONDS)[0]:
+                os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED)
+        finally:
+            os.close(pidfd)
 
     def _spawn(self, argv: list[str], request: Request, output: int) -> int:
         terminal = bool(request.get("tty"))

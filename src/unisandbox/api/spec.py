@@ -59,7 +59,7 @@ def _memory_size(value: int | str | None) -> int | None:
 
 
 def _disk_size(value: int | str | None) -> int | None:
-    return None if value is None else parse_size(value, "disk")
+    return value if value is None or value == 0 else parse_size(value, "disk")
 
 
 def _mount_size(value: int | str | None) -> int | None:
@@ -101,16 +101,10 @@ def _at_most(most: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
 
 def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
     def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and value < least:
+        if value is not None and 0 != value < least:
             raise InvalidArgumentError(f"{attribute.name} must be at least {least} bytes, got {value}")
 
     return check
-
-
-def _half_of_the_memory(resources: Resources) -> int:
-    if resources.memory is None:
-        return _LARGEST_DEFAULT_DISK
-    return min(max(resources.memory // 2, LEAST_DISK), _LARGEST_DEFAULT_DISK)
 
 
 @attrs.frozen
@@ -122,8 +116,9 @@ class Resources:
         swap: bytes of swap beyond `memory`, where the host counts swap; 0 is none.
         cpu: cores; 0.5 is half of one.
         pids: processes and threads at one time.
-        disk: bytes that the writable layer may hold. Default: half of the memory, at most 1 GiB. Up to half of the
-            memory it is a tmpfs (charged to `memory`), above that a sparse file system image.
+        disk: bytes that the writable layer may hold; 0, the default: half of the memory, at most 1 GiB (`disk_limit`).
+            Up to half of the memory it is a tmpfs (charged to `memory`), above that a sparse file system image. It is
+            the sandbox's, shared by its containers, and stays as long as the sandbox.
         nofile: open files of a process (RLIMIT_NOFILE).
         core: bytes of a core dump (RLIMIT_CORE).
     """
@@ -132,13 +127,18 @@ class Resources:
     swap: int | None = attrs.field(default=0, validator=_whole)
     cpu: float | None = attrs.field(default=None, validator=_positive)
     pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
-    disk: int | None = attrs.field(
-        default=attrs.Factory(_half_of_the_memory, takes_self=True),
-        converter=_disk_size,
-        validator=_at_least(LEAST_DISK),
-    )
+    disk: int | None = attrs.field(default=0, converter=_disk_size, validator=_at_least(LEAST_DISK))
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
     core: int | None = attrs.field(default=0, validator=_whole)
+
+    @property
+    def disk_limit(self) -> int | None:
+        """Bytes that `disk` comes to; None: not limited."""
+        if self.disk != 0:
+            return self.disk
+        if self.memory is None:
+            return _LARGEST_DEFAULT_DISK
+        return min(max(self.memory // 2, LEAST_DISK), _LARGEST_DEFAULT_DISK)
 
     @classmethod
     def unlimited(cls) -> Resources:
@@ -439,13 +439,23 @@ class ContainerSpec:
     user: str | None = attrs.field(default=None, converter=_user)
 
 
+def _is(kind: type, *, optional: bool = False) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise InvalidArgumentError(f"{attribute.name} must be of type {kind.__name__}, got {value!r}")
+
+    return check
+
+
 def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     # 64 bytes: __NEW_UTS_LEN of the kernel.
-    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", value):
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", _text(value, "hostname")):
         raise InvalidArgumentError(f"hostname {value!r} is not valid", hint="Letters, digits, '-' and '.', at most 64.")
 
 
 def _labels(value: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise InvalidArgumentError(f"labels and annotations map names to text, got {value!r}")
     for name, text in value.items():
         if not isinstance(name, str) or not isinstance(text, str) or not name:
             raise InvalidArgumentError(f"label {name!r} must be text")
@@ -478,9 +488,9 @@ class SandboxSpec:
 
     isolation: str = "auto"
     name: str | None = attrs.field(default=None)
-    rootfs: Rootfs = attrs.field(factory=Rootfs.host)
-    resources: Resources = attrs.field(factory=Resources)
-    network: Network = attrs.field(factory=Network)
+    rootfs: Rootfs = attrs.field(factory=Rootfs.host, validator=_is(Rootfs))
+    resources: Resources = attrs.field(factory=Resources, validator=_is(Resources))
+    network: Network = attrs.field(factory=Network, validator=_is(Network))
     mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str = attrs.field(default="/", validator=_cwd)
@@ -488,10 +498,10 @@ class SandboxSpec:
     userns: Literal["private", "host"] = "private"
     hostname: str | None = attrs.field(default=None, validator=_hostname)
     sysctls: Mapping[str, str] = attrs.field(factory=dict)
-    dns: Dns | None = None
+    dns: Dns | None = attrs.field(default=None, validator=_is(Dns, optional=True))
     hosts: Mapping[str, str] = attrs.field(factory=dict)
-    security: Security = attrs.field(factory=Security)
-    share_pid: bool = False
+    security: Security = attrs.field(factory=Security, validator=_is(Security))
+    share_pid: bool = attrs.field(default=False, validator=_is(bool))
     ttl: float | None = attrs.field(default=None, validator=_positive)
     labels: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     annotations: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)

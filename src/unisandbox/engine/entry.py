@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
@@ -24,6 +24,7 @@ from unisandbox.api import (
     NotFoundError,
     Resources,
     Sandboxer,
+    SandboxError,
     SandboxSpec,
     SandboxStatus,
     Stdio,
@@ -69,6 +70,8 @@ class Entry:
         self._execs = 0
         self._containers = 0
         self._main_made = False
+        # Containers whose end the readers of events have been told.
+        self._told: set[str] = set()
         self._state: Literal["new", "ready", "stopped", "removed"] = "new"
 
     @property
@@ -111,6 +114,20 @@ class Entry:
         if self._task is None:
             raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
         return self._task
+
+    def container_exited(self, container_id: str, exit: Exit | None) -> None:
+        """Tell the readers of events of a container's end, once."""
+        if container_id not in self._told:
+            self._told.add(container_id)
+            self.emit("container.exited", container_id=container_id, exit=exit)
+
+    async def _containers_exited(self, containers: Sequence[str]) -> None:
+        for container_id in containers:
+            if container_id not in self._told:
+                exit = None
+                with contextlib.suppress(SandboxError):  # a container without a main process, or one never started
+                    exit = await self.last_task.wait(container_id)
+                self.container_exited(container_id, exit)
 
     def next_exec_id(self) -> str:
         """A new id for a process, never reused in this sandbox."""
@@ -165,11 +182,13 @@ class Entry:
     async def _make_main(self, task: TaskService) -> None:
         try:
             await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
+            self.emit("container.created", container_id=MAIN)
             await task.start(MAIN)
         except BaseException:
             await self.cleaning.run(lambda: task.delete(MAIN))
             raise
         self._main_made = True
+        self._told.discard(MAIN)
         self.emit("container.started", container_id=MAIN)
 
     def next_container_name(self) -> str:
@@ -207,6 +226,8 @@ class Entry:
                 writers.append(writer)
             try:
                 await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
+                self._told.discard(spec.name)
+                self.emit("container.created", container_id=spec.name)
                 for stream, reader in zip(LOG_STREAMS, readers, strict=True):
                     await self._core.host.keeper.ring(self._log(spec.name, stream), reader, limit=LOG_BYTES)
                 started = await task.start(spec.name)
@@ -260,7 +281,9 @@ class Entry:
         async with self._lock:
             if self._state != "ready" or self._core.closed:
                 return
+            containers = tuple(self.task.container_ids)
             await self._sandboxer.stop(self.sandbox_id, grace=grace)
+            await self._containers_exited(containers)
             self._main_made = False
             self._state = "stopped"
             self._note("stopped")
@@ -317,7 +340,9 @@ class Entry:
     async def _free(self) -> None:
         for close in tuple(self.closing):
             close()
+        containers = tuple(self._task.container_ids) if self._task is not None else ()
         await self._sandboxer.remove(self.sandbox_id)
+        await self._containers_exited(containers)
         self._state = "removed"
         self._core.forget(self)
 

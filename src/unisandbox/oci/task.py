@@ -429,7 +429,10 @@ class OciTaskService:
         container = self._container(container_id)
         process = self._process(container, exec_id)
         await anyio.lowlevel.checkpoint_if_cancelled()
-        return TaskState(container_id, exec_id, self._state(container, process), process.pid, process.exit)
+        state = self._state(container, process)
+        # An ended process has no pid any more: the kernel may have given it to another one.
+        pid = process.pid if state != "stopped" else None
+        return TaskState(container_id, exec_id, state, pid, process.exit)
 
     @staticmethod
     def _state(container: Container, process: Process) -> ContainerState:

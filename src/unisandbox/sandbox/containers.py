@@ -33,6 +33,7 @@ class Container:
         """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
         if self._exit is None:
             self._exit = await self._entry.last_task.wait(self.name)
+            self._entry.container_exited(self.name, self._exit)
         return self._exit
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout") -> bytes:
@@ -59,7 +60,7 @@ class Container:
             return
         self._entry.task.kill_now(self.name)
         await self._entry.cleaning.run(self._free)
-        self._entry.emit("container.exited", container_id=self.name, exit=self._exit)
+        self._entry.container_exited(self.name, self._exit)
 
     async def _free(self) -> None:
         await self._entry.last_task.delete(self.name)

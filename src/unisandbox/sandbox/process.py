@@ -17,6 +17,7 @@ from unisandbox.api import (
     ExecTask,
     Exit,
     FailedPreconditionError,
+    InvalidArgumentError,
     ProcessSpec,
     StartedTask,
     Stdio,
@@ -176,6 +177,8 @@ class Process:
         user: str | int | None,
     ) -> Process:
         """Start it. See `Sandbox.exec`."""
+        if stdin not in {"pipe", "null"}:
+            raise InvalidArgumentError(f"stdin must be 'pipe' or 'null', got {stdin!r}")
         size = tty if isinstance(tty, Terminal) else (Terminal() if tty else None)
         spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user, terminal=size)
         pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)

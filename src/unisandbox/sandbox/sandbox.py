@@ -12,6 +12,7 @@ from typing_extensions import TypedDict, Unpack
 from unisandbox.api import (
     Completed,
     Dns,
+    InvalidArgumentError,
     Metrics,
     Mount,
     Network,
@@ -84,7 +85,7 @@ def make_spec(
         isolation=isolation,
         name=name,
         rootfs=Rootfs.parse(rootfs),
-        resources=resources or Resources(),
+        resources=Resources() if resources is None else resources,
         network=Network.parse(network),
         mounts=mounts,
         env=env,
@@ -95,7 +96,7 @@ def make_spec(
         sysctls=sysctls,
         dns=dns,
         hosts=hosts,
-        security=security or Security(),
+        security=Security() if security is None else security,
         share_pid=share_pid,
         ttl=ttl,
         labels=labels,
@@ -271,6 +272,8 @@ class Sandbox:
 
     async def stop(self, grace: float = 10.0) -> None:
         """End every process and keep the files: SIGTERM first, SIGKILL after `grace` seconds. May be repeated."""
+        if isinstance(grace, bool) or not isinstance(grace, int | float) or not grace >= 0:
+            raise InvalidArgumentError(f"grace must be >= 0 seconds, got {grace!r}")
         await self._entry.stop(grace)
 
     async def kill(self) -> None:

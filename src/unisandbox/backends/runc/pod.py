@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ from unisandbox.oci.users import resolve_user
 IDS: Final = 65536
 """How many user ids a sandbox has, as every image may use 0 to 65535."""
 
+_STACK: Final = 8 << 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What our init needs to become the user that a process asks for; processes do not get more than the spec says.
 _INIT_CAPABILITIES: Final = frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"})
@@ -71,6 +73,7 @@ class Pod:
         short: its short name, for cgroups and directories.
         work: its directory in the keeper's file system.
         cgroup: its own, with the limits of the whole sandbox.
+        layer: the bounded place for its writes.
         image: path of the disk image of its layer, when it is not in memory.
         first_id: the host's id of root inside.
         lease: number of its range of ids; None without a user namespace.
@@ -86,6 +89,7 @@ class Pod:
     short: str
     work: str
     cgroup: Cgroup
+    layer: Layer
     image: str
     first_id: int = 0
     lease: int | None = None
@@ -107,11 +111,6 @@ class Pod:
     def mapped(self) -> bool:
         """It has a user namespace of its own."""
         return self.spec.userns == "private"
-
-    @property
-    def layer(self) -> Layer:
-        """The bounded place for its writes."""
-        return Layer.of(self.spec.resources)
 
     @property
     def identity(self) -> Identity:
@@ -393,7 +392,6 @@ class PodPlanner:
                 ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
             ),
             OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),
-            OciMount("/dev/mqueue", "mqueue", "mqueue", ("nosuid", "noexec", "nodev")),
         ]
         if pod.spec.network.kind == "none":
             # Only for the sandbox's own network: crun would fall back to the host's /sys, writable, without a word.
@@ -402,15 +400,19 @@ class PodPlanner:
 
     def _request(self, container: ContainerSpec, process: ProcessSpec, root: str) -> SpawnRequest:
         spec = self._pod.spec
-        resources = container.resources or spec.resources
         user = process.user or container.user or spec.user
         with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
             who = resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
-        limits: dict[str, tuple[int, int]] = {}
-        if resources.nofile is not None:
-            limits["RLIMIT_NOFILE"] = (resources.nofile, resources.nofile)
-        if resources.core is not None:
-            limits["RLIMIT_CORE"] = (resources.core, resources.core)
+        limits = dict(_plain_limits())
+        own = container.resources or Resources.unlimited()
+        for name, values in (
+            ("RLIMIT_NOFILE", (spec.resources.nofile, own.nofile)),
+            ("RLIMIT_CORE", (spec.resources.core, own.core)),
+        ):
+            # A container's limit is one below the sandbox's, never above it.
+            least = min((value for value in values if value is not None), default=None)
+            if least is not None:
+                limits[name] = (least, least)
         cwd = process.cwd or (container.cwd if container.cwd != "/" else spec.cwd)
         return SpawnRequest(
             argv=process.argv,
@@ -476,7 +478,7 @@ class PodPlanner:
 def _check_container(container: ContainerSpec) -> None:
     """Refuse what a container cannot have, before anything is done."""
     resources = container.resources
-    if resources is not None and resources.disk not in {None, Resources(memory=resources.memory).disk}:
+    if resources is not None and resources.disk not in {None, 0}:
         raise UnsupportedError(
             "a disk limit of one container", "runc", hint="All containers share that of the sandbox; leave disk= out."
         )
@@ -492,6 +494,25 @@ def _no_request(_: ProcessSpec) -> SpawnRequest:
 def _compiled(profile: seccomp.Profile) -> bytes:
     """The filter, compiled once per process instead of at each start: libseccomp takes 4 to 10 ms."""
     return seccomp.compile_bpf(profile)
+
+
+@functools.cache
+def _plain_limits() -> Mapping[str, tuple[int, int]]:
+    """What a process gets of the limits that no spec speaks of: not what this process happens to run under.
+
+    Soft limits as high as the hard ones, which only a more privileged process could raise; the stack as the kernel has
+    it, since an unlimited one changes where memory is mapped. Source: getrlimit(2), _STK_LIM of the kernel.
+    """
+    limits: dict[str, tuple[int, int]] = {}
+    for name in ("AS", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NPROC", "RSS", "SIGPENDING"):
+        hard = (
+            resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] if hasattr(resource, f"RLIMIT_{name}") else None
+        )
+        if hard is not None:
+            limits[f"RLIMIT_{name}"] = (hard, hard)
+    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
+    return limits | {"RLIMIT_STACK": (soft, hard)}
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Whether sandboxes of namespaces can run on this host, and what is missing.
 
-The cheap answer looks at facts and at the cached verdict of the last deep one. The deep one runs a real sandbox in a
-child process with a deadline.
+The cheap answer looks at facts and at the cached verdict of a deep one that succeeded. The deep one runs a real
+sandbox in a child process with a deadline.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ import anyio, json, sys
 async def main():
     import unisandbox
     try:
-        async with unisandbox.Engine.open() as engine:
-            async with engine.create(rootfs="host", isolation="runc", annotations={}) as sandbox:
+        from unisandbox.backends.runc import RuncBackend
+        async with unisandbox.Engine.open(backends={"runc": RuncBackend(sys.argv[1] or None)}) as engine:
+            async with engine.create(rootfs="host", isolation="runc") as sandbox:
                 done = await sandbox.run(["/bin/true"])
         answer = {"ok": done.exit_code == 0, "reason": f"a sandbox ran /bin/true: exit code {done.exit_code}"}
     except unisandbox.SandboxError as error:
@@ -66,8 +67,9 @@ async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
             backend="runc", available=False, reason=first.reason, hint=first.hint, facts=facts, warnings=tuple(warnings)
         )
     cache = _cache_file(pick_runtime(runtime))
-    verdict = await _try() if deep else _remembered(cache)
-    if deep and verdict is not None:
+    verdict = await _try(runtime) if deep else _remembered(cache)
+    if deep and verdict is not None and verdict["ok"] is True:
+        # Only a success is a fact: what failed once (a full disk, a busy machine) must not be refused from then on.
         _remember(cache, verdict)
     if verdict is None:
         return Probe(
@@ -124,7 +126,7 @@ def _read(path: str) -> str:
         return ""
 
 
-async def _try() -> dict[str, object]:
+async def _try(runtime: str | None) -> dict[str, object]:
     """Run the trial in a child; whatever it does, an answer comes within the deadline."""
     begun = time.monotonic()
     reader, writer = os.pipe2(os.O_CLOEXEC)
@@ -132,7 +134,7 @@ async def _try() -> dict[str, object]:
     try:
         pid = os.posix_spawn(  # noqa: ASYNC221 (it does not block: vfork until the exec)
             sys.executable,
-            [sys.executable, "-c", _TRIAL],
+            [sys.executable, "-P", "-c", _TRIAL, runtime or ""],
             os.environ,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, null, 0),
@@ -168,7 +170,7 @@ async def _try() -> dict[str, object]:
         waited = time.monotonic() - begun
         return {
             "ok": False,
-            "reason": f"a trial sandbox gave no answer within {waited:.0f} s",
+            "reason": f"a trial sandbox gave no readable answer ({len(said)} bytes after {waited:.1f} s)",
             "hint": "Run `unisandbox run -- true` and look at its error.",
         }
     return dict(answer)

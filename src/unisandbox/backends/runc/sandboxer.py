@@ -123,7 +123,16 @@ class RuncSandboxer:
             with anyio.CancelScope(shield=True):
                 await host.keeper.unguard([guard.name for guard in undo])
             raise
-        pod = Pod(request.sandbox_id, spec, short, f"{host.work_dir}/{short}", cgroup, image, sources=sources)
+        pod = Pod(
+            request.sandbox_id,
+            spec,
+            short,
+            f"{host.work_dir}/{short}",
+            cgroup,
+            Layer.of(spec.resources),
+            image,
+            sources=sources,
+        )
         self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
         cgroup.allow_devices(_DEVICES)
 
@@ -207,12 +216,11 @@ class RuncSandboxer:
     async def update(self, sandbox_id: str, resources: Resources) -> None:
         """See `Sandboxer.update`."""
         pod = self._get(sandbox_id).pod
-        if resources.disk == Resources(memory=resources.memory).disk:
-            # Nobody asked for another one: the default follows the memory, the layer stays as it was made.
-            resources = attrs.evolve(resources, disk=pod.spec.resources.disk)
-        if resources.disk != pod.spec.resources.disk:
+        if not isinstance(resources, Resources):
+            raise InvalidArgumentError(f"resources must be Resources, got {resources!r}")
+        if resources.disk not in {0, pod.layer.size}:
             raise UnsupportedError(
-                "a change of the disk limit of a living sandbox", "runc", hint=f"Keep disk={pod.spec.resources.disk}."
+                "a change of the disk limit of a living sandbox", "runc", hint="Leave disk= out: it stays as it is."
             )
         _check_resources(resources)
         pod.cgroup.set_limits(limits_of(resources))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import secrets
 import socket
 import subprocess
@@ -19,7 +20,11 @@ from unisandbox import Engine, Mount, Resources, Sandbox, Security
 from unisandbox.api import DEFAULT_CAPABILITIES
 from unisandbox.sandbox import SandboxOptions
 
-pytestmark = [pytest.mark.anyio, pytest.mark.root]
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.root,
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the attacks name system calls by the numbers of x86_64"),
+]
 
 _PRELUDE: Final = """
 import ctypes, errno, os, socket, struct, subprocess, sys
@@ -337,7 +342,7 @@ async def test_files_cannot_be_written_without_end(engine: Engine) -> None:
     assert await attack(engine, body, resources=Resources(memory="256M", disk="64M")) == "escaped"
 
 
-@pytest.mark.parametrize("place", ["/tmp", "/dev/shm", "/run", "/home", "/dev", "/dev/mqueue"])
+@pytest.mark.parametrize("place", ["/tmp", "/dev/shm", "/run", "/home", "/dev"])
 async def test_no_place_takes_files_without_end(engine: Engine, place: str) -> None:
     script = (
         f"import os\ntry:\n for n in range(1 << 20):\n"

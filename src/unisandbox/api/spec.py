@@ -59,7 +59,9 @@ def _memory_size(value: int | str | None) -> int | None:
 
 
 def _disk_size(value: int | str | None) -> int | None:
-    return value if value is None or value == 0 else parse_size(value, "disk")
+    if value is None or (value == 0 and not isinstance(value, bool)):
+        return 0 if value == 0 else None
+    return parse_size(value, "disk")
 
 
 def _mount_size(value: int | str | None) -> int | None:

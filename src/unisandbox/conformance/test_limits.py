@@ -134,7 +134,7 @@ async def test_there_are_limits_by_default(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize(
     "options",
     [{"memory": 0}, {"memory": -1}, {"memory": "many"}, {"memory": 1 << 63}, {"cpu": 0}, {"cpu": float("nan")},
-     {"cpu": float("inf")}, {"pids": 0}, {"pids": 1.5}, {"nofile": -1}, {"core": -1}, {"disk": 0}, {"disk": True}],
+     {"cpu": float("inf")}, {"pids": 0}, {"pids": 1.5}, {"nofile": -1}, {"core": -1}, {"disk": 1000}, {"disk": True}],
     ids=repr,
 )  # fmt: skip
 async def test_absurd_limits_are_refused(options: dict[str, object]) -> None:

@@ -259,8 +259,10 @@ class Entry:
             self.emit("sandbox.created")
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self._core.write_record(self, "ready")
-        except BaseException:
+        except BaseException as error:
             await self.cleaning.run(self._free)
+            if isinstance(error, OSError):
+                raise BackendError(f"sandbox {self.label!r} cannot be made: {error}") from error
             raise
         self._state = "ready"
         self.emit("sandbox.started")

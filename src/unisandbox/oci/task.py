@@ -133,11 +133,16 @@ class OciTaskService:
             container.processes[""] = main
             self._containers[name] = container
             await self._create(container, main)
-        except BaseException:
+        except BaseException as error:
             if name not in self._containers:
                 main.close()
             with anyio.CancelScope(shield=True), anyio.move_on_after(_END_SECONDS):
                 await self.delete(name)
+            if isinstance(error, OSError):
+                raise BackendError(
+                    f"container {name!r} of sandbox {self._label!r} cannot be made: {error.strerror or error}",
+                    hint="Is a limit of the sandbox too small for it?" if error.errno == errno.ENOMEM else "",
+                ) from error
             raise
 
     async def _create(self, container: Container, main: Process) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.conformance.inventory import leaves_nothing_behind
 from unisandbox.conformance.scope import run_cgroup
 
 if TYPE_CHECKING:
@@ -52,8 +52,5 @@ def _leaves_nothing_behind(_run_cgroup: None) -> Iterator[None]:
 
     It is set up before every other fixture of the test and torn down after them.
     """
-    before = Inventory.take()
-    yield
-    left = settle(before)
-    if left:
-        pytest.fail("after this test things differ from before:\n  " + "\n  ".join(left), pytrace=False)
+    with leaves_nothing_behind():
+        yield

@@ -13,7 +13,7 @@ import click
 
 from unisandbox import __version__
 from unisandbox.api import Probe
-from unisandbox.engine.core import probe_all
+from unisandbox.engine.choice import probe_all
 from unisandbox.engine.registry import Registry
 from unisandbox.host.cgroups.hierarchy import read_mounts
 

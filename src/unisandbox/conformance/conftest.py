@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from unisandbox import Engine, Opening, Sandbox
 from unisandbox.api import Capabilities
 from unisandbox.conformance import selection
-from unisandbox.conformance.inventory import RUN_PREFIX, Inventory, own_cgroups, settle
+from unisandbox.conformance.inventory import RUN_PREFIX, leaves_nothing_behind, own_cgroups
 from unisandbox.conformance.scope import run_cgroup
 from unisandbox.sandbox import SandboxOptions
 
@@ -52,11 +52,8 @@ def _leaves_nothing_behind(_conformance_cgroup: None) -> Iterator[None]:
 
     It is set up before every other fixture of the test and torn down after them.
     """
-    before = Inventory.take()
-    yield
-    left = settle(before)
-    if left:
-        pytest.fail("after this test things differ from before:\n  " + "\n  ".join(left), pytrace=False)
+    with leaves_nothing_behind():
+        yield
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -404,6 +405,15 @@ def main() -> None:
     for kind, members in Inventory.take().things.items():
         for item, times in sorted(members.items()):
             sys.stdout.write(f"{kind}: {item}{f' x{times}' if times > 1 else ''}\n")
+
+
+@contextmanager
+def leaves_nothing_behind() -> Iterator[None]:
+    """Raise AssertionError when after the block, and some time to settle, the machine differs from before it."""
+    before = Inventory.take()
+    yield
+    left = settle(before)
+    assert not left, "after this test things differ from before:\n  " + "\n  ".join(left)
 
 
 if __name__ == "__main__":

@@ -38,18 +38,8 @@ async def choose(registry: Registry, spec: SandboxSpec) -> tuple[Backend, Choice
         if not probe.available:
             raise _unavailable(f"isolation {spec.isolation!r} cannot run on this host", [probe])
         return backend, Choice(backend.name, f"it was asked for by name; {probe.reason}", (probe,))
-    candidates: list[tuple[int, Backend]] = []
-    probes: list[Probe] = []
-    for name in registry.names():
-        try:
-            backend = registry.get(name)
-        except SandboxError as error:
-            probes.append(Probe(backend=name, available=False, reason=error.message, hint=error.hint))
-            continue
-        probe = await backend.probe()
-        probes.append(probe)
-        if probe.available:
-            candidates.append((backend.rank, backend))
+    probes = await probe_all(registry)
+    candidates = [(backend.rank, backend) for backend in (registry.get(p.backend) for p in probes if p.available)]
     if not candidates:
         raise _unavailable("no backend can run on this host", probes)
     rank, backend = max(candidates, key=lambda pair: pair[0])
@@ -59,6 +49,19 @@ async def choose(registry: Registry, spec: SandboxSpec) -> tuple[Backend, Choice
         f"'auto' takes the available backend of the highest rank ({rank}); others: {others}",
         tuple(probes),
     )
+
+
+async def probe_all(registry: Registry, *, deep: bool = False) -> list[Probe]:
+    """What every installed backend says about this host; needs no engine."""
+    probes: list[Probe] = []
+    for name in registry.names():
+        try:
+            backend = registry.get(name)
+        except SandboxError as error:
+            probes.append(Probe(backend=name, available=False, reason=error.message, hint=error.hint))
+            continue
+        probes.append(await backend.probe(deep=deep))
+    return probes
 
 
 def _unavailable(what: str, probes: Sequence[Probe]) -> UnavailableError:

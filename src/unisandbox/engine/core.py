@@ -23,7 +23,7 @@ from unisandbox.api import (
     UnavailableError,
     check_id,
 )
-from unisandbox.engine.choice import Choice, choose
+from unisandbox.engine.choice import Choice, choose, probe_all
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog
@@ -271,19 +271,6 @@ class EngineCore:
                     f"a sandbox with the name {spec.name!r} exists already",
                     hint="Take another name, or remove the other sandbox first.",
                 )
-
-
-async def probe_all(registry: Registry, *, deep: bool = False) -> list[Probe]:
-    """What every installed backend says about this host; needs no engine."""
-    probes: list[Probe] = []
-    for name in registry.names():
-        try:
-            backend = registry.get(name)
-        except SandboxError as error:
-            probes.append(Probe(backend=name, available=False, reason=error.message, hint=error.hint))
-            continue
-        probes.append(await backend.probe(deep=deep))
-    return probes
 
 
 def _hidden(cgroups: Cgroups) -> tuple[str, ...]:

@@ -7,8 +7,7 @@ May know: the kernel, `host.syscalls`, the error tree. Must not know: sandboxes,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
     from unisandbox.host.cgroups.cgroup import Cgroup, Cgroups, open_existing
     from unisandbox.host.cgroups.devices import DeviceRule

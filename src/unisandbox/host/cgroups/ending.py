@@ -12,8 +12,8 @@ import os
 import signal
 import stat
 import time
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 

@@ -210,7 +210,7 @@ async def test_a_damaged_engine_id_is_made_anew(tmp_path: Path) -> None:
     for damage in (b"", b"\xff\xfe", b"../../etc", b"A" * 1000):
         (tmp_path / "engine-id").write_bytes(damage)
         async with Engine.open(tmp_path) as engine:
-            assert (tmp_path / "engine-id").read_text() == f"{engine.id}\n"
+            assert (tmp_path / "engine-id").read_text().split()[0] == engine.id
 
 
 def test_a_full_run_directory() -> None:

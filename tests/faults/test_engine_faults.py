@@ -41,7 +41,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = 
     "memory-fraction": (lambda _: {"resources": Resources(memory=1.5)}, InvalidArgumentError, "'512M'"),  # type: ignore[arg-type]
     "memory-2**70": (lambda _: {"resources": Resources(memory=2**70)}, InvalidArgumentError, r"2\*\*62"),
     "memory-of-400-digits": (lambda _: {"resources": Resources(memory="9" * 400 + "T")}, InvalidArgumentError, ""),
-    "memory-1": (lambda _: {"resources": Resources(memory=1)}, InvalidArgumentError, "at least"),
     "pids-0": (lambda _: {"resources": Resources(pids=0)}, InvalidArgumentError, "> 0"),
     "pids-1": (lambda _: {"resources": Resources(pids=1)}, InvalidArgumentError, "at least"),
     "pids-2**40": (lambda _: {"resources": Resources(pids=2**40)}, InvalidArgumentError, "at most|most"),

@@ -187,7 +187,8 @@ async def test_exactly_three_descriptors_are_open_and_all_signals_are_normal(on_
         assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2"]
         status = dict(line.split(":\t", 1) for line in text(f"/proc/{pid}/status").splitlines() if ":\t" in line)
         for field in ("SigBlk", "SigIgn", "SigCgt", "SigPnd", "ShdPnd"):
-            assert int(status[field], 16) == 0, field
+            # Under qemu-user signals 32 and 33 stay as this test process has them: glibc's, and qemu's own.
+            assert int(status[field], 16) & ~(3 << 31) == 0, field
         assert status["NoNewPrivs"] == "1"
         assert status["Umask"] == "0022"
         assert status["Groups"].split() == []

@@ -72,7 +72,7 @@ def test_a_tree_is_built_as_told_and_taken_apart(tmp_path: Path) -> None:
             {"op": "mkdir", "path": "/a/b/c", "parents": True, "mode": 0o700, "uid": ROOT},
             {"op": "file", "path": "/a/hosts", "content": "127.0.0.1 localhost\n", "mode": 0o600, "gid": ROOT},
             {"op": "file", "path": "/a/raw", "base64": "AP8="},
-            _bind("/etc/services", "/etc/services", attributes=READONLY),
+            _bind("/etc/passwd", "/etc/passwd", attributes=READONLY),
             {"op": "mkdir", "path": "/tmp", "mode": 0o1777},
         )
         assert open_fds() == before
@@ -84,11 +84,11 @@ def test_a_tree_is_built_as_told_and_taken_apart(tmp_path: Path) -> None:
         assert (root / "a/hosts").read_text() == "127.0.0.1 localhost\n"
         assert (root / "a/raw").read_bytes() == b"\0\xff"
         assert (root / "tmp").stat().st_mode & 0o7777 == 0o1777
-        assert (root / "etc/services").read_bytes() == Path("/etc/services").read_bytes()
+        assert (root / "etc/passwd").read_bytes() == Path("/etc/passwd").read_bytes()
         with pytest.raises(OSError, match="Read-only"):
             (root / "usr/x").touch()
         with pytest.raises(OSError, match="Read-only"):
-            (root / "etc/services").write_text("")
+            (root / "etc/passwd").write_text("")
         result, _ = jobs.run([{"do": "unmount", "path": str(root), "rmdir": True}], [])
         assert not root.exists()
         jobs.run([{"do": "unmount", "path": str(root), "rmdir": True}], [])  # may be repeated

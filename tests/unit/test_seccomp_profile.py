@@ -9,7 +9,7 @@ import json
 import pytest
 
 from unisandbox.api.errors import UnavailableError
-from unisandbox.host.seccomp import DEFAULT, ArgumentTest, Profile, Rule, cache_key, compile_bpf, library_version
+from unisandbox.host.seccomp import DEFAULT, ArgumentTest, Profile, Rule, compile_bpf, library_version
 from unisandbox.host.seccomp import compile as compiling
 from unisandbox.host.seccomp.profile import MACHINES
 
@@ -80,15 +80,6 @@ def test_contradictions_are_refused() -> None:
             Profile("bad", rules)
     with pytest.raises(ValueError, match="in range"):
         ArgumentTest(6, "EQ", 1)
-
-
-def test_the_cache_key_follows_everything_that_the_filter_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    keys = {cache_key(DEFAULT), cache_key(DEFAULT, runtime="crun 1.8.1"), cache_key(DEFAULT, machine="aarch64")}
-    keys.add(cache_key(Profile("default", (*DEFAULT.rules, Rule(("new",))), numbers=DEFAULT.numbers)))
-    assert cache_key(DEFAULT) in keys
-    monkeypatch.setattr(compiling, "library_version", lambda: "99.0.0")
-    keys.add(cache_key(DEFAULT))
-    assert len(keys) == 5
 
 
 def test_a_missing_library_is_said_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -512,7 +512,10 @@ class SandboxSpec:
         check_name(self.isolation, "isolation")
         if self.name is not None:
             check_name(self.name)
-        if self.userns not in {"private", "host"}:
+        for field, given in (("sysctls", self.sysctls), ("hosts", self.hosts)):
+            if not isinstance(given, Mapping):
+                raise InvalidArgumentError(f"{field} must map names to text, got {given!r}")
+        if self.userns not in ("private", "host"):
             raise InvalidArgumentError(f"userns must be 'private' or 'host', got {self.userns!r}")
         for name, value in self.sysctls.items():
             if not re.fullmatch(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):

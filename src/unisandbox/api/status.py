@@ -40,7 +40,7 @@ class SandboxStatus:
         name: the user's, or None.
         backend: who runs it.
         state: "created" (allocated), "ready" (verified; takes containers and processes), "stopped".
-        generation: rises when the sandbox is adopted by a new engine; handles of an older one are refused.
+        generation: 1; kept for engines that adopt what a former one has left.
         created_at, started_at, stopped_at: seconds since the epoch; None when it has not happened.
         containers: its containers; empty while it is idle.
         labels, annotations: as given.

@@ -328,7 +328,11 @@ def _process_state() -> Iterator[str]:
     yield f"oom_score_adj {_read('/proc/self/oom_score_adj').decode().strip()}"
     for match in _STATUS_FIELDS.finditer(_read("/proc/self/status")):
         name, value = match.group().decode().split(":", 1)
-        yield f"{name} {int(value, 16) & ~_SIGNALS_OF_OTHERS:x}" if name == "SigCgt" else f"{name} {value.strip()}"
+        yield (
+            f"{name} {int(value, 16) & ~_SIGNALS_OF_OTHERS:x}"
+            if name in {"SigCgt", "SigIgn"}
+            else f"{name} {value.strip()}"
+        )
     for line in _read("/proc/self/limits").decode().splitlines()[1:]:
         yield f"limit {line}"
     for number in signal.valid_signals():

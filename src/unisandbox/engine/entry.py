@@ -269,6 +269,7 @@ class Entry:
 
     async def start(self) -> None:
         """Make a stopped sandbox ready again; a ready one stays so."""
+        await self.cleaning.catch_up()
         async with self._lock:
             self._check_alive()
             if self._state == "ready":
@@ -284,16 +285,25 @@ class Entry:
             if self._state != "ready" or self._core.closed:
                 return
             containers = tuple(self.task.container_ids)
-            await self._sandboxer.stop(self.sandbox_id, grace=grace)
-            await self._containers_exited(containers)
+            # Whatever comes now, what runs is not to be used any more.
             self._main_made = False
             self._state = "stopped"
-            self._note("stopped")
+
+            async def finish() -> None:
+                await self._sandboxer.stop(self.sandbox_id, grace=0)
+                await self._containers_exited(containers)
+                self._note("stopped")
+
+            try:
+                await self._sandboxer.stop(self.sandbox_id, grace=grace)
+            finally:
+                # Cut while it waited for the grace period: then at once, and whole.
+                await self.cleaning.run(finish)
         self.emit("sandbox.stopped")
 
     def kill_now(self) -> None:
         """End every process by synchronous system calls."""
-        if self._state == "ready" and not self._core.gone:
+        if self._state in {"ready", "stopped"} and not self._core.gone:
             self._sandboxer.kill_now(self.sandbox_id)
 
     async def kill(self) -> None:

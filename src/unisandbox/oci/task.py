@@ -40,9 +40,11 @@ from unisandbox.api import (
     TaskState,
     Terminal,
     UnavailableError,
+    UnsupportedError,
     check_id,
 )
 from unisandbox.api.status import ContainerState
+from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.init import ExecFailed, ended, spawn
 from unisandbox.host.keeper import Keeper
 from unisandbox.oci.plan import Planner, limits_of, metrics_of
@@ -120,6 +122,8 @@ class OciTaskService:
         self._exits = {key: exit for key, exit in self._exits.items() if key != (name, "")}
         if (request.container is None) == (not request.bundle):
             raise InvalidArgumentError("a container is made from either a spec or a bundle")
+        if request.terminal:
+            raise UnsupportedError("a terminal of a bundle's main process", "runc", hint="Use exec with a terminal.")
         if name in self._containers:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
         stdio = duplicate(request.stdio)
@@ -243,8 +247,6 @@ class OciTaskService:
     async def _exec(self, container: Container, process: Process) -> None:
         assert process.spec is not None  # noqa: S101 (only exec comes here)
         process.cgroup = container.plan.cgroup.child(process.exec_id, for_process=True)
-        if process.spec.terminal is not None:
-            raise FailedPreconditionError("a terminal for exec in a bundle needs a console socket")
         with streams(process.stdio) as stdio:
             created = await self._runtime.exec(
                 container.plan.oci_id,
@@ -265,6 +267,8 @@ class OciTaskService:
             raise AlreadyExistsError(f"container {container.name!r} has a process {request.exec_id!r} already")
         if not container.started:
             raise FailedPreconditionError(f"container {container.name!r} has not been started")
+        if request.process.terminal is not None and not container.with_init:
+            raise UnsupportedError("a terminal for exec in a bundle", "runc", reason="it has no init of ours")
         self._sweep(container)
         container.processes[request.exec_id] = Process(request.exec_id, request.process, duplicate(request.stdio))
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -279,18 +283,12 @@ class OciTaskService:
             self.kill_now(container_id, exec_id)
             return
         process.killed_by_us |= signal == signals.SIGKILL
-        targets = [process.pidfd] if process.pidfd >= 0 else []
-        if all and process.cgroup is not None:
-            for pid in process.cgroup.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    targets.append(os.pidfd_open(pid))
-        try:
-            for pidfd in targets:
-                with contextlib.suppress(ProcessLookupError):  # it has ended: there is nothing to signal
-                    signals.pidfd_send_signal(pidfd, signal)
-        finally:
-            for pidfd in targets[1:]:
-                os.close(pidfd)
+        with contextlib.suppress(ProcessLookupError):  # it has ended: there is nothing to signal
+            if all and process.cgroup is not None:
+                for pid in process.cgroup.pids():
+                    _signal_member(process.cgroup, pid, signal)
+            elif process.pidfd >= 0:
+                signals.pidfd_send_signal(process.pidfd, signal)
         await anyio.lowlevel.checkpoint()
 
     def kill_now(self, container_id: str, exec_id: str = "") -> None:
@@ -540,6 +538,17 @@ class OciTaskService:
         if process is None:
             raise NotFoundError(f"container {container.name!r} of sandbox {self._label!r} has no process {exec_id!r}")
         return process
+
+
+def _signal_member(cgroup: Cgroup, pid: int, number: int) -> None:
+    """Signal a process if it still is in the cgroup: its number may be another's by now."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if cgroup.holds(pid):
+                signals.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)
 
 
 def _process_json(bundle: str, spec: ProcessSpec) -> str:

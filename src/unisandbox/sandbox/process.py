@@ -82,9 +82,14 @@ class Pipes:
                 stdout=Descriptor(out[0]) if out else None,
                 stderr=Descriptor(err[0]) if err else None,
             )
-        except BaseException:
+        except BaseException as error:
             for fd in made:
                 os.close(fd)
+            if isinstance(error, OSError):
+                raise UnavailableError(
+                    f"no pipe can be made for a process: {error.strerror}",
+                    hint="This process has too many open files: close some, or raise its limit (ulimit -n).",
+                ) from error
             raise
 
     def close_inside(self) -> None:
@@ -179,6 +184,8 @@ class Process:
         """Start it. See `Sandbox.exec`."""
         if stdin not in {"pipe", "null"}:
             raise InvalidArgumentError(f"stdin must be 'pipe' or 'null', got {stdin!r}")
+        if not isinstance(tty, bool | Terminal):
+            raise InvalidArgumentError(f"tty must be True, False or a Terminal, got {tty!r}")
         size = tty if isinstance(tty, Terminal) else (Terminal() if tty else None)
         spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user, terminal=size)
         pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)

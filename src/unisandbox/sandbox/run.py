@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -141,10 +142,12 @@ async def run(
     max_output: int,
 ) -> Completed:
     """See `Sandbox.run`."""
-    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise InvalidArgumentError(f"timeout must be > 0 seconds, got {timeout!r}")
     if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
         raise InvalidArgumentError(f"max_output must be >= 0 bytes, got {max_output!r}")
+    if not isinstance(check, bool):
+        raise InvalidArgumentError(f"check must be True or False, got {check!r}")
     if not isinstance(input, str | bytes | bytearray | memoryview | None):
         raise InvalidArgumentError(f"input must be bytes or text, got {type(input).__name__}")
     spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user)
@@ -166,10 +169,15 @@ async def run(
         except BaseException:
             task = entry.last_task
             task.kill_now(entry.main, exec_id)
-            with anyio.CancelScope(shield=True), anyio.move_on_after(CLEANING_SECONDS):
+
+            async def finish() -> None:
+                nonlocal exit
                 exit = exit or await task.wait(entry.main, exec_id)
-                exchange.drain()
-            await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
+                with contextlib.suppress(anyio.ClosedResourceError):  # it was cut, and nobody reads any more
+                    exchange.drain()
+                await task.delete(entry.main, exec_id)
+
+            await entry.cleaning.run(finish, seconds=CLEANING_SECONDS)
             raise
         finally:
             pipes.close()

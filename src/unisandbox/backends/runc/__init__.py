@@ -1,6 +1,6 @@
 """Sandboxes from Linux namespaces and cgroups, with containers run by an OCI runtime (crun, runc, youki).
 
-`sandboxer` manages the sandboxes, `containers` makes what a container needs, `rootfs` plans its files, `probe` says
+`sandboxer` manages the sandboxes, `pod` makes what a container needs, `rootfs` plans its files, `probe` says
 whether it can run here. May know: oci/, host/, api/. Must not know: the engine, another backend.
 """
 

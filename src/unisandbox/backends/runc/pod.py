@@ -191,8 +191,10 @@ def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) ->
     if error.errno == errno.EFBIG:
         return InvalidArgumentError(f"sandbox {label!r}: the disk limit is above what the file system can hold")
     if error.do == "namespaces":
-        return UnavailableError(
-            f"cannot make a user namespace for sandbox {label!r}: {text}",
+        return UnsupportedError(
+            "a user namespace of its own",
+            "runc",
+            reason=text,
             hint="Look at /proc/sys/user/max_user_namespaces, or use userns='host' if you trust what runs.",
         )
     return BackendError(f"cannot make sandbox {label!r}: {error.do or 'job'}: {text}")
@@ -209,6 +211,7 @@ class PodPlanner:
         self._pod = pod
         self._host_tree = host_tree
         self._init_fd = init_fd
+        self._plain_limits = _plain_limits(host.keeper.pid)
         self._own_roots: set[str] = set()
         self._cgroups: dict[str, Cgroup] = {}
 
@@ -403,7 +406,7 @@ class PodPlanner:
         user = process.user or container.user or spec.user
         with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
             who = resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
-        limits = dict(_plain_limits())
+        limits = dict(self._plain_limits)
         own = container.resources or Resources.unlimited()
         for name, values in (
             ("RLIMIT_NOFILE", (spec.resources.nofile, own.nofile)),
@@ -496,21 +499,17 @@ def _compiled(profile: seccomp.Profile) -> bytes:
     return seccomp.compile_bpf(profile)
 
 
-@functools.cache
-def _plain_limits() -> Mapping[str, tuple[int, int]]:
+def _plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
     """What a process gets of the limits that no spec speaks of: not what this process happens to run under.
 
-    Soft limits as high as the hard ones, which only a more privileged process could raise; the stack as the kernel has
+    Soft limits as high as the keeper's hard ones, which nobody inside could raise; the stack as the kernel has
     it, since an unlimited one changes where memory is mapped. Source: getrlimit(2), _STK_LIM of the kernel.
     """
     limits: dict[str, tuple[int, int]] = {}
-    for name in ("AS", "CPU", "DATA", "FSIZE", "LOCKS", "MEMLOCK", "MSGQUEUE", "NPROC", "RSS", "SIGPENDING"):
-        hard = (
-            resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))[1] if hasattr(resource, f"RLIMIT_{name}") else None
-        )
-        if hard is not None:
-            limits[f"RLIMIT_{name}"] = (hard, hard)
-    hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+    for name in ("AS", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NPROC", "RSS", "SIGPENDING"):
+        hard = resource.prlimit(keeper_pid, getattr(resource, f"RLIMIT_{name}"))[1]
+        limits[f"RLIMIT_{name}"] = (hard, hard)
+    hard = resource.prlimit(keeper_pid, resource.RLIMIT_STACK)[1]
     soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
     return limits | {"RLIMIT_STACK": (soft, hard)}
 

@@ -192,7 +192,7 @@ def _remembered(path: Path) -> dict[str, object] | None:
         answer = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return answer if isinstance(answer, dict) and isinstance(answer.get("ok"), bool) else None
+    return answer if isinstance(answer, dict) and answer.get("ok") is True else None
 
 
 def _remember(path: Path, verdict: dict[str, object]) -> None:

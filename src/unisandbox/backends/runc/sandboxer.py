@@ -441,12 +441,21 @@ def _check(spec: SandboxSpec) -> None:
         raise UnsupportedError("ttl", "runc", hint="Call remove() yourself, e.g. after anyio.sleep().")
     if spec.annotations:
         raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
-    if spec.userns == "private" and not os.path.exists("/proc/self/ns/user"):
-        raise UnavailableError(
-            "this kernel has no user namespaces", hint="Use userns='host' if you trust what runs in the sandbox."
+    if spec.userns == "private" and (why := _no_user_namespaces()):
+        raise UnsupportedError(
+            "a user namespace of its own", "runc", reason=why, hint="Use userns='host' if you trust what runs in it."
         )
     _check_resources(spec.resources)
     checked_sysctls(spec.sysctls, spec.network)
+
+
+def _no_user_namespaces() -> str:
+    """Why this host makes no user namespaces; empty when nothing forbids it."""
+    try:
+        with open("/proc/sys/user/max_user_namespaces", encoding="ascii") as file:
+            return "" if int(file.read()) > 0 else "user.max_user_namespaces is 0"
+    except FileNotFoundError:
+        return "this kernel has none"
 
 
 def _check_resources(resources: Resources) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import resource
@@ -41,9 +43,18 @@ def leave_inheritance(keep: Sequence[int]) -> None:
     os.umask(0o077)
     os.chdir("/")
     _take_descriptors()
+    _reset_scheduling()
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(NAME)
+
+
+def _reset_scheduling() -> None:
+    """Ordinary priority on all CPUs: what the starting process happens to run under is not for its sandboxes."""
+    with contextlib.suppress(OSError):  # without CAP_SYS_NICE a higher nice value stays
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    with contextlib.suppress(OSError):  # a cpuset that allows none of them
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def _take_descriptors() -> None:
@@ -76,6 +87,12 @@ def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:
         An fd of the mount namespace that we came from, None where we may not make one of our own: then nothing is
         hidden and `workdir` is an ordinary directory.
     """
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors < 2 * protocol.FDS_LIMIT:
+        raise OSError(
+            errno.EMFILE,
+            f"the limit of open files is {descriptors}, a keeper needs {2 * protocol.FDS_LIMIT}: raise it (ulimit -n)",
+        )
     former = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         syscalls.unshare(syscalls.CLONE_NEWNS)

@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
-import hashlib
-import json
 import os
 from typing import Final
 
@@ -86,13 +84,6 @@ def library_version() -> str:
 def _version() -> tuple[int, int, int]:
     version = _library().seccomp_version().contents
     return version.major, version.minor, version.micro
-
-
-def cache_key(profile: Profile, *, runtime: str = "", machine: str | None = None) -> str:
-    """A name for the compiled filter: the same for the same profile, machine, libseccomp and runtime."""
-    machine = machine or os.uname().machine
-    parts = [profile.to_oci(machine), sorted(profile.numbers.items()), machine, library_version(), runtime]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def compile_bpf(profile: Profile, machine: str | None = None) -> bytes:

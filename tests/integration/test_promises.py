@@ -1,0 +1,113 @@
+"""Promises of the public surface that are easily broken unseen: each was, once."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+from unisandbox import Engine, Resources, Sandbox, UnsupportedError
+from unisandbox.backends.runc import RuncBackend
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+
+async def _limit(sandbox: Sandbox, container_nofile: int | None = None) -> str:
+    if container_nofile is None:
+        return (await sandbox.sh("ulimit -n")).text.strip()
+    limits = Resources(nofile=container_nofile)
+    async with sandbox.containers.add(argv=["sh", "-c", "ulimit -n"], resources=limits) as container:
+        await container.wait()
+        return (await container.logs()).decode().strip()
+
+
+async def test_a_containers_limits_are_below_those_of_its_sandbox() -> None:
+    async with Sandbox.create(resources=Resources(nofile=64)) as sandbox:
+        assert await _limit(sandbox) == "64"
+        assert await _limit(sandbox, 4096) == "64"
+        assert await _limit(sandbox, 32) == "32"
+
+
+async def test_a_disk_limit_that_cannot_be_changed_is_refused_and_the_default_stays() -> None:
+    async with Sandbox.create(resources=Resources(memory="256M")) as sandbox:
+        before = (await sandbox.metrics()).disk_limit_bytes
+        await sandbox.update(Resources(memory="512M"))
+        with pytest.raises(UnsupportedError, match="disk"):
+            await sandbox.update(Resources(memory="512M", disk="256M"))
+        assert (await sandbox.metrics()).disk_limit_bytes == before
+        with pytest.raises(UnsupportedError, match="disk"):
+            await sandbox.containers.add(argv=["true"], resources=Resources(memory="64M", disk="32M"))
+
+
+async def test_the_end_of_a_container_is_told_once() -> None:
+    async with Engine.open() as engine:
+        async with engine.create() as sandbox:
+            container = await sandbox.containers.add(name="c", argv=["sh", "-c", "exit 3"])
+            await container.wait()
+            await container.remove()
+            await container.remove()
+        kinds: list[tuple[str, str]] = []
+        async for event in engine.events():
+            kinds.append((event.kind, event.container_id))
+            if event.kind == "sandbox.removed":
+                break
+    ours = [kind for kind, container_id in kinds if container_id == "c"]
+    assert ours == ["container.created", "container.started", "container.exited"]
+
+
+async def test_a_stop_that_is_cut_stops_all_the_same() -> None:
+    async with Sandbox.create() as sandbox:
+        stubborn = await sandbox.exec(["sh", "-c", "trap '' TERM; echo up; while :; do sleep 1; done"])
+        assert await stubborn.stdout.receive() == b"up\n"
+        with anyio.move_on_after(0.3) as cut:
+            await sandbox.stop(grace=60)
+        assert cut.cancelled_caught
+        assert (await stubborn.wait()).signal == 9
+        await sandbox.start()
+        assert (await sandbox.run(["echo", "works"])).text == "works\n"
+
+
+async def test_what_the_host_process_runs_under_is_not_inherited() -> None:
+    code = """
+import asyncio, json, os, resource
+os.nice(5)
+os.sched_setaffinity(0, {0})
+resource.setrlimit(resource.RLIMIT_STACK, (1 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+from unisandbox import Sandbox
+async def main():
+    async with Sandbox.create() as sandbox:
+        inside = "import os, resource, json; print(json.dumps([os.nice(0), len(os.sched_getaffinity(0)),"
+        inside += " resource.getrlimit(resource.RLIMIT_STACK)[0], resource.getrlimit(resource.RLIMIT_AS)[0]]))"
+        print((await sandbox.run(["python3", "-c", inside], check=True)).text)
+asyncio.run(main())
+"""
+    done = await anyio.run_process([sys.executable, "-c", code], stderr=subprocess.PIPE)
+    nice, cpus, stack, space = json.loads(done.stdout)
+
+    assert nice == 0
+    assert cpus == len(os.sched_getaffinity(0))
+    assert stack == 8 << 20
+    assert space == resource.getrlimit(resource.RLIMIT_AS)[1]
+
+
+async def test_a_deep_probe_runs_nothing_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trap = tmp_path / "trap"
+    for name in ("json", "anyio", "unisandbox"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    probe = await RuncBackend("crun").probe(deep=True)
+
+    assert probe.available and probe.deep, probe.reason  # noqa: PT018
+    assert not trap.exists()
+    assert (await RuncBackend("crun").probe()).reason == probe.reason, "a success is remembered"

@@ -9,6 +9,7 @@ import pytest
 
 from unisandbox.conformance.inventory import leaves_nothing_behind
 from unisandbox.conformance.scope import run_cgroup
+from unisandbox.conformance.waiting import bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root on this host"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    bound(pyfuncitem)
 
 
 @pytest.fixture(scope="session")

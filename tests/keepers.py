@@ -79,6 +79,14 @@ def wait_ended(pid: int, deadline: float = DEADLINE) -> None:
         os.close(pidfd)
 
 
+def children_of(pid: int) -> list[int]:
+    """The children of a process; none when it is gone."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
 def fd_count(pid: int) -> int:
     """How many fds a process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))

@@ -144,8 +144,9 @@ async def test_orphans_are_reaped(on_machine: Container) -> None:
     assert await on_machine.status("mkfifo", "/tmp/fifo") == 0
     assert await on_machine.status("sh", "-c", script) == 3 << 8
     assert len(on_machine.processes()) == 101
-    assert await on_machine.status("sh", "-c", "exec 3<>/tmp/fifo; yes | head -n 100 >&3") == 0
-    await until(lambda: list(on_machine.processes()) == [on_machine.pid])
+    # The writer stays until the last of them has opened the fifo, which would wait for another one otherwise.
+    async with closing(await on_machine.start("sh", "-c", "exec 3<>/tmp/fifo; yes | head -n 100 >&3; exec sleep 60")):
+        await until(lambda: len(on_machine.processes()) == 2)
 
 
 async def test_an_end_can_be_seen_by_every_holder_again_and_again(container: Container) -> None:

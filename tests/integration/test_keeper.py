@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pty
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.keepers import DEADLINE, fd_count, keeper_at, sh, sh_exit, sh_output, until, wait_ended
+from tests.keepers import DEADLINE, children_of, fd_count, keeper_at, sh, sh_exit, sh_output, until, wait_ended
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.host.cgroups import ending
@@ -540,6 +541,35 @@ async def test_a_cancelled_job_holds_nothing_and_is_over_before_the_next_begins(
                     scope.cancel()
             await keeper.job([])
             assert await keeper.held() == {}
+
+
+async def test_a_killed_job_takes_what_it_started_with_it(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        fds = fd_count(keeper.pid)
+
+        def stopped() -> bool:
+            """Stop the mkfs that a job waits for: it will not end by itself."""
+            for mkfs in (child for job in children_of(keeper.pid) for child in children_of(job)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(mkfs, signal.SIGSTOP)
+                    return True
+            return False
+
+        async def jobs() -> None:
+            image = {"op": "image", "path": "/mnt", "image": str(tmp_path / "image"), "size": 8 << 40, "unlink": True}
+            ops = [{"op": "mkdir", "path": "/mnt"}, image]
+            while True:
+                await keeper.job([{"do": "mount_namespace"}, {"do": "mounts", "root": str(tmp_path), "ops": ops}])
+
+        with anyio.CancelScope() as scope:
+            async with anyio.create_task_group() as group:
+                group.start_soon(jobs)
+                with anyio.fail_after(20):
+                    while not stopped():
+                        await anyio.lowlevel.checkpoint()
+                scope.cancel()
+        await keeper.job([])
+        until(lambda: children_of(keeper.pid) == [] and fd_count(keeper.pid) == fds, "mkfs has ended")
 
 
 async def test_many_jobs_run_at_once(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from unisandbox.api import Capabilities
 from unisandbox.conformance import selection
 from unisandbox.conformance.inventory import RUN_PREFIX, leaves_nothing_behind, own_cgroups
 from unisandbox.conformance.scope import run_cgroup
+from unisandbox.conformance.waiting import bound
 from unisandbox.sandbox import SandboxOptions
 
 # The options are known when pytest was told of the plugin in time; its other hooks are needed in every case.
@@ -28,6 +29,11 @@ class Create(Protocol):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     selection.parametrize(metafunc)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> None:
+    bound(pyfuncitem)
 
 
 @pytest.fixture(params=selection.event_loops())

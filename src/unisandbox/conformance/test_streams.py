@@ -203,8 +203,9 @@ async def test_a_terminal_is_one_with_the_size_asked_for(sandbox: Sandbox) -> No
 
 @pytest.mark.needs("tty")
 async def test_a_terminal_can_be_resized(sandbox: Sandbox) -> None:
-    script = "import signal, os\nsignal.signal(signal.SIGWINCH, lambda *_: None)\nprint('ready')\nsignal.pause()\n"
-    script += "print(*os.get_terminal_size())"
+    # Blocked first: a signal that comes between "ready" and the wait is not lost.
+    script = "import os, signal\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGWINCH})\n"
+    script += "print('ready')\nsignal.sigwait({signal.SIGWINCH})\nprint(*os.get_terminal_size())"
     async with sandbox.exec(["python3", "-u", "-c", script], tty=True) as process:
         assert await line(process) == b"ready\r\n"
         await process.resize(51, 132)

@@ -1,10 +1,13 @@
-"""Waiting for what gives no event: asking again until a deadline, never sleeping for luck."""
+"""Waiting with a deadline: for what gives no event, asking again and again, and for the test as a whole."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Awaitable, Callable
 
 import anyio
+import pytest
 
 from unisandbox import Process
 
@@ -29,3 +32,25 @@ async def line(process: Process) -> bytes:
         while not got.endswith(b"\n"):
             got += await process.stdout.receive()
     return got
+
+
+def bound(test: pytest.Function) -> None:
+    """Cancel an async test ten seconds before pytest-timeout, where that is used, would give it up.
+
+    pytest-timeout can only raise in the main thread. Under trio that is not where the test is: it would hold up the
+    fixtures' ends, and so the whole run, for ever.
+    """
+    marker = test.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker and marker.args else test.config.getoption("timeout", None)
+    if seconds is None and test.config.pluginmanager.hasplugin("timeout"):
+        seconds = test.config.getini("timeout")
+    function = test.obj
+    if not seconds or not inspect.iscoroutinefunction(function):
+        return
+
+    @functools.wraps(function)
+    async def bounded(**arguments: object) -> None:
+        with anyio.fail_after(max(float(seconds) - 10, 1)):
+            await function(**arguments)
+
+    test.obj = bounded

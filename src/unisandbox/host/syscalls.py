@@ -347,21 +347,26 @@ def fsmount(fs_fd: int, attributes: int = 0) -> int:
     )
 
 
-def clone_paused(flags: int) -> int:
+def clone_paused(flags: int, seconds: int = 10) -> int:
     """A child process in new namespaces (`flags`: CLONE_NEW*) which sleeps until it is killed; returns its pid.
 
     It shares the caller's memory (CLONE_VM: no copy of page tables, so it costs 60 us and not a fork) and runs nothing
-    but libc's pause() on a stack of its own. The caller must end it with SIGKILL and reap it: the only signal
-    that does not return from pause().
+    but libc's sleep() on a stack of its own. The caller must end it with SIGKILL and reap it; where the caller is
+    killed before it can, the child ends by itself after `seconds`.
     """
     global _pause_stack  # noqa: PLW0603 (it must outlive the child; children are ended before the next call)
     if _pause_stack is None:
         _pause_stack = ctypes.create_string_buffer(32768)
     top = (ctypes.addressof(_pause_stack) + len(_pause_stack)) & ~0xF
-    pause = ctypes.cast(_libc.pause, ctypes.c_void_p)
+    sleep = ctypes.cast(_libc.sleep, ctypes.c_void_p)
     clone_vm = 0x100
     return _check(
-        _libc.clone(pause, ctypes.c_void_p(top), ctypes.c_int(flags | clone_vm | signal.SIGCHLD), None),
+        _libc.clone(
+            sleep,
+            ctypes.c_void_p(top),
+            ctypes.c_int(flags | clone_vm | signal.SIGCHLD),
+            ctypes.c_void_p(seconds),
+        ),
         f"clone({flags:#x})",
     )
 

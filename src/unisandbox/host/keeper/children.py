@@ -161,6 +161,7 @@ def start_job(steps: list[dict[str, object]], fds: list[int]) -> tuple[int, sock
 
 def _job(steps: list[dict[str, object]], fds: list[int], answer: socket.socket, keeper: int) -> None:
     _die_with(keeper)
+    os.setpgid(0, 0)  # what it starts (mkfs, the child of new namespaces) is ended with it: see `Family.reap`
     os.umask(_UMASK)
     _reset_signals()
     message: Message

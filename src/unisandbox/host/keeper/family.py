@@ -307,8 +307,10 @@ class Family:
                 if spawn.pipe >= 0:
                     self._begun(spawn)
                 spawn.living = False
-            _, status = os.waitpid(pid, 0)
             job = self._jobs.pop(pid, None)
+            if job is not None:
+                _end_group(pid)  # before `waitpid`: then the number is free
+            _, status = os.waitpid(pid, 0)
             if job is not None and job.sock.fileno() >= 0:
                 self._job_said(job)
             if pid in self._own:
@@ -364,3 +366,11 @@ def _children() -> list[int]:
             if int(fields[1]) == me:
                 found.append(int(name))
     return found
+
+
+def _end_group(pid: int) -> None:
+    """Kill what the dead leader of a group has left: a job that was killed in the middle has children."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # nothing is left, or it was killed before it had a group

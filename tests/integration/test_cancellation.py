@@ -15,6 +15,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
+from tests.keepers import files_of
 
 from unisandbox import Container, Engine, Process, Sandbox
 from unisandbox.conformance.inventory import Inventory, settle
@@ -64,7 +65,7 @@ class World:
         """What the engine holds in its keeper and on disk, beside what the inventory of the host shows."""
         keeper = self.engine._core.host.keeper
         found = [f"held: {name}" for name in await keeper.held("")]
-        found += [f"keeper's fd: {os.readlink(entry.path)}" for entry in os.scandir(f"/proc/{keeper.pid}/fd")]
+        found += [f"keeper's fd: {path}" for path in files_of(keeper.pid)]
         mounts = Path(f"/proc/{keeper.pid}/mountinfo").read_text().splitlines()  # noqa: ASYNC240
         found += [f"keeper's mount: {line.split()[4]}" for line in mounts]
         state_dir = self.engine._core.host.state_dir

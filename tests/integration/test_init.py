@@ -30,6 +30,7 @@ from tests.init_container import (
     text,
     until,
 )
+from tests.keepers import files_of
 
 from unisandbox.api.errors import (
     BackendError,
@@ -432,7 +433,7 @@ async def test_a_terminal_belongs_to_its_user_and_its_end_is_seen(container: Con
         assert process.master is not None
         assert b"owner 1000\r\n" in await _read_until(process.master, b"\n")
         for pid in (container.pid, process.pid):
-            links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            links = files_of(pid)
             assert not [link for link in links if "ptmx" in link], "the master is the host's alone"
         signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
         assert await ended(process.life) == signal.SIGKILL

@@ -18,7 +18,18 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.keepers import DEADLINE, children_of, fd_count, keeper_at, sh, sh_exit, sh_output, until, wait_ended
+from tests.keepers import (
+    DEADLINE,
+    children_of,
+    fd_count,
+    files_of,
+    keeper_at,
+    sh,
+    sh_exit,
+    sh_output,
+    until,
+    wait_ended,
+)
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.host.cgroups import ending
@@ -42,7 +53,7 @@ async def test_the_keeper_is_a_clean_process_of_its_own(tmp_path: Path) -> None:
     try:
         async with keeper_at(tmp_path) as keeper:
             status = status_of(keeper.pid)
-            links = [os.readlink(f"/proc/{keeper.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{keeper.pid}/fd")]
+            links = files_of(keeper.pid)
             environment = Path(f"/proc/{keeper.pid}/environ").read_bytes()
 
             assert keeper.hello.pid == keeper.pid

@@ -454,10 +454,8 @@ class Runtime:
         pid = self._read_pid(call, pid_file)
         with contextlib.suppress(ProcessLookupError):
             start_time = pidfds.start_time(pid)
-            descriptor = pidfds.open_verified(pid, start_time)
-            if _parent(pid) == self.keeper.pid:
-                return Created(pid, start_time, descriptor, bundle)
-            os.close(descriptor)
+            if _parent(pid) == self.keeper.pid:  # it is that process which had the start time before and has it after
+                return Created(pid, start_time, pidfds.open_verified(pid, start_time), bundle)
         if exits_after is not None:
             # It has ended and was reaped before we could look at it.
             records, _ = await self.keeper.exits_after(exits_after)

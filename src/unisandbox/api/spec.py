@@ -39,12 +39,36 @@ LEAST_DISK: Final = 64 << 10
 _MOST_PIDS: Final = 4 << 20  # PID_MAX_LIMIT of the kernel
 
 
+def _is(kind: type, *, optional: bool = False) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not (isinstance(value, kind) or (optional and value is None)):
+            raise InvalidArgumentError(f"{attribute.name} must be of type {kind.__name__}, got {value!r}")
+
+    return check
+
+
+def _one_of(*words: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+    # A typo must never open what is closed.
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not isinstance(value, str) or value not in words:
+            known = " or ".join(map(repr, words))
+            raise InvalidArgumentError(f"{attribute.name} must be {known}, got {value!r}")
+
+    return check
+
+
+def _several(values: object, what: str) -> tuple[Any, ...]:
+    if not isinstance(values, Iterable) or isinstance(values, Mapping | str | bytes):
+        raise InvalidArgumentError(f"{what} must be a list, got {values!r}")
+    return tuple(values)
+
+
 def _words(values: Iterable[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else tuple(values)
+    return (values,) if isinstance(values, str) else _several(values, "a part of resolv.conf")
 
 
 def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    mounts = tuple(values)
+    mounts = _several(values, "mounts")
     for mount in mounts:
         if not isinstance(mount, Mount):
             raise InvalidArgumentError(
@@ -79,6 +103,10 @@ def _text(value: object, what: str) -> str:
     if b"\0" in encoded:
         raise InvalidArgumentError(f"{what} {value!r} holds a NUL byte")
     return value
+
+
+def _matches(pattern: str, value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
 def _positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -160,11 +188,22 @@ class Rootfs:
         local: kind "host" shows /usr/local too.
     """
 
-    kind: Literal["host", "dir", "image"]
+    kind: Literal["host", "dir", "image"] = attrs.field(validator=_one_of("host", "dir", "image"))
     path: str = ""
     ref: str = ""
-    readonly: bool = False
-    local: bool = False
+    readonly: bool = attrs.field(default=False, validator=_is(bool))
+    local: bool = attrs.field(default=False, validator=_is(bool))
+
+    def __attrs_post_init__(self) -> None:
+        if (self.kind == "dir") != _text(self.path, "rootfs path").startswith("/"):
+            raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with path {self.path!r}: only 'dir' has one")
+        if self.kind == "dir" and os.path.normpath(self.path).strip("/") == "":
+            raise InvalidArgumentError(
+                "'/' cannot be a sandbox's root directory",
+                hint="Use Rootfs.host() for this machine's programs without its data.",
+            )
+        if (self.kind == "image") != bool(_text(self.ref, "image reference")):
+            raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with ref {self.ref!r}: only 'image' has one")
 
     @classmethod
     def host(cls, *, local: bool = False) -> Rootfs:
@@ -174,13 +213,7 @@ class Rootfs:
     @classmethod
     def dir(cls, path: str | os.PathLike[str], *, readonly: bool = False) -> Rootfs:
         """A directory: read-only, or with a private layer on top that takes the writes. It is never changed itself."""
-        absolute = os.path.abspath(_text(os.fspath(path), "path"))
-        if absolute == "/":
-            raise InvalidArgumentError(
-                "'/' cannot be a sandbox's root directory",
-                hint="Use Rootfs.host() for this machine's programs without its data.",
-            )
-        return cls(kind="dir", path=absolute, readonly=readonly)
+        return cls(kind="dir", path=os.path.abspath(_text(os.fspath(path), "path")), readonly=readonly)
 
     @classmethod
     def image(cls, ref: str) -> Rootfs:
@@ -213,8 +246,16 @@ class Network:
         path: the network namespace of kind "namespace", e.g. /run/netns/blue.
     """
 
-    kind: Literal["none", "host", "namespace"] = "none"
+    kind: Literal["none", "host", "namespace"] = attrs.field(
+        default="none", validator=_one_of("none", "host", "namespace")
+    )
     path: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        if (self.kind == "namespace") != _text(self.path, "network namespace path").startswith("/"):
+            raise InvalidArgumentError(
+                f"network of kind {self.kind!r} with path {self.path!r}: only 'namespace' has one, and it is absolute"
+            )
 
     @classmethod
     def none(cls) -> Network:
@@ -229,10 +270,7 @@ class Network:
     @classmethod
     def namespace(cls, path: str | os.PathLike[str]) -> Network:
         """A network namespace that somebody else made and keeps."""
-        text = _text(os.fspath(path), "network namespace path")
-        if not os.path.isabs(text):
-            raise InvalidArgumentError(f"network namespace path must be absolute, got {text!r}")
-        return cls(kind="namespace", path=text)
+        return cls(kind="namespace", path=os.fspath(path))
 
     @classmethod
     def parse(cls, value: Network | str) -> Network:
@@ -276,9 +314,9 @@ class Mount:
 
     target: str = attrs.field(converter=_target)
     source: str = ""
-    readonly: bool = True
+    readonly: bool = attrs.field(default=True, validator=_is(bool))
     size: int | None = attrs.field(default=None, converter=_mount_size)
-    idmap: bool = True
+    idmap: bool = attrs.field(default=True, validator=_is(bool))
 
     def __attrs_post_init__(self) -> None:
         _text(self.source, "mount source")
@@ -309,12 +347,13 @@ class Dns:
 
     def __attrs_post_init__(self) -> None:
         for word in (*self.servers, *self.search, *self.options):
-            if not re.fullmatch(r"[A-Za-z0-9_.:%-]+", word):
+            if not _matches(r"[A-Za-z0-9_.:%-]+", word):
                 raise InvalidArgumentError(f"{word!r} cannot stand in resolv.conf")
 
 
 def _capabilities(names: Iterable[str]) -> frozenset[str]:
-    wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in (n.upper() for n in names))
+    upper = [_text(name, "capability").upper() for name in _several(names, "capabilities")]
+    wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in upper)
     for name in wanted:
         if name not in CAPABILITIES:
             raise InvalidArgumentError(f"{name!r} is not a capability", hint="Source: capabilities(7).")
@@ -332,15 +371,10 @@ class Security:
     """
 
     capabilities: frozenset[str] = attrs.field(default=DEFAULT_CAPABILITIES, converter=_capabilities)
-    seccomp: Literal["default", "unconfined"] = "default"
-    no_new_privileges: bool = True
-
-    def __attrs_post_init__(self) -> None:
-        # A typo must never open what is closed.
-        if self.seccomp not in {"default", "unconfined"}:
-            raise InvalidArgumentError(f"seccomp must be 'default' or 'unconfined', got {self.seccomp!r}")
-        if not isinstance(self.no_new_privileges, bool):
-            raise InvalidArgumentError(f"no_new_privileges must be True or False, got {self.no_new_privileges!r}")
+    seccomp: Literal["default", "unconfined"] = attrs.field(
+        default="default", validator=_one_of("default", "unconfined")
+    )
+    no_new_privileges: bool = attrs.field(default=True, validator=_is(bool))
 
 
 def _environment(value: Mapping[str, str]) -> dict[str, str]:
@@ -370,7 +404,7 @@ def _argv(value: Sequence[str]) -> tuple[str, ...]:
 def _user(value: str | int | None) -> str | None:
     if value is None:
         return None
-    text = str(value)
+    text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not re.fullmatch(r"[A-Za-z0-9_.$-]+(:[A-Za-z0-9_.$-]+)?", text) or text.startswith("-"):
         raise InvalidArgumentError(
             f"user {value!r} is not valid", hint="Use a name or number, and optionally ':' with a group."
@@ -379,7 +413,7 @@ def _user(value: str | int | None) -> str | None:
 
 
 def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not _text(value, attribute.name).startswith("/"):
+    if not _text(value, attribute.name).startswith("/"):
         raise InvalidArgumentError(f"{attribute.name} must be an absolute path, got {value!r}")
 
 
@@ -387,12 +421,8 @@ def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
 class Terminal:
     """A terminal's size in characters."""
 
-    rows: int = 24
-    columns: int = 80
-
-    def __attrs_post_init__(self) -> None:
-        if not (0 < self.rows < 1 << 16 and 0 < self.columns < 1 << 16):
-            raise InvalidArgumentError(f"a terminal has 1-65535 rows and columns, got {self.rows} x {self.columns}")
+    rows: int = attrs.field(default=24, validator=[_is(int), _positive, _at_most(0xFFFF)])
+    columns: int = attrs.field(default=80, validator=[_is(int), _positive, _at_most(0xFFFF)])
 
 
 @attrs.frozen
@@ -409,9 +439,9 @@ class ProcessSpec:
 
     argv: tuple[str, ...] = attrs.field(converter=_argv)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
-    cwd: str | None = attrs.field(default=None, validator=_cwd)
+    cwd: str | None = attrs.field(default=None, validator=attrs.validators.optional(_cwd))
     user: str | None = attrs.field(default=None, converter=_user)
-    terminal: Terminal | None = None
+    terminal: Terminal | None = attrs.field(default=None, validator=_is(Terminal, optional=True))
 
 
 def _container_name(_: object, __: attrs.Attribute[Any], value: Any) -> None:
@@ -432,21 +462,13 @@ class ContainerSpec:
     """
 
     name: str = attrs.field(validator=_container_name)
-    process: ProcessSpec | None = None
-    rootfs: Rootfs | None = None
-    resources: Resources | None = None
+    process: ProcessSpec | None = attrs.field(default=None, validator=_is(ProcessSpec, optional=True))
+    rootfs: Rootfs | None = attrs.field(default=None, validator=_is(Rootfs, optional=True))
+    resources: Resources | None = attrs.field(default=None, validator=_is(Resources, optional=True))
     mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str = attrs.field(default="/", validator=_cwd)
     user: str | None = attrs.field(default=None, converter=_user)
-
-
-def _is(kind: type, *, optional: bool = False) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not (isinstance(value, kind) or (optional and value is None)):
-            raise InvalidArgumentError(f"{attribute.name} must be of type {kind.__name__}, got {value!r}")
-
-    return check
 
 
 def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
@@ -497,7 +519,7 @@ class SandboxSpec:
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str = attrs.field(default="/", validator=_cwd)
     user: str | None = attrs.field(default=None, converter=_user)
-    userns: Literal["private", "host"] = "private"
+    userns: Literal["private", "host"] = attrs.field(default="private", validator=_one_of("private", "host"))
     hostname: str | None = attrs.field(default=None, validator=_hostname)
     sysctls: Mapping[str, str] = attrs.field(factory=dict)
     dns: Dns | None = attrs.field(default=None, validator=_is(Dns, optional=True))
@@ -515,15 +537,13 @@ class SandboxSpec:
         for field, given in (("sysctls", self.sysctls), ("hosts", self.hosts)):
             if not isinstance(given, Mapping):
                 raise InvalidArgumentError(f"{field} must map names to text, got {given!r}")
-        if self.userns not in ("private", "host"):
-            raise InvalidArgumentError(f"userns must be 'private' or 'host', got {self.userns!r}")
         for name, value in self.sysctls.items():
-            if not re.fullmatch(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):
+            if not _matches(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):
                 raise InvalidArgumentError(
                     f"sysctl {name!r} is not valid", hint="For example 'net.ipv4.ip_forward': '1'."
                 )
         for host, address in self.hosts.items():
-            if not re.fullmatch(r"[A-Za-z0-9.-]+", host) or not re.fullmatch(r"[0-9A-Fa-f.:]+", address):
+            if not _matches(r"[A-Za-z0-9.-]+", host) or not _matches(r"[0-9A-Fa-f.:]+", address):
                 raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")
         targets = [mount.target for mount in self.mounts]
         if len(set(targets)) != len(targets):

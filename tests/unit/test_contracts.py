@@ -1,0 +1,170 @@
+"""The contracts: what a spec accepts, what it refuses and how, and the one table of errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unisandbox import api
+from unisandbox.api import errors
+from unisandbox.api.names import short_name
+from unisandbox.api.units import GIB, MIB, parse_size
+
+SPECS: tuple[type[Any], ...] = (
+    api.SandboxSpec,
+    api.ContainerSpec,
+    api.ProcessSpec,
+    api.Resources,
+    api.Rootfs,
+    api.Network,
+    api.Mount,
+    api.Dns,
+    api.Security,
+    api.Terminal,
+)
+
+# Anything that a program may pass by mistake; the right words too, so that more than the first check is met.
+WORDS = st.sampled_from(["", "/", "/tmp", "host", "none", "bind", "tmpfs", "a\0b", "../x", "x" * 5000, "ä", "\ud800"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | st.text(max_size=8) | WORDS
+ANYTHING = st.recursive(
+    SCALARS | st.just(object()),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(SCALARS, inner, max_size=3) | st.sets(SCALARS, max_size=2)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.parametrize("kind", SPECS, ids=lambda kind: kind.__name__)
+@given(data=st.data())
+def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObject) -> None:
+    names = [field.name for field in attrs.fields(kind)]
+    needed = [field.name for field in attrs.fields(kind) if field.default is attrs.NOTHING]
+    chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=2, unique=True))
+    good = {"name": "c", "argv": ["true"], "kind": "host", "target": "/t", "rows": 1, "columns": 1}
+    given = {name: good.get(name) for name in needed} | {name: data.draw(ANYTHING) for name in chosen}
+    try:
+        made = kind(**given)
+    except errors.InvalidArgumentError:
+        return
+    assert attrs.evolve(made) == made  # what was taken can be taken again: nothing is converted twice
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        setattr(made, names[0], None)
+
+
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda: api.SandboxSpec(name="a/b"), "a/b"),
+        (lambda: api.SandboxSpec(name="x" * 77), "76"),
+        (lambda: api.SandboxSpec(userns="root"), "userns"),  # type: ignore[arg-type]
+        (lambda: api.SandboxSpec(hostname="-x"), "hostname"),
+        (lambda: api.SandboxSpec(env={"A=B": "1"}), "A=B"),
+        (lambda: api.SandboxSpec(env={"A": "1\0"}), "A"),
+        (lambda: api.SandboxSpec(cwd="tmp"), "tmp"),
+        (lambda: api.SandboxSpec(ttl=0), "ttl"),
+        (lambda: api.SandboxSpec(sysctls={"hostname": "x"}), "hostname"),
+        (lambda: api.SandboxSpec(mounts=(api.Mount.tmpfs("/a"), api.Mount.tmpfs("/a"))), "/a"),
+        (lambda: api.ProcessSpec([]), "command"),
+        (lambda: api.ProcessSpec("true"), "true"),
+        (lambda: api.Resources(memory="much"), "much"),
+        (lambda: api.Resources(cpu=0), "cpu"),
+        (lambda: api.Resources(pids=-1), "pids"),
+        (lambda: api.Resources(cpu=float("nan")), "cpu"),
+        (lambda: api.Rootfs.parse(""), "rootfs"),
+        (lambda: api.Rootfs.dir("/tmp/.."), "root directory"),
+        (lambda: api.Rootfs(kind="dir", path="//."), "root directory"),
+        (lambda: api.Network.parse("bridge"), "bridge"),
+        (lambda: api.Security(capabilities=frozenset({"CAP_NONE"})), "CAP_NONE"),
+        (lambda: api.Terminal(0, 80), "0"),
+    ],
+)
+def test_what_is_refused_is_named(make: Callable[[], object], word: str) -> None:
+    with pytest.raises(errors.InvalidArgumentError, match=word):
+        make()
+
+
+@given(st.integers(1, 1 << 40), st.sampled_from([("", 1), ("K", 1 << 10), ("MiB", MIB), ("g", GIB)]))
+def test_sizes_are_powers_of_1024(number: int, unit: tuple[str, int]) -> None:
+    if number * unit[1] <= 1 << 62:
+        assert parse_size(f"{number}{unit[0]}") == number * unit[1]
+        assert parse_size(f" {number} {unit[0]} ") == number * unit[1]
+
+
+def test_the_disk_is_half_of_the_memory_unless_said() -> None:
+    assert api.Resources(memory="256M").disk_limit == 128 * MIB
+    assert api.Resources(memory="64G").disk_limit == GIB
+    assert api.Resources(memory="256M", disk="2G").disk_limit == 2 * GIB
+    assert api.Resources.unlimited().disk_limit is None
+
+
+def test_short_names_differ_by_engine_and_id_and_fit_into_what_the_kernel_limits() -> None:
+    names = {short_name(engine, identity) for engine in ("e1", "e2") for identity in map(str, range(1000))}
+    assert len(names) == 2000
+    assert {len(name) for name in names} == {10}
+    assert short_name("e1", "7") == short_name("e1", "7")
+
+
+def test_every_error_has_a_status_of_its_own() -> None:
+    """As the table of gRPC has them; source: grpc/doc/statuscodes.md."""
+    tree = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SandboxError)}
+    assert set(errors.GRPC_STATUS) == tree
+    assert len(set(errors.GRPC_STATUS.values())) == len(tree)
+    assert {status.name: int(status) for status in errors.GrpcStatus} == {
+        "UNKNOWN": 2,
+        "INVALID_ARGUMENT": 3,
+        "DEADLINE_EXCEEDED": 4,
+        "NOT_FOUND": 5,
+        "ALREADY_EXISTS": 6,
+        "FAILED_PRECONDITION": 9,
+        "ABORTED": 10,
+        "UNIMPLEMENTED": 12,
+        "INTERNAL": 13,
+        "UNAVAILABLE": 14,
+    }
+
+
+def test_the_status_of_an_error_is_that_of_its_nearest_class() -> None:
+    class OutOfPaper(errors.UnavailableError):
+        pass
+
+    assert errors.grpc_status(OutOfPaper("no paper")) is errors.GrpcStatus.UNAVAILABLE
+    assert errors.grpc_status(errors.UnsupportedError("tty", "wasm")) is errors.GrpcStatus.UNIMPLEMENTED
+    assert errors.grpc_status(KeyError()) is errors.GrpcStatus.INTERNAL
+
+
+def test_an_error_says_what_and_what_to_do() -> None:
+    error = errors.UnavailableError("crun is missing", hint="Install it: apt install crun.")
+    assert str(error) == "crun is missing. Install it: apt install crun."
+    assert str(errors.BackendError("crun failed", log="last words\n")) == "crun failed\nlast words"
+    assert "runc" in str(errors.UnsupportedError("tty", "wasm", alternatives=["runc"]))
+
+
+@pytest.mark.parametrize("code", [0, 1, 127, 255])
+def test_a_code_is_what_waitpid_says(code: int) -> None:
+    pid = os.posix_spawn("/bin/sh", ["sh", "-c", f"exit {code}"], {})
+    end = api.Exit.from_wait_status(os.waitpid(pid, 0)[1], exited_at=1.0)
+    assert (end.code, end.signal, end.reason) == (code, None, "exited")
+
+
+def test_a_kill_for_memory_is_told_from_others() -> None:
+    pid = os.posix_spawn("/bin/sleep", ["sleep", "60"], {})
+    os.kill(pid, signal.SIGKILL)
+    status = os.waitpid(pid, 0)[1]
+    ends = [
+        api.Exit.from_wait_status(status, exited_at=1.0, oom_kills=kills, killed_by_us=ours)
+        for kills, ours in ((0, False), (1, False), (1, True))
+    ]
+    assert [(end.code, end.signal, end.reason) for end in ends] == [
+        (137, 9, "signaled"),
+        (137, 9, "oom"),
+        (137, 9, "signaled"),
+    ]
+    assert api.Exit.lost(exited_at=1.0).code == 255

@@ -306,8 +306,8 @@ class Server:
             ending.pid, ending.pipe = children.start_guards(
                 lambda report: self._run_guards_in_child(guards, report), keep
             )
-        except OSError as error:
-            note(f"cannot start a process for the guards, running them here: {error}")
+        except Exception as error:  # whatever it is: a keeper that could not end would stay for ever
+            note(f"cannot start a process for the guards, running them here: {error!r}")
             self._run_guards(guards, ending.tell)
             self._finish_end()
             return

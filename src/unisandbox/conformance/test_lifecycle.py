@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from unisandbox import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    Process,
     Sandbox,
     SandboxError,
 )
@@ -190,6 +192,43 @@ async def test_a_removal_ends_whoever_waits(create: Create) -> None:
             await sandbox.remove()
 
     assert len(outcomes) == 3
+
+
+async def test_a_removal_at_any_moment_of_a_start_ends(create: Create, count: Callable[[int], int]) -> None:
+    for number in range(count(100)):
+        sandbox = await create()
+        process = await sandbox.exec(["sleep", "60"])
+
+        async def read(process: Process = process) -> None:
+            with contextlib.suppress(SandboxError, anyio.ClosedResourceError, anyio.EndOfStream):
+                await process.stdout.receive()
+
+        async def run(sandbox: Sandbox = sandbox) -> None:
+            with contextlib.suppress(SandboxError):
+                await sandbox.run(["sleep", "60"])
+
+        with anyio.fail_after(20):
+            async with anyio.create_task_group() as group:
+                group.start_soon(read)
+                group.start_soon(run)
+                await anyio.sleep(number % 10 / 1000)  # from before the start to after it
+                await sandbox.remove()
+
+
+async def test_iterating_output_ends_when_the_sandbox_is_removed(create: Create) -> None:
+    sandbox = await create()
+    process = await sandbox.exec(["sleep", "60"])
+
+    async def read() -> None:
+        with contextlib.suppress(anyio.ClosedResourceError):
+            async for _ in process:
+                pass
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            await sandbox.remove()
 
 
 async def test_what_ran_in_a_sandbox_whose_processes_were_all_killed_can_be_run_again(sandbox: Sandbox) -> None:

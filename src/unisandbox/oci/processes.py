@@ -17,6 +17,7 @@ from unisandbox.api import BackendError, ContainerSpec, Exit, ProcessSpec, Stdio
 from unisandbox.host import syscalls
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.keeper import Keeper
+from unisandbox.host.readiness import readable
 from unisandbox.oci.plan import Plan
 from unisandbox.oci.runtime import Created
 
@@ -175,9 +176,3 @@ def has_ended(pidfd: int) -> bool:
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(0))
-
-
-async def readable(fd: int) -> None:
-    """Wait for a descriptor that others may wait for too."""
-    with copied(fd) as copy:
-        await anyio.wait_readable(copy)

@@ -47,6 +47,7 @@ from unisandbox.api.status import ContainerState
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.init import ExecFailed, ended, spawn
 from unisandbox.host.keeper import Keeper
+from unisandbox.host.readiness import readable
 from unisandbox.oci.plan import Planner, limits_of, metrics_of
 from unisandbox.oci.processes import (
     Container,
@@ -58,7 +59,6 @@ from unisandbox.oci.processes import (
     has_ended,
     last_words,
     oom_kills_of,
-    readable,
     status_without_init,
     streams,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections.abc import Mapping, Sequence
@@ -25,8 +26,8 @@ from unisandbox.api import (
     UnavailableError,
 )
 from unisandbox.engine.entry import Entry
+from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.streams import (
-    Descriptor,
     MissingReceiveStream,
     MissingSendStream,
     ReceiveStream,
@@ -295,17 +296,15 @@ class Process:
 
 
 async def _any_readable(fds: Sequence[int]) -> None:
-    if len(fds) == 1:
-        await anyio.wait_readable(fds[0])
-        return
-    # One epoll set is one thing to wait for, whatever the event loop.
-    poll = select.epoll(flags=select.EPOLL_CLOEXEC)
-    try:
+    # One epoll set is one thing to wait for, whatever the event loop. Of copies: one that its owner closes would leave
+    # the set without a word.
+    with contextlib.ExitStack() as stack:
+        poll = stack.enter_context(select.epoll(flags=select.EPOLL_CLOEXEC))
         for fd in fds:
-            poll.register(fd, select.EPOLLIN)
+            copy = os.dup(fd)
+            stack.callback(os.close, copy)
+            poll.register(copy, select.EPOLLIN)
         await anyio.wait_readable(poll.fileno())
-    finally:
-        poll.close()
 
 
 def _type_end(master: Descriptor) -> None:

@@ -24,8 +24,8 @@ from unisandbox.api import (
     SandboxError,
 )
 from unisandbox.engine.entry import Entry
+from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.process import CLEANING_SECONDS, Pipes, start
-from unisandbox.sandbox.streams import Descriptor
 
 _CHUNK: Final = 1 << 16
 

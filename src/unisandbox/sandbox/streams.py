@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -12,45 +11,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from unisandbox.api import FailedPreconditionError
-
-
-class Descriptor:
-    """A non-blocking file descriptor with one owner; closing it wakes whoever waits for it."""
-
-    __slots__ = ("_fd",)
-
-    def __init__(self, fd: int) -> None:
-        os.set_blocking(fd, False)
-        self._fd: int | None = fd
-
-    @property
-    def closed(self) -> bool:
-        return self._fd is None
-
-    def fileno(self) -> int:
-        """The number; raises anyio.ClosedResourceError after close."""
-        if self._fd is None:
-            raise anyio.ClosedResourceError
-        return self._fd
-
-    def close(self) -> None:
-        """Close it; repeating is harmless."""
-        if self._fd is not None:
-            fd, self._fd = self._fd, None
-            with contextlib.suppress(RuntimeError):  # outside of an event loop nobody waits
-                anyio.notify_closing(fd)
-            os.close(fd)
-
-    def read(self, limit: int) -> bytes | None:
-        """What is there, b"" at the end, None when nothing is there yet."""
-        try:
-            return os.read(self.fileno(), limit)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            if error.errno == errno.EIO:
-                return b""  # how the master of a terminal says that its last slave was closed; source: pty(7)
-            raise
+from unisandbox.host.readiness import Descriptor
 
 
 class ReceiveStream(anyio.abc.ByteReceiveStream):
@@ -67,7 +28,7 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
         """
         await anyio.lowlevel.checkpoint()
         while (data := self._source.read(max_bytes)) is None:
-            await anyio.wait_readable(self._source.fileno())
+            await self._source.readable()
         if not data:
             raise anyio.EndOfStream
         return data
@@ -105,7 +66,7 @@ class SendStream(anyio.abc.ByteSendStream):
             try:
                 view = view[os.write(self._sink.fileno(), view) :]
             except BlockingIOError:
-                await anyio.wait_writable(self._sink.fileno())
+                await self._sink.writable()
             except (BrokenPipeError, OSError) as error:
                 if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
                     raise anyio.BrokenResourceError from error

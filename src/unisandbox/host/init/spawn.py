@@ -31,6 +31,7 @@ from unisandbox.api.errors import (
 )
 from unisandbox.host.init import protocol
 from unisandbox.host.init.protocol import ExecFailed, SpawnRequest
+from unisandbox.host.readiness import readable, writable
 
 _TIOCGPTN: Final = 0x80045430  # include/uapi/asm-generic/ioctls.h: the number of a terminal, asked of its master only
 _PTMX: Final = os.makedev(5, 2)  # Documentation/admin-guide/devices.txt; every master is an open of this device
@@ -188,7 +189,7 @@ async def _send(control: socket.socket, packet: bytes, fds: list[int]) -> None:
         try:
             control.sendmsg([packet], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
-            await _wait(control, anyio.wait_writable)
+            await writable(control.fileno())
         except (BrokenPipeError, ConnectionResetError) as error:
             raise UnavailableError("the container's init is gone, so nothing can be started in it") from error
         except OSError as error:
@@ -197,15 +198,6 @@ async def _send(control: socket.socket, packet: bytes, fds: list[int]) -> None:
             raise FailedPreconditionError("a descriptor for the process, or init's socket, is closed") from error
         else:
             return
-
-
-async def _wait(sock: socket.socket, until: Callable[[int], Awaitable[None]]) -> None:
-    # A copy, since an event loop lets only one task wait for one number.
-    fd = os.dup(sock.fileno())
-    try:
-        await until(fd)
-    finally:
-        os.close(fd)
 
 
 async def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -383,7 +375,7 @@ async def ended(life: socket.socket) -> int | None:
             # No room for descriptors: the kernel drops what a hostile answer might carry.
             packet = life.recv(protocol.ANSWER.size + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
-            await _wait(life, anyio.wait_readable)
+            await readable(life.fileno())
             continue
         except ConnectionResetError:
             return None

@@ -35,6 +35,7 @@ from unisandbox.host.keeper.records import (
     SpawnFailed,
     SpawnStage,
 )
+from unisandbox.host.readiness import readable
 
 # How many exits the client remembers; the keeper is asked for older ones.
 _EXITS_KEPT = 16384
@@ -468,7 +469,7 @@ class Keeper:
         try:
             with anyio.fail_after(_CLOSE_TIME):
                 message = (await self._link.ask("close", run_guards=run_guards)).message
-                await anyio.wait_readable(self.pidfd)
+                await readable(self.pidfd)
         except TimeoutError:
             log = starting.log_tail(self.state_dir)
             raise BackendError(f"keeper {self.pid} did not end within {_CLOSE_TIME:g} s", log=log) from None

@@ -18,6 +18,7 @@ import anyio
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.host.keeper import protocol, starting
 from unisandbox.host.keeper.protocol import Message, Packet
+from unisandbox.host.readiness import Descriptor
 from unisandbox.host.turns import Turns
 
 # Enough to be quick, little enough that one who waits sees his own soon.
@@ -38,6 +39,7 @@ class Link:
         self.pid = 0
         self.closed: bool = False
         self._sock = sock
+        self._descriptor = Descriptor(sock.fileno(), lambda _: sock.close())
         self._state_dir = state_dir
         self._on_push = on_push
         self._process = os.getpid()
@@ -97,7 +99,7 @@ class Link:
                     return
                 # Closed meanwhile: `check` says so.
                 with contextlib.suppress(anyio.ClosedResourceError):
-                    await anyio.wait_writable(self._sock)
+                    await self._descriptor.writable()
 
     def say(self, message: Message) -> None:
         """Send without an await and without an answer: now, or before what is sent next."""
@@ -137,12 +139,12 @@ class Link:
             packet.close()
         self._replies.clear()
         if os.getpid() == self._process:
-            if self._turns.waiting or self._sending.locked():
-                anyio.notify_closing(self._sock)
             # Not only closed: a forked child of ours may hold a copy open, and the keeper is to notice now.
             with contextlib.suppress(OSError):  # it may be gone already
                 self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+            self._descriptor.close()
+        else:
+            self._sock.close()  # whoever waits does so in the other process
         self._turns.notify()
 
     # --- sending ---
@@ -187,7 +189,7 @@ class Link:
             return
         # Closed meanwhile: every waiter's `ready` says so.
         with contextlib.suppress(anyio.ClosedResourceError):
-            await anyio.wait_readable(self._sock)
+            await self._descriptor.readable()
             self._pump()
 
     def _pump(self) -> int:

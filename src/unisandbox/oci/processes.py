@@ -170,9 +170,9 @@ def birthplace(cgroup: Cgroup, admitted: int | None) -> Iterator[list[int]]:
             os.close(fd)
 
 
-def has_ended(pidfd: int) -> bool:
-    """Whether the process behind `pidfd` is dead, reaped or not."""
+def has_ended(pidfd: int, patience: float = 0.0) -> bool:
+    """Whether the process behind `pidfd` is dead, reaped or not; blocks for `patience` seconds at most."""
     # Readable from the moment of its death, before anybody has reaped it. Source: pidfd_open(2).
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(patience * 1000))

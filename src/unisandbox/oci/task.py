@@ -67,6 +67,7 @@ from unisandbox.oci.runtime import Runtime
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
+_DYING_SECONDS: Final = 0.1
 _TOLD_SECONDS: Final = 1.0
 # A shell's answers for a program that cannot be started. Source: POSIX, 2.8.2 Exit Status for Commands.
 _NOT_FOUND: Final = 127
@@ -240,8 +241,9 @@ class OciTaskService:
                 container.plan.verify_process(pid)
                 container.verified = True
         except OSError as error:
-            if has_ended(pidfd):
-                return  # killed meanwhile: it is in no cgroup any more, and `wait` will say by what it ended
+            # One that is killed leaves its cgroup before its end can be seen. Source: do_exit() in kernel/exit.c.
+            if has_ended(pidfd, patience=_DYING_SECONDS):
+                return  # and `wait` will say by what
             raise BackendError(f"process {process.exec_id or 'main'} cannot enter its cgroup: {error}") from error
 
     async def _exec(self, container: Container, process: Process) -> None:

@@ -11,9 +11,9 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import attrs
 
@@ -30,6 +30,8 @@ _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 _TRIES: Final = 50
 # Seconds that a keeper may take to end after it has said that it cannot begin.
 _LAST_BREATH: Final = 2.0
+
+_T = TypeVar("_T")
 
 
 @attrs.frozen
@@ -70,8 +72,7 @@ class StateDirectory:
             try:
                 _check_private(path, "state directory")
                 engine_id = _engine_id(path)
-                _make_directory(runtime, 0o711)
-                _check_private(runtime, "runtime directory")
+                _in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
             except BaseException:
                 if temporary:
                     shutil.rmtree(path, ignore_errors=True)
@@ -160,16 +161,22 @@ def _end_leases(runtime: str) -> None:
 
 
 def _temporary_directory(runtime: str) -> str:
+    try:
+        return _in_runtime(runtime, lambda: tempfile.mkdtemp(prefix="state-", dir=runtime))
+    except OSError:
+        _remove_if_empty(runtime)
+        raise
+
+
+def _in_runtime(runtime: str, action: Callable[[], _T]) -> _T:
+    """Make the runtime directory and use it; again when another engine, which was the last, has removed it between."""
     for left in reversed(range(_TRIES)):
-        _make_directory(runtime, 0o711)
         try:
-            return tempfile.mkdtemp(prefix="state-", dir=runtime)
+            _make_directory(runtime, 0o711)
+            return action()
         except FileNotFoundError:
             if not left:
                 raise
-        except OSError:
-            _remove_if_empty(runtime)
-            raise
     raise AssertionError("the loop returns or raises")
 
 

@@ -166,8 +166,9 @@ class RuncSandboxer:
             for container_id in task.container_ids:
                 task.kill_now(container_id)
         try:
-            for container_id in task.container_ids if task is not None else ():
-                await task.delete(container_id)  # type: ignore[union-attr]
+            if task is not None:
+                for container_id in task.container_ids:
+                    await task.delete(container_id)
             if sandbox.pids is not None:
                 await sandbox.pids.end(self._host, self._runtime, sandbox.pod)
                 sandbox.pids = None
@@ -192,11 +193,12 @@ class RuncSandboxer:
     async def status(self, sandbox_id: str) -> SandboxStatus:
         """See `Sandboxer.status`."""
         sandbox = self._get(sandbox_id)
-        pod = sandbox.pod
+        pod, task = sandbox.pod, sandbox.task
         containers: list[ContainerStatus] = []
-        for container_id in sandbox.task.container_ids if sandbox.task else ():
-            state = await sandbox.task.state(container_id)  # type: ignore[union-attr]
-            containers.append(ContainerStatus(container_id, state.state, state.pid, state.exit))
+        if task is not None:
+            for container_id in task.container_ids:
+                state = await task.state(container_id)
+                containers.append(ContainerStatus(container_id, state.state, state.pid, state.exit))
         await anyio.lowlevel.checkpoint_if_cancelled()
         return SandboxStatus(
             id=sandbox_id,

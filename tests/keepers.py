@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -85,6 +86,29 @@ def children_of(pid: int) -> list[int]:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     except (FileNotFoundError, ProcessLookupError):
         return []
+
+
+def workers_of(pid: int) -> list[int]:
+    """A keeper's workers: forks of it, which come and go with jobs."""
+    return [child for child in children_of(pid) if _name_of(child) == _name_of(pid)]
+
+
+def end_workers(pid: int) -> None:
+    """Kill a keeper's workers, before what it has is compared with another time.
+
+    What is asked of the keeper after that is answered when it has closed what belonged to them.
+    """
+    for worker in workers_of(pid):
+        with suppress(ProcessLookupError):
+            os.kill(worker, signal.SIGKILL)
+        until(lambda pid=pid, worker=worker: worker not in children_of(pid), "the worker is reaped")  # type: ignore[misc]
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def files_of(pid: int) -> list[str]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
 import anyio.lowlevel
+import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -22,16 +23,20 @@ from unisandbox.api import (
     Exit,
     FailedPreconditionError,
     NotFoundError,
+    RecoverSandbox,
     Resources,
     Sandboxer,
     SandboxError,
     SandboxSpec,
     SandboxStatus,
     Stdio,
+    SupportsPause,
     TaskService,
+    UnsupportedError,
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
-from unisandbox.engine.records import plain_spec
+from unisandbox.engine.held import HeldProcess, HeldProcesses
+from unisandbox.engine.records import Phase, Record, this_process
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -49,20 +54,20 @@ class Entry:
 
     Attributes:
         sandbox_id, spec, backend: as created.
+        record: what is on disk of it, or will be in a moment.
+        held: its processes, as far as the keeper holds what outlives this process.
         main: the name of the container that `run` and `exec` use.
         closing: what to call when the sandbox is removed (streams of its processes).
     """
 
-    def __init__(
-        self, core: EngineCore, sandbox_id: str, spec: SandboxSpec, backend: str, sandboxer: Sandboxer
-    ) -> None:
-        self.sandbox_id = sandbox_id
+    def __init__(self, core: EngineCore, record: Record, spec: SandboxSpec, sandboxer: Sandboxer) -> None:
+        self.sandbox_id = record.sandbox_id
         self.spec = spec
-        self.backend = backend
+        self.backend = record.backend
+        self.record = record
         self.main = MAIN
         self.closing: set[Callable[[], None]] = set()
-        self.created_at: float = time.time()
-        self.plain_spec: dict[str, object] = plain_spec(spec)
+        self.held: HeldProcesses = HeldProcesses(core.host, record.sandbox_id)
         self._core = core
         self._sandboxer = sandboxer
         self._lock = anyio.Lock()
@@ -72,7 +77,13 @@ class Entry:
         self._main_made = False
         # Containers whose end the readers of events have been told.
         self._told: set[str] = set()
-        self._state: Literal["new", "ready", "stopped", "removed"] = "new"
+        # "new": being created here; "unread": another process has made it, and it was not looked at yet.
+        self._state: Literal["new", "unread", "ready", "stopped", "removed"] = "new"
+        # When this process last had the right to change it; see `Keeper.lock`.
+        self._turn = 0
+        self._prefix = core.host.prefix(record.sandbox_id)
+        if record.phase != "creating" or record.owner != this_process():
+            self._state = "unread"
 
     @property
     def label(self) -> str:
@@ -93,6 +104,16 @@ class Entry:
     def removed(self) -> bool:
         """Whether it is gone for good."""
         return self._state == "removed"
+
+    @property
+    def known(self) -> bool:
+        """Whether it is more than an intent of this process."""
+        return self._state != "new"
+
+    @property
+    def expired(self) -> bool:
+        """Whether its ttl is over: the keeper has ended it."""
+        return self.record.expires_at is not None and self._prefix in self._core.host.keeper.expirations
 
     @property
     def sandboxer(self) -> Sandboxer:
@@ -132,7 +153,8 @@ class Entry:
     def next_exec_id(self) -> str:
         """A new id for a process, never reused in this sandbox."""
         self._execs += 1
-        return f"p{self._execs}"
+        # Other processes count, too, each for itself.
+        return f"p{self._execs}" + (f"-{self._core.host.keeper.hello.client}" if self._core.host.shared else "")
 
     def emit(
         self,
@@ -155,7 +177,7 @@ class Entry:
 
     async def take_over_output(self, fd: int) -> None:
         """Let the keeper read and drop what background processes still write to the pipe `fd`."""
-        await self._core.host.keeper.ring(f"{self.sandbox_id}/drain/{self.next_exec_id()}", fd, limit=4096)
+        await self._core.host.keeper.ring(f"{self._prefix}drain/{self.next_exec_id()}", fd, limit=4096)
 
     async def ready(self) -> TaskService:
         """The task service, with the main container running: it is made at the first use.
@@ -164,13 +186,18 @@ class Entry:
             NotFoundError: the sandbox was removed.
             FailedPreconditionError: it is stopped.
         """
-        task = self.task
-        self._check_started()
+        self._check_alive()
         self._core.check_keeper()
         await self.cleaning.catch_up()
+        self._check_generation()
+        if self._state == "unread":
+            await self._read()
+        task = self.task
+        self._check_started()
         if not self._main_made or (await task.state(MAIN)).state == "stopped":
-            async with self._lock:
+            async with self.changing():
                 self._check_started()
+                task = self.task
                 if self._main_made and (await task.state(MAIN)).state == "stopped":
                     # Its init is gone (killed for memory, say): what it ran has ended, the files are still there.
                     self._main_made = False
@@ -202,10 +229,14 @@ class Entry:
 
     async def add_container(self, spec: ContainerSpec) -> int:
         """Create and start a container; the keeper keeps the last of what it writes. Its pid on the host."""
-        task = self.task
-        self._check_started()
+        self._check_alive()
         self._core.check_keeper()
         await self.cleaning.catch_up()
+        async with self.changing():
+            self._check_started()
+            return await self._add_container(self.task, spec)
+
+    async def _add_container(self, task: TaskService, spec: ContainerSpec) -> int:
         if spec.name == MAIN or spec.name in task.container_ids:
             raise AlreadyExistsError(
                 f"sandbox {self.label!r} has a container {spec.name!r} already",
@@ -249,39 +280,170 @@ class Entry:
         await self._core.host.keeper.drop([self._log(container_id, stream) for stream in LOG_STREAMS])
 
     def _log(self, container_id: str, stream: LogStream) -> str:
-        return f"{self.sandbox_id}/log/{container_id}/{stream}"
+        return f"{self._prefix}log/{container_id}/{stream}"
+
+    @contextlib.asynccontextmanager
+    async def changing(self) -> AsyncIterator[None]:
+        """Nobody else changes the sandbox meanwhile, in this process or another one; what others have done is known.
+
+        Raises:
+            NotFoundError: another process has removed it.
+            FailedPreconditionError: another engine has taken it over.
+        """
+        async with self._lock:
+            keeper = self._core.host.keeper
+            if not self._core.host.shared or not keeper.alive:
+                yield
+                return
+            name = f"{self._prefix}change"
+            turn = await keeper.lock(name)
+            try:
+                if turn != self._turn + 1 and self._state != "new":
+                    await self._catch_up(exclusive=True)
+                self._turn = turn
+                yield
+            finally:
+                keeper.unlock(name)
+
+    async def _read(self) -> None:
+        async with self.changing():
+            return
+
+    async def _catch_up(self, *, exclusive: bool) -> None:
+        """Learn what other processes have done to it."""
+        record = self._core.records.read(self.sandbox_id)
+        if record is None or self.expired:
+            await self.vanish()
+            raise self._gone()
+        self._check_same(record)
+        self.record = record
+        request = RecoverSandbox(
+            self.sandbox_id, self.spec, lived=True, started=record.phase == "ready", exclusive=exclusive
+        )
+        started = await self._sandboxer.recover(request)
+        if started is None:
+            raise FailedPreconditionError(
+                f"sandbox {self.label!r} cannot be used: its creation or removal by process {record.owner[0]} was cut",
+                hint="Remove it.",
+            )
+        self._task = started.task
+        self._state = "stopped" if record.phase == "stopped" else "ready"
+        self._main_made = MAIN in started.task.container_ids
+
+    def _check_generation(self) -> None:
+        """Cheap: the record is read only when it has changed."""
+        if self._core.host.shared and self._state in {"ready", "stopped"}:
+            record = self._core.records.read_if_changed(self.sandbox_id)
+            if record is not None:
+                self._check_same(record)
+
+    def _check_same(self, record: Record) -> None:
+        if record.generation != self.record.generation:
+            self._core.drop(self)  # `Engine.get` gives a new one
+            raise FailedPreconditionError(
+                f"sandbox {self.label!r} was taken over by the engine of process {record.owner[0]}: this handle is of "
+                f"generation {self.record.generation}, the sandbox now of {record.generation}",
+                hint="Get it again with Engine.get().",
+            )
+
+    def _gone(self) -> NotFoundError:
+        why = f": its ttl of {self.spec.ttl:g} s is over" if self.expired and self.spec.ttl is not None else ""
+        return NotFoundError(f"sandbox {self.label!r} was removed{why}")
+
+    async def vanish(self) -> None:
+        """Another process has removed it, or its ttl is over: let go of it here."""
+        if self._state == "removed":
+            return
+        expired = self.expired
+        self._state = "removed"
+        for close in tuple(self.closing):
+            close()
+        await self._sandboxer.recover(
+            RecoverSandbox(self.sandbox_id, self.spec, lived=False, started=False, exclusive=True)
+        )
+        await self._sandboxer.remove(self.sandbox_id)
+        if expired:
+            self._core.forget(self)
+            self.emit("sandbox.removed", detail={"reason": "ttl"})
+        else:
+            self._core.drop(self)
+
+    async def adopt(self) -> bool:
+        """Take it over from a former engine, under a new generation; False when nothing of use lives."""
+        keeper, name = self._core.host.keeper, f"{self._prefix}change"
+        # One that has attached may be about to change it.
+        self._turn = await keeper.lock(name)
+        try:
+            record = self._core.records.read(self.sandbox_id)
+            if record is None:
+                await self.vanish()
+                return False
+            lived = record.phase in {"ready", "stopped"}
+            request = RecoverSandbox(self.sandbox_id, self.spec, lived=lived, started=lived, exclusive=True)
+            started = await self._sandboxer.recover(request)
+            if started is None:
+                return False
+            self._task = started.task
+            self._state = "stopped" if record.phase == "stopped" else "ready"
+            self._main_made = MAIN in started.task.container_ids
+            self.record = attrs.evolve(self.record, phase=record.phase)
+            self._core.records.write(self.record)
+        finally:
+            keeper.unlock(name)
+        return True
+
+    async def settled(self) -> None:
+        """Wait until whoever creates it has done so."""
+        async with self.changing():
+            self._check_alive()
+
+    def intend(self) -> None:
+        """Write down that it shall be."""
+        self._core.records.write(self.record)
 
     async def begin(self) -> None:
         """Create and start it; on any failure nothing is left."""
         try:
-            self._core.write_record(self, "creating")
-            await self._sandboxer.create(CreateSandbox(self.sandbox_id, self.spec))
-            self.emit("sandbox.created")
-            self._task = (await self._sandboxer.start(self.sandbox_id)).task
-            self._core.write_record(self, "ready")
+            async with self.changing():
+                await self._begin()
         except BaseException as error:
             await self.cleaning.run(self._free)
             if isinstance(error, OSError):
                 raise BackendError(f"sandbox {self.label!r} cannot be made: {error}") from error
             raise
-        self._state = "ready"
         self.emit("sandbox.started")
+
+    async def _begin(self) -> None:
+        if self.spec.ttl is not None:
+            await self._core.host.keeper.expire(self._prefix, self.spec.ttl)
+        await self._sandboxer.create(CreateSandbox(self.sandbox_id, self.spec))
+        self.emit("sandbox.created")
+        self._task = (await self._sandboxer.start(self.sandbox_id)).task
+        self._write("ready", started_at=time.time())
+        self._state = "ready"
+
+    def _write(self, phase: Phase, **changes: float | None) -> None:
+        record = attrs.evolve(self.record, phase=phase, **changes)  # type: ignore[arg-type]
+        self._core.records.write(record)
+        self.record = record
 
     async def start(self) -> None:
         """Make a stopped sandbox ready again; a ready one stays so."""
         await self.cleaning.catch_up()
-        async with self._lock:
+        async with self.changing():
             self._check_alive()
             if self._state == "ready":
                 return
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self._state = "ready"
-            self._core.write_record(self, "ready")
+            self._write("ready", started_at=time.time(), stopped_at=None)
         self.emit("sandbox.started")
 
     async def stop(self, grace: float) -> None:
         """End every process; the files stay. Repeating is harmless."""
-        async with self._lock:
+        if self._core.closed:
+            return
+        async with self.changing():
             if self._state != "ready" or self._core.closed:
                 return
             containers = tuple(self.task.container_ids)
@@ -308,6 +470,8 @@ class Entry:
 
     async def kill(self) -> None:
         """End every process at once; the files stay. Repeating is harmless."""
+        if self._state == "unread":
+            await self._read()
         self.kill_now()
         await self.stop(grace=0)
 
@@ -325,19 +489,52 @@ class Entry:
         await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _remove(self) -> None:
-        async with self._lock:
-            if not self.removed:
-                self._note("removing")
-                await self._free()
-                self.emit("sandbox.removed")
+        try:
+            async with self.changing():
+                await self._remove_now()
+        except NotFoundError:
+            return  # another process was quicker
+        except FailedPreconditionError:
+            # What a creation or a removal that was cut has left; not one that another engine has taken over.
+            if self._core.records.generation(self.sandbox_id) != self.record.generation:
+                raise
+            await self._remove_now()
+
+    async def _remove_now(self) -> None:
+        if not self.removed:
+            self._note("removing")
+            await self._free()
+            self.emit("sandbox.removed")
 
     async def status(self) -> SandboxStatus:
         """The state at this moment; never waits for another call."""
-        return await self.sandboxer.status(self.sandbox_id)
+        if self._core.host.shared and self._state != "new" and self._core.host.keeper.alive:
+            self._check_alive()
+            await self._catch_up(exclusive=False)
+        status = await self.sandboxer.status(self.sandbox_id)
+        return attrs.evolve(status, generation=self.record.generation, expires_at=self.record.expires_at)
+
+    async def pause(self) -> None:
+        """Stop every process of it until `resume`."""
+        await self._freeze("sandbox.paused")
+
+    async def resume(self) -> None:
+        """Let its processes go on."""
+        await self._freeze("sandbox.resumed")
+
+    async def _freeze(self, kind: Literal["sandbox.paused", "sandbox.resumed"]) -> None:
+        async with self.changing():
+            self._check_started()
+            task = self.task
+            if not isinstance(task, SupportsPause):
+                raise UnsupportedError("pause", self.backend)
+            for container_id in task.container_ids:
+                await (task.pause if kind == "sandbox.paused" else task.resume)(container_id)
+        self.emit(kind)
 
     async def update(self, resources: Resources) -> None:
         """Change the limits of the whole sandbox."""
-        async with self._lock:
+        async with self.changing():
             self._check_alive()
             await self._sandboxer.update(self.sandbox_id, resources)
 
@@ -347,7 +544,7 @@ class Entry:
         The old record stays then, and whoever reads it finds nothing of it alive.
         """
         with contextlib.suppress(BackendError):
-            self._core.write_record(self, phase)
+            self._write(phase, **({"stopped_at": time.time()} if phase == "stopped" else {}))
 
     async def _free(self) -> None:
         for close in tuple(self.closing):
@@ -361,8 +558,8 @@ class Entry:
     def _check_alive(self) -> None:
         if self._core.closed:
             raise FailedPreconditionError(f"the engine of sandbox {self.label!r} is closed")
-        if self._state == "removed":
-            raise NotFoundError(f"sandbox {self.label!r} was removed")
+        if self._state == "removed" or self.expired:
+            raise self._gone()
 
     def _check_started(self) -> None:
         self._check_alive()

@@ -256,6 +256,10 @@ class Cgroup:
             raise
         return child
 
+    def find(self, name: str) -> Cgroup:
+        """The cgroup of this name below this one, made by whomever. Raises FileNotFoundError."""
+        return self._tree.find(f"{self.path}/{name}".lstrip("/"))
+
     def leaf(self, name: str) -> Cgroup:
         """Where a process goes that belongs to the cgroup as a whole: v2 allows none beside children with controllers.
 

@@ -27,7 +27,7 @@ from unisandbox.engine.choice import Choice, choose, probe_all
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog
-from unisandbox.engine.records import Record, RecordStore, boot_id
+from unisandbox.engine.records import Record, RecordStore, boot_id, this_process
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
 from unisandbox.host.cgroups import Cgroups, ending
@@ -180,7 +180,7 @@ class EngineCore:
                 phase=phase,
                 created_at=entry.created_at,
                 boot_id=self._boot_id,
-                owner_pid=os.getpid(),
+                owner=this_process(),
                 spec=entry.plain_spec,
             )
         )

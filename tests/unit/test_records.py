@@ -17,7 +17,7 @@ import pytest
 
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, SandboxSpec
 from unisandbox.api.plain import plain
-from unisandbox.engine import records
+from unisandbox.engine import durable, records
 from unisandbox.engine.records import Damaged, Record, Records, RecordStore, spec_of
 
 # As version 1 of the code has written it.
@@ -245,6 +245,24 @@ def test_nothing_that_was_kept_aside_is_overwritten(store: RecordStore, tmp_path
         only_damage(store, path, "not whole")
     kept = sorted(file.read_text() for file in (tmp_path / "damaged").iterdir())
     assert kept == ["damage 0", "damage 1", "damage 2"]
+
+
+def test_a_record_that_was_mended_meanwhile_is_not_moved(
+    store: RecordStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody writes it anew between the look at the damaged one and its move."""
+    path = written(store, tmp_path)
+    path.write_text("damage")
+    move = durable.set_aside
+
+    def slow(path: str, directory: str, *, of: tuple[int, int] | None, durable: bool) -> str:
+        store.write(FULL)
+        return move(path, directory, of=of, durable=durable)
+
+    monkeypatch.setattr(durable, "set_aside", slow)
+    assert store.read_all() == Records((FULL,), ())
+    assert store.read("s1") == FULL
+    assert os.listdir(tmp_path / "damaged") == []
 
 
 def test_a_damaged_record_that_cannot_be_moved_stays_and_is_told(store: RecordStore, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ that is not to the byte what we would have written, or says something that we ne
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -201,15 +202,25 @@ class RecordStore:
                 durable.remove_temporary(path)
             if not name.endswith(_SUFFIX):
                 continue
+            found = self._look(name, path, repair=repair)
+            if isinstance(found, Record):
+                records.append(found)
+            elif found is not None:
+                damaged.append(found)
+        return Records(tuple(records), tuple(damaged))
+
+    def _look(self, name: str, path: str, *, repair: bool) -> Record | Damaged | None:
+        while True:
             try:
                 found = self._read(name, path)
                 if isinstance(found, Record):
-                    records.append(found)
-                else:
-                    damaged.append(self._set_aside(found) if repair and found.movable else found.damage)
+                    return found
+                if not repair or not found.movable:
+                    return found.damage
             except FileNotFoundError:
-                continue  # removed meanwhile
-        return Records(tuple(records), tuple(damaged))
+                return None  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # replaced meanwhile: look again
+                return self._set_aside(found)
 
     def _read(self, name: str, path: str) -> Record | _Unusable:
         identity: tuple[int, int] | None = None

@@ -23,6 +23,7 @@ from unisandbox.api import (
     Exit,
     FailedPreconditionError,
     NotFoundError,
+    ProcessSpec,
     RecoverSandbox,
     Resources,
     Sandboxer,
@@ -35,7 +36,8 @@ from unisandbox.api import (
     UnsupportedError,
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
-from unisandbox.engine.held import HeldProcess, HeldProcesses
+from unisandbox.engine.held import HeldProcesses
+from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.records import Phase, Record, this_process
 
 if TYPE_CHECKING:
@@ -44,6 +46,9 @@ if TYPE_CHECKING:
 MAIN: Final = "main"
 # What is kept of each output stream of a container that nobody reads.
 LOG_BYTES: Final = 1 << 20
+
+_PIECE: Final = 1 << 16
+_LOG_WAIT: Final = 60.0
 
 LogStream = Literal["stdout", "stderr"]
 LOG_STREAMS: Final[tuple[LogStream, LogStream]] = ("stdout", "stderr")
@@ -199,12 +204,49 @@ class Entry:
                 self._check_started()
                 task = self.task
                 if self._main_made and (await task.state(MAIN)).state == "stopped":
+                    if await self.held.launched():
+                        raise FailedPreconditionError(
+                            f"the program that was launched in sandbox {self.label!r} has ended, and its container with it",
+                            hint="launch() another one, or stop() and start() the sandbox.",
+                        )
                     # Its init is gone (killed for memory, say): what it ran has ended, the files are still there.
-                    self._main_made = False
-                    await task.delete(MAIN)
+                    await self._drop_main(task)
                 if not self._main_made:
                     await self._make_main(task)
         return task
+
+    async def launch(self, process: ProcessSpec) -> int:
+        """Make the main container with this program as its main process; its pid on the host.
+
+        Raises:
+            FailedPreconditionError: the main container runs.
+        """
+        self._check_alive()
+        self._core.check_keeper()
+        await self.cleaning.catch_up()
+        async with self.changing():
+            self._check_started()
+            task = self.task
+            if self._main_made:
+                if (await task.state(MAIN)).state != "stopped":
+                    raise FailedPreconditionError(
+                        f"something runs in sandbox {self.label!r} already", hint="Use exec, or stop the sandbox first."
+                    )
+                await self._drop_main(task)
+            await self.held.launch()
+            pid = await self._add_container(task, ContainerSpec(name=MAIN, process=process))
+            self._main_made = True
+            return pid
+
+    async def _drop_main(self, task: TaskService) -> None:
+        self._main_made = False
+        await task.delete(MAIN)
+        await self._forget_main()
+
+    async def _forget_main(self) -> None:
+        if await self.held.launched():
+            await self.drop_logs(MAIN)
+            self.held.forget_launch()
 
     async def _make_main(self, task: TaskService) -> None:
         try:
@@ -217,6 +259,25 @@ class Entry:
         self._main_made = True
         self._told.discard(MAIN)
         self.emit("container.started", container_id=MAIN)
+
+    def process_exited(self, exec_id: str, exit: Exit | None) -> None:
+        """A process has ended, and whoever started it knows how."""
+        self.held.forget(exec_id)
+        if exit is not None and exit.reason == "oom":
+            self.emit("process.oom", exec_id=exec_id, exit=exit)
+        self.emit("process.exited", exec_id=exec_id, exit=exit)
+
+    @property
+    def operations(self) -> OperationLog:
+        """What was asked for under operation ids."""
+        return self._core.operations
+
+    async def known_task(self) -> TaskService:
+        """The task service, with all that other processes have done."""
+        self._check_alive()
+        if self._core.host.shared and self._state != "new":
+            await self._catch_up(exclusive=False)
+        return self.task
 
     def next_container_name(self) -> str:
         """A name for a container that the user did not name."""
@@ -232,15 +293,20 @@ class Entry:
         self._check_alive()
         self._core.check_keeper()
         await self.cleaning.catch_up()
+        if spec.name == MAIN:
+            raise AlreadyExistsError(
+                f"container {MAIN!r} of sandbox {self.label!r} is the one that run and exec use",
+                hint="Take another name, or launch() a program in it.",
+            )
         async with self.changing():
             self._check_started()
             return await self._add_container(self.task, spec)
 
     async def _add_container(self, task: TaskService, spec: ContainerSpec) -> int:
-        if spec.name == MAIN or spec.name in task.container_ids:
+        if spec.name in task.container_ids:
             raise AlreadyExistsError(
                 f"sandbox {self.label!r} has a container {spec.name!r} already",
-                hint=f"Take another name; {MAIN!r} is the one that run and exec use.",
+                hint="Take another name.",
             )
         readers: list[int] = []
         writers: list[int] = []
@@ -274,6 +340,17 @@ class Entry:
     async def logs(self, container_id: str, stream: LogStream) -> bytes:
         """What the keeper has kept of a container's output."""
         return (await self._core.host.keeper.ring_read(self._log(container_id, stream), limit=LOG_BYTES)).data
+
+    async def follow_logs(self, container_id: str, stream: LogStream, offset: int) -> AsyncIterator[bytes]:
+        """The same, and what comes after it, until the stream ends."""
+        while True:
+            name = self._log(container_id, stream)
+            got = await self._core.host.keeper.ring_read(name, offset, limit=_PIECE, wait=_LOG_WAIT)
+            if got.data:
+                yield got.data
+            offset = got.next
+            if got.eof:
+                return
 
     async def drop_logs(self, container_id: str) -> None:
         """Forget what a container wrote."""
@@ -454,6 +531,8 @@ class Entry:
             async def finish() -> None:
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
                 await self._containers_exited(containers)
+                if MAIN in containers:
+                    await self._forget_main()
                 self._note("stopped")
 
             try:

@@ -45,6 +45,7 @@ class HeldProcesses:
     def __init__(self, host: Host, sandbox_id: str) -> None:
         self._host = host
         self._prefix = host.prefix(sandbox_id)
+        self._launched = False
 
     def _exec(self, exec_id: str) -> str:
         return f"{self._prefix}exec/{exec_id}"
@@ -79,6 +80,25 @@ class HeldProcesses:
         """The process has ended, and whoever started it knows how."""
         if self._host.shared:
             self._host.keeper.drop_now([self._exec(exec_id)], prefix=f"{self._prefix}io/{exec_id}/")
+
+    async def launch(self) -> None:
+        """The main container gets a program of its own."""
+        self._launched = True
+        if self._host.shared:
+            await self._host.keeper.note(f"{self._prefix}launched", "yes")
+
+    async def launched(self) -> bool:
+        """Whether the main container has a program of its own, whoever has launched it."""
+        if not self._host.shared:
+            return self._launched
+        name = f"{self._prefix}launched"
+        return name in await self._host.keeper.notes(name)
+
+    def forget_launch(self) -> None:
+        """The main container is gone."""
+        self._launched = False
+        if self._host.shared:
+            self._host.keeper.drop_now([f"{self._prefix}launched"])
 
     async def read(self) -> list[HeldProcess]:
         """All that are held, in the order of their names."""

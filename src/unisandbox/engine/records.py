@@ -132,6 +132,8 @@ class RecordStore:
     def __init__(self, directory: str, *, durable: bool) -> None:
         self._directory = directory
         self._durable = durable
+        # Inode and time of change of what was read or written last, by sandbox.
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def _path(self, sandbox_id: str) -> str:
         return os.path.join(self._directory, check_id(sandbox_id) + _SUFFIX)
@@ -157,10 +159,12 @@ class RecordStore:
                 f"cannot write the record of sandbox {record.sandbox_id!r} to {path}: {error.strerror}",
                 hint="Free space there, or open the engine with another state directory.",
             ) from error
+        self._note_seen(record.sandbox_id)
 
     def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox. A record that is not there is no error."""
         durable.remove(self._path(sandbox_id), durable=self._durable)
+        self._seen.pop(sandbox_id, None)
 
     def read(self, sandbox_id: str) -> Record | None:
         """One record; None when there is none. Nothing is changed.
@@ -168,6 +172,7 @@ class RecordStore:
         Raises:
             BackendError: it is damaged; says how. `read_all` sets it aside.
         """
+        self._note_seen(sandbox_id)  # before: a change in between is then seen twice, and never missed
         try:
             found = self._read(sandbox_id + _SUFFIX, self._path(sandbox_id))
         except FileNotFoundError:
@@ -178,6 +183,45 @@ class RecordStore:
             f"the record of sandbox {sandbox_id!r} ({found.damage.path}) cannot be used: {found.damage.reason}",
             hint="Open an engine on its state directory: that keeps it aside and cleans up what it described.",
         )
+
+    def ids(self) -> list[str]:
+        """The ids of all sandboxes that have a record, readable or not.
+
+        Raises:
+            BackendError: the directory cannot be read.
+        """
+        try:
+            return sorted(name[: -len(_SUFFIX)] for name in os.listdir(self._directory) if name.endswith(_SUFFIX))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise BackendError(f"cannot read the records in {self._directory}: {error.strerror}") from error
+
+    def read_if_changed(self, sandbox_id: str) -> Record | None:
+        """The record, if it is not the one that this process has read or written last; None too when there is none."""
+        try:
+            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+        if self._seen.get(sandbox_id) == (status.st_ino, status.st_mtime_ns):
+            return None
+        return self.read(sandbox_id)
+
+    def generation(self, sandbox_id: str) -> int:
+        """That of the record on disk; 0 when there is none, or none that can be read."""
+        try:
+            record = self.read(sandbox_id)
+        except BackendError:
+            return 0
+        return 0 if record is None else record.generation
+
+    def _note_seen(self, sandbox_id: str) -> None:
+        try:
+            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+        except FileNotFoundError:
+            self._seen.pop(sandbox_id, None)
+        else:
+            self._seen[sandbox_id] = (status.st_ino, status.st_mtime_ns)
 
     def read_all(self, *, repair: bool = True) -> Records:
         """Every record.

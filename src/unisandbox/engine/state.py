@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -11,13 +12,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
 import attrs
 
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, short_name
+from unisandbox.engine import durable
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Guard
 from unisandbox.host.keeper.leases import NAME as LEASES_NAME
@@ -25,6 +27,7 @@ from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
+_PARENTS: Final = "cgroups.json"
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 # How often to make the runtime directory again that another engine, the last one, removes at this very moment.
 _TRIES: Final = 50
@@ -93,6 +96,18 @@ class StateDirectory:
             ) from error
         except ValueError as error:
             raise InvalidArgumentError(f"{os.fspath(directory or '')!r} is no path of a directory: {error}") from error
+
+    def cgroup_parents(self) -> dict[str, str]:
+        """Where the cgroups of the engine are, by hierarchy; empty when that was never noted."""
+        try:
+            known = json.loads(Path(self.path, _PARENTS).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return {str(key): str(value) for key, value in known.items()} if isinstance(known, dict) else {}
+
+    def keep_cgroup_parents(self, parents: Mapping[str, str]) -> None:
+        """Note where they are: who attaches, or comes after a crash, may stand in another cgroup himself."""
+        durable.replace(os.path.join(self.path, _PARENTS), json.dumps(dict(parents)).encode(), durable=self.durable)
 
     @property
     def disk_dir(self) -> str:

@@ -93,7 +93,7 @@ class Ledger:
         name = self._container(facts.name)
         if descriptors:
             await self._keeper.hold_now({f"{name}/{what}": fd for what, fd in descriptors.items()})
-        await self._keeper.note(name, json.dumps(plain(attrs.asdict(facts, recurse=False))))
+        await self._keeper.note(name, _text(facts))
 
     async def process(self, facts: ProcessFacts, descriptors: Mapping[str, int] | None = None) -> None:
         """Write down a process, and let the keeper hold copies of `descriptors` ("life", "pidfd", "master").
@@ -106,13 +106,13 @@ class Ledger:
         if descriptors:
             held = {f"{name}/{what}": fd for what, fd in descriptors.items()}
             await self._keeper.hold_now(held, stamp=[path for path in held if path.endswith("/life")])
-        await self._keeper.note(name, json.dumps(plain(attrs.asdict(facts, recurse=False))))
+        await self._keeper.note(name, _text(facts))
 
     def process_now(self, facts: ProcessFacts) -> None:
         """The same without descriptors and without an await."""
         if self.kept:
             name = self._process(facts.container, facts.exec_id)
-            self._keeper.note_now(name, json.dumps(plain(attrs.asdict(facts, recurse=False))))
+            self._keeper.note_now(name, _text(facts))
 
     def forget_container(self, name: str) -> None:
         """A container is gone, with all its processes."""
@@ -156,6 +156,11 @@ class Ledger:
     async def take_process(self, container: str, exec_id: str, what: str) -> int:
         """A copy of a process's descriptor. Raises FileNotFoundError."""
         return await self._keeper.take(f"{self._process(container, exec_id)}/{what}")
+
+
+def _text(facts: ContainerFacts | ProcessFacts) -> str:
+    data = attrs.asdict(facts, recurse=False)
+    return json.dumps({**data, "spec": None if facts.spec is None else plain(facts.spec)})
 
 
 def _container_of(name: str, data: dict[str, object]) -> ContainerFacts:

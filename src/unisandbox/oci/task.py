@@ -63,7 +63,7 @@ from unisandbox.oci.processes import (
     status_without_init,
     streams,
 )
-from unisandbox.oci.runtime import Runtime
+from unisandbox.oci.runtime import Created, Runtime
 
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).

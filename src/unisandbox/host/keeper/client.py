@@ -418,6 +418,10 @@ class Keeper:
             raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
         return packet.claim()
 
+    def drop_now(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
+        """As `drop`, without an await and without an answer; nothing happens once the keeper has ended."""
+        self._link.say({"op": "drop", "names": list(names), "prefix": prefix})
+
     async def drop(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
         """Close what is held (or ringed) under these names, and under all that begin with `prefix` unless it is empty.
 
@@ -485,6 +489,10 @@ class Keeper:
             raise InvalidArgumentError(f"note {name!r} has a NUL")
         await self._link.tell({"op": "note", "name": name, "value": value})
 
+    def note_now(self, name: str, value: str) -> None:
+        """As `note`, without an await; nothing happens once the keeper has ended."""
+        self._link.say({"op": "note", "name": _checked(name), "value": value})
+
     async def notes(self, prefix: str = "") -> dict[str, str]:
         """The notes whose names begin with `prefix`."""
         return cast("dict[str, str]", await self._pages("notes", prefix))
@@ -499,6 +507,14 @@ class Keeper:
         if len(text) > protocol.EVENT_LIMIT:
             raise InvalidArgumentError(f"an event of {len(text)} bytes; at most {protocol.EVENT_LIMIT}")
         await self._link.tell({"op": "publish", "event": text})
+
+    def publish_now(self, event: Mapping[str, object]) -> None:
+        """As `publish`, without an await; nothing happens once the keeper has ended."""
+        self._link.say({"op": "publish", "event": json.dumps(dict(event), separators=(",", ":"))})
+
+    async def clients(self) -> frozenset[int]:
+        """The numbers (see `Hello.client`) of all that are connected now."""
+        return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
 
     async def events_after(self, seq: int, *, wait: float = 0.0, limit: int = 500) -> EventPage:
         """Events after number `seq`; if there are none yet, wait for one up to `wait` seconds.

@@ -12,50 +12,30 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
-from tests.keepers import DEADLINE, fd_count, keeper_at, private_bytes, sh, sh_exit, until, wait_ended
+from tests.keepers import (
+    DEADLINE,
+    adopt,
+    fd_count,
+    host,
+    keeper_at,
+    private_bytes,
+    raw_client,
+    said,
+    sh,
+    sh_exit,
+    until,
+    wait_ended,
+)
 
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 from unisandbox.host.keeper import ExitRecord, Guard, Keeper, SpawnFailed, protocol
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
-
-_HOST = """
-import anyio, os, signal, sys, time
-from unisandbox.host.keeper import Guard, Keeper
-place = sys.argv[1]
-async def main():
-    keeper = await Keeper.start(place + "/state", workdir=place + "/work", policy=sys.argv[3])
-    print(keeper.pid, flush=True)
-    {body}
-anyio.run(main, backend=sys.argv[2])
-"""
-
-
-@contextmanager
-def host(place: Path, backend: str, policy: str, body: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A host program that has a keeper, and the keeper's pid."""
-    argv = [sys.executable, "-c", _HOST.format(body=body), str(place), backend, policy]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as program:
-        assert program.stdout is not None
-        pid = int(program.stdout.readline())
-        try:
-            yield program, pid
-        finally:
-            program.kill()
-            program.wait()
-
-
-def said(program: subprocess.Popen[str]) -> str:
-    assert program.stdout is not None
-    return program.stdout.readline().strip()
-
 
 _RUNNING = """
     for name in ("tree", "tree/sub"):
@@ -180,21 +160,11 @@ async def test_the_keeper_waits_for_an_owner_again_and_again(tmp_path: Path) -> 
         os.close(null)
         first.abandon()
         for _ in range(5):
-            keeper = await _adopt(tmp_path)
+            keeper = await adopt(tmp_path)
             assert list(await keeper.held()) == ["null"]
             keeper.abandon()
-        keeper = await _adopt(tmp_path)
+        keeper = await adopt(tmp_path)
         await keeper.close()
-
-
-async def _adopt(place: Path) -> Keeper:
-    """Its former owner's end may not have reached the keeper yet."""
-    with anyio.fail_after(DEADLINE):
-        while True:
-            try:
-                return await Keeper.attach(f"{place}/state", own=True)
-            except FailedPreconditionError:
-                await anyio.sleep(0.002)
 
 
 # --- the keeper dies ---
@@ -399,17 +369,6 @@ async def test_a_client_without_free_fds_gets_an_error_and_its_keeper_goes_on(tm
 # --- hostile clients ---
 
 
-def raw_client(place: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(f"{place}/state/keeper.sock")
-    sock.settimeout(DEADLINE)
-    return sock
-
-
-async def in_thread(action: Callable[[], None]) -> None:
-    await anyio.to_thread.run_sync(action)
-
-
 def is_ended(sock: socket.socket) -> bool:
     try:
         return sock.recv(1 << 16) == b""
@@ -557,8 +516,8 @@ async def test_a_keeper_that_speaks_another_version_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with keeper_at(tmp_path):
-        monkeypatch.setattr(protocol, "VERSION", 2)
-        with pytest.raises(UnavailableError, match=r"speaks version 1 .* this library version 2"):
+        monkeypatch.setattr(protocol, "VERSION", 99)
+        with pytest.raises(UnavailableError, match=r"speaks version 2 .* this library version 99"):
             await Keeper.attach(f"{tmp_path}/state")
 
 

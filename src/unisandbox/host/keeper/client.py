@@ -358,9 +358,10 @@ class Keeper:
 
         Args:
             fds: fds by the names under which they are held.
-            spool: of those that others write to (pipes, terminals, sockets), how many bytes to keep: when the connection
-                that held them ends and the keeper lives on, it begins to drain them, and keeps the last so many bytes
-                of each. If all of them together would be over 256 MiB, each gets its share of that. See `reclaim`.
+            spool: of those that others write to (pipes, terminals, sockets), how many bytes to keep: when the
+                connection that held them ends and the keeper lives on, it begins to drain them, and keeps the last so
+                many bytes of each. If all of them together would be over 256 MiB, each gets its share of that.
+                See `reclaim`.
             stamp: of those that can be waited for: the keeper notes when they first become readable. See `stamps`.
 
         Raises:

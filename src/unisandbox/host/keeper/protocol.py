@@ -205,6 +205,14 @@ def integer(message: Message, name: str, low: int, high: int, default: int | Non
     return value
 
 
+def integers(message: Message, name: str, low: int, high: int) -> dict[str, int]:
+    """A mapping of strings to integers from `low` to `high`."""
+    value = message.get(name)
+    if type(value) is not dict or not all(type(item) is int and low <= item <= high for item in value.values()):
+        raise _wrong(message, name, f"a mapping of names to integers from {low} to {high}")
+    return value
+
+
 def seconds(message: Message, name: str, high: float, default: float | None = None) -> float:
     """A duration from 0 to `high` seconds."""
     value = message.get(name, default)

@@ -138,6 +138,10 @@ class Connections:
         """From now on whoever connects is turned away: the keeper ends."""
         self._refusing = True
 
+    def numbers(self) -> list[int]:
+        """The numbers of all who are connected."""
+        return sorted(client.number for client in self._clients)
+
     def is_alone(self, client: Client) -> bool:
         """Whether nobody else is connected, those included who wait to be accepted; the dead do not count."""
         if self._listener is not None:

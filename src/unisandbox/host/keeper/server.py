@@ -81,6 +81,7 @@ class Server:
         self._ended = False
         self._requests: dict[str, Callable[[Packet, Reply], None]] = {
             "hello": self._hello,
+            "clients": self._clients,
             "spawn": self._family.spawn,
             "cancel_spawn": self._family.cancel_spawn,
             "job": self._family.job,
@@ -179,6 +180,10 @@ class Server:
         pidfd = os.pidfd_open(os.getpid())
         self._connections.greet(client)
         reply(answer, [pidfd])
+
+    def _clients(self, packet: Packet, reply: Reply) -> None:
+        """The numbers of all who are connected."""
+        reply({"clients": self._connections.numbers()})
 
     def _own(self, packet: Packet, reply: Reply) -> None:
         """Become the owner, when there is none; comes with the client's own pidfd."""

@@ -24,6 +24,7 @@ from unisandbox.api import (
     SandboxError,
     SandboxSpec,
     UnavailableError,
+    UnsupportedError,
     check_id,
 )
 from unisandbox.engine.choice import Choice, choose, probe_all
@@ -103,7 +104,8 @@ class EngineCore:
             raise InvalidArgumentError(f"on_recover must be 'adopt', 'stop' or 'report', got {on_recover!r}")
         if directory is None and policy == "keep":
             raise InvalidArgumentError(
-                "policy 'keep' needs a state directory of your own", hint="Give one: a temporary one cannot be found again."
+                "policy 'keep' needs a state directory of your own",
+                hint="Give one: a temporary one cannot be found again.",
             )
         state = StateDirectory.prepare(directory)
         try:
@@ -148,7 +150,7 @@ class EngineCore:
         Raises:
             UnavailableError: none is: open one.
         """
-        keeper = await Keeper.attach(os.path.abspath(os.fspath(directory)))
+        keeper = await Keeper.attach(os.fspath(directory))
         try:
             state = StateDirectory.prepare(directory)
             cgroups = Cgroups.detect(f"unisandbox-{state.engine_id}").placed(state.cgroup_parents())
@@ -224,6 +226,7 @@ class EngineCore:
         backend = self._chosen.get(spec.isolation)
         if backend is None:
             backend, _ = await choose(self._registry, spec)
+        _check_supported(backend, spec, self.policy)
         now = time.time()
         record = Record(
             sandbox_id=identity,
@@ -488,6 +491,19 @@ class EngineCore:
                     f"a sandbox with the name {spec.name!r} exists already",
                     hint="Take another name, or remove the other sandbox first.",
                 )
+
+
+def _check_supported(backend: Backend, spec: SandboxSpec, policy: Policy) -> None:
+    """Refuse what the engine would have to do for a backend that has nothing to do it with."""
+    if spec.ttl is not None and not backend.capabilities.ttl:
+        raise UnsupportedError("ttl", backend.name, hint="Call remove() yourself, e.g. after anyio.sleep().")
+    if policy == "keep" and not backend.capabilities.survives_host_crash:
+        raise UnsupportedError(
+            "policy 'keep'",
+            backend.name,
+            reason="its sandboxes end with this process",
+            hint="Open the engine with policy='stop'.",
+        )
 
 
 async def _own_keeper(state: StateDirectory, hide: tuple[str, ...], policy: Policy) -> tuple[Keeper, bool]:

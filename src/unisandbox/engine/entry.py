@@ -206,7 +206,7 @@ class Entry:
                 if self._main_made and (await task.state(MAIN)).state == "stopped":
                     if await self.held.launched():
                         raise FailedPreconditionError(
-                            f"the program that was launched in sandbox {self.label!r} has ended, and its container with it",
+                            f"the program that was launched in sandbox {self.label!r} has ended",
                             hint="launch() another one, or stop() and start() the sandbox.",
                         )
                     # Its init is gone (killed for memory, say): what it ran has ended, the files are still there.

@@ -132,9 +132,7 @@ class HeldProcesses:
 
 
 def _text(process: HeldProcess) -> str:
-    return json.dumps(
-        {"spec": plain(process.spec), "client": process.client, "operation_id": process.operation_id}
-    )
+    return json.dumps({"spec": plain(process.spec), "client": process.client, "operation_id": process.operation_id})
 
 
 def _process_of(exec_id: str, data: dict[str, object]) -> HeldProcess:

@@ -1,7 +1,7 @@
 """What an engine does about the sandboxes that a former one has left: adopt them, free what is left, or only tell.
 
-There are two cases. The former engine's keeper runs on (policy "keep"): what it held lives, and can be adopted. Or it is
-gone, by its policy, a crash or a reboot: then nothing lives that is of use, and what is left is freed by its name.
+There are two cases. The former engine's keeper runs on (policy "keep"): what it held lives, and can be adopted. Or it
+is gone, by its policy, a crash or a reboot: then nothing lives that is of use, and what is left is freed by its name.
 """
 
 from __future__ import annotations
@@ -140,8 +140,7 @@ class Recovery:
         """Free what no record speaks of: one was damaged."""
         host = self._core.host
         dirs = [f"{place.parent}/{host.cgroups.name}/{short}" for place in host.cgroups.places]
-        there = [directory for directory in dirs if os.path.isdir(directory)]
-        ending.kill(there, _KILL_SECONDS)
+        ending.kill(dirs, _KILL_SECONDS)
         # The keeper knows by its guards what else there is.
         await host.keeper.expire(f"{short}/", 0)
         await host.keeper.drop([f"ids/{short}"])

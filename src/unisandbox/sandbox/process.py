@@ -165,9 +165,7 @@ async def start(
     return exec_id, started.pid, started.terminal
 
 
-async def _start(
-    entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str
-) -> StartedTask:
+async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str) -> StartedTask:
     task = await entry.ready()
     try:
         await entry.held.hold(exec_id, spec, pipes.fds(), operation_id)

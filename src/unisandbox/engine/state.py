@@ -27,7 +27,7 @@ from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
-_PARENTS: Final = "cgroups.json"
+_PARENTS: Final = "cgroups"
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 # How often to make the runtime directory again that another engine, the last one, removes at this very moment.
 _TRIES: Final = 50

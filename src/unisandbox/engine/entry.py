@@ -47,6 +47,9 @@ MAIN: Final = "main"
 # What is kept of each output stream of a container that nobody reads.
 LOG_BYTES: Final = 1 << 20
 
+# How long the keeper may take to end what has expired; more only when the wall clock was set forward.
+_EXPIRY_SECONDS: Final = 2.0
+_EXPIRY_POLL: Final = 0.01
 _PIECE: Final = 1 << 16
 _LOG_WAIT: Final = 60.0
 
@@ -194,8 +197,9 @@ class Entry:
         self._check_alive()
         self._core.check_keeper()
         await self.cleaning.catch_up()
-        self._check_generation()
-        if self._state == "unread":
+        await self._await_expiry()
+        self._check_alive()
+        if self._core.host.shared and (self._state == "unread" or self._core.records.changed(self.sandbox_id)):
             await self._read()
         task = self.task
         self._check_started()
@@ -369,6 +373,7 @@ class Entry:
         """
         async with self._lock:
             keeper = self._core.host.keeper
+            await self._await_expiry()
             if not self._core.host.shared or not keeper.alive:
                 yield
                 return
@@ -382,7 +387,18 @@ class Entry:
             finally:
                 keeper.unlock(name)
 
+    async def _await_expiry(self) -> None:
+        """About the time at which its ttl is over: wait until the keeper, whose clock decides, has said so."""
+        over = self.record.expires_at
+        if over is None or self.expired or self._state in {"new", "removed"} or time.time() < over:
+            return
+        with anyio.move_on_after(_EXPIRY_SECONDS):
+            while not self.expired:
+                await self._core.host.keeper.clients()  # with each answer comes what is new
+                await anyio.sleep(_EXPIRY_POLL)
+
     async def _read(self) -> None:
+        """Learn what others have done, as whoever wants to change it."""
         async with self.changing():
             return
 
@@ -406,13 +422,6 @@ class Entry:
         self._task = started.task
         self._state = "stopped" if record.phase == "stopped" else "ready"
         self._main_made = MAIN in started.task.container_ids
-
-    def _check_generation(self) -> None:
-        """Cheap: the record is read only when it has changed."""
-        if self._core.host.shared and self._state in {"ready", "stopped"}:
-            record = self._core.records.read_if_changed(self.sandbox_id)
-            if record is not None:
-                self._check_same(record)
 
     def _check_same(self, record: Record) -> None:
         if record.generation != self.record.generation:
@@ -456,7 +465,9 @@ class Entry:
                 await self.vanish()
                 return False
             lived = record.phase in {"ready", "stopped"}
-            request = RecoverSandbox(self.sandbox_id, self.spec, lived=lived, started=lived, exclusive=True)
+            request = RecoverSandbox(
+                self.sandbox_id, self.spec, lived=lived, started=record.phase == "ready", exclusive=True
+            )
             started = await self._sandboxer.recover(request)
             if started is None:
                 return False

@@ -197,15 +197,13 @@ class RecordStore:
         except OSError as error:
             raise BackendError(f"cannot read the records in {self._directory}: {error.strerror}") from error
 
-    def read_if_changed(self, sandbox_id: str) -> Record | None:
-        """The record, if it is not the one that this process has read or written last; None too when there is none."""
+    def changed(self, sandbox_id: str) -> bool:
+        """Whether the record is another one than this process has read or written last, or is gone. Cheap."""
         try:
             status = os.stat(self._path(sandbox_id), follow_symlinks=False)
         except FileNotFoundError:
-            return None
-        if self._seen.get(sandbox_id) == (status.st_ino, status.st_mtime_ns):
-            return None
-        return self.read(sandbox_id)
+            return True
+        return self._seen.get(sandbox_id) != (status.st_ino, status.st_mtime_ns)
 
     def generation(self, sandbox_id: str) -> int:
         """That of the record on disk; 0 when there is none, or none that can be read."""

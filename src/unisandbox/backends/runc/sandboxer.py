@@ -194,6 +194,7 @@ class RuncSandboxer:
         if sandbox.remains or "root" not in pod.fds:
             sandbox.remains = True
             return None
+        sandbox.stopped_at = None if request.started else sandbox.stopped_at or time.time()
         if sandbox.planner is None:
             sandbox.planner = self._planner_of(pod)
         if sandbox.task is None:

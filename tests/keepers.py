@@ -106,6 +106,12 @@ def fd_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def private_bytes(pid: int) -> int:
     """The memory that a process has for itself."""
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
@@ -118,10 +124,6 @@ def raw_client(place: Path) -> socket.socket:
     sock.connect(f"{place}/state/keeper.sock")
     sock.settimeout(DEADLINE)
     return sock
-
-
-async def in_thread(action: Callable[[], None]) -> None:
-    await anyio.to_thread.run_sync(action)
 
 
 _HOST = """

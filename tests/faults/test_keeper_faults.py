@@ -369,6 +369,10 @@ async def test_a_client_without_free_fds_gets_an_error_and_its_keeper_goes_on(tm
 # --- hostile clients ---
 
 
+async def in_thread(action: Callable[[], None]) -> None:
+    await anyio.to_thread.run_sync(action)
+
+
 def is_ended(sock: socket.socket) -> bool:
     try:
         return sock.recv(1 << 16) == b""
@@ -454,6 +458,35 @@ _WRONG: list[dict[str, object]] = [
     {"op": "ack", "seq": 1},
     {"op": "close", "run_guards": True},
     {"op": "own"},
+    {"op": "hold_now", "names": ["no fd came"], "spool": {}, "stamp": []},
+    {"op": "hold_now", "names": [], "spool": {"stranger": 1}, "stamp": []},
+    {"op": "hold_now", "names": [], "spool": [], "stamp": []},
+    {"op": "hold_now", "names": [], "spool": {}, "stamp": 1},
+    {"op": "reclaim", "name": "no such"},
+    {"op": "reclaimed", "name": "no such", "spool": -1, "end": 0},
+    {"op": "stamps", "prefix": 1, "after": ""},
+    {"op": "note", "name": "", "value": "x"},
+    {"op": "note", "name": "n", "value": 1},
+    {"op": "note", "name": "n", "value": "x" * 65_537},
+    {"op": "notes", "prefix": ""},
+    {"op": "publish", "event": {}},
+    {"op": "publish", "event": "[]"},
+    {"op": "publish", "event": "{"},
+    {"op": "publish", "event": "[" * 16_000},
+    {"op": "publish", "event": '{"x":"' + "x" * 16_384 + '"}'},
+    {"op": "events_after", "after": -1, "limit": 1},
+    {"op": "events_after", "after": 0, "limit": 0},
+    {"op": "events_after", "after": 0, "limit": 1, "wait": float("nan")},
+    {"op": "cancel_wait"},
+    {"op": "lock", "name": "x" * 129, "ticket": 1},
+    {"op": "lock", "name": "l", "ticket": "1"},
+    {"op": "unlock", "name": "l"},
+    {"op": "cancel_lock", "name": "l", "ticket": None},
+    {"op": "expire", "prefix": "", "seconds": 1},
+    {"op": "expire", "prefix": "p", "seconds": -1},
+    {"op": "expire", "prefix": "p", "seconds": 1e300},
+    {"op": "lease", "directory": "/tmp", "first": 0, "count": 1, "name": 1},
+    {"op": "set_policy", "policy": "stop"},
     {"op": "exit_of", "pid": 0, "start_time": 0},
     {"op": "hello", "after": -1},
 ]
@@ -557,5 +590,29 @@ async def test_a_full_disk_takes_the_file_but_not_the_memory_of_exits(tmp_path: 
             await sh_exit(keeper, "exit 1", key="last")
             report = await keeper.close()
             assert report.failures == 0
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
+async def test_a_full_disk_repeats_no_number_of_an_event(tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
+    try:
+        async with keeper_at(full) as keeper:
+            with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
+                file.write(b"x" * (1 << 20))
+            for _ in range(60_000):
+                await keeper.publish({})
+            assert (await keeper.events_after(59_999)).events == [(60_000, {})]
+            os.kill(keeper.pid, signal.SIGKILL)
+            wait_ended(keeper.pid)
+        assert int((full / "state/events").read_text()) > 100_000
+        assert not (full / "state/events.new").exists()
+        os.unlink(full / "filler")
+        async with keeper_at(full) as keeper:
+            await keeper.publish({})
+            assert (await keeper.events_after(0)).last > 100_000
+            await keeper.close()
     finally:
         subprocess.run(["umount", str(full)], check=True)

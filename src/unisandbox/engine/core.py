@@ -34,7 +34,7 @@ from unisandbox.engine.events import EventLog, SharedEventLog
 from unisandbox.engine.operations import OperationLog, digest_of
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
 from unisandbox.engine.registry import Backend, Registry
-from unisandbox.engine.state import StateDirectory
+from unisandbox.engine.state import SANDBOXES, StateDirectory
 from unisandbox.host.cgroups import Cgroups, ending
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.services import Host
@@ -69,7 +69,7 @@ class EngineCore:
         self.recovery: RecoveryReport = RecoveryReport("attached")
         self.closed: bool = False
         self.gone: bool = False
-        self.records: RecordStore = RecordStore(os.path.join(host.state_dir, "sandboxes"), durable=state.durable)
+        self.records: RecordStore = RecordStore(os.path.join(host.state_dir, SANDBOXES), durable=state.durable)
         self.operations: OperationLog = OperationLog(os.path.join(host.state_dir, "operations"), durable=state.durable)
         self.boot_id: str = boot_id()
         # Records that were found and are not to be touched (`on_recover="report"`), by id.

@@ -59,6 +59,7 @@ class Expiry:
         self._times: dict[str, float] = {}
         self._due: list[str] = []
         self._at_work: set[str] = set()
+        self._is_starting = False
         self._stopped = False
         self._timer = syscalls.timerfd(time.CLOCK_BOOTTIME)
         loop.watch(self._timer, lambda _events: self._look())
@@ -95,12 +96,17 @@ class Expiry:
         self._next()
 
     def _next(self) -> None:
-        while self._due and len(self._at_work) < _AT_ONCE and not self._stopped:
-            prefix = self._due.pop(0)
-            if prefix in self._at_work:
-                continue  # told to expire again while it does
-            self._at_work.add(prefix)
-            self._kill(prefix)
+        if self._is_starting:
+            return  # what has nothing to undo is over at once, and comes here again
+        self._is_starting = True
+        try:
+            while self._due and len(self._at_work) < _AT_ONCE and not self._stopped:
+                prefix = self._due.pop(0)
+                if prefix not in self._at_work:  # else told to expire again while it does
+                    self._at_work.add(prefix)
+                    self._kill(prefix)
+        finally:
+            self._is_starting = False
 
     def _kill(self, prefix: str) -> None:
         """First what runs: it may hold what is to be undone, and it may be the reason why somebody wants an end."""

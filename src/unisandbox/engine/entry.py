@@ -640,6 +640,8 @@ class Entry:
         for close in tuple(self.closing):
             close()
         containers = tuple(self._task.container_ids) if self._task is not None else ()
+        if self.record.expires_at is not None and self._core.host.keeper.alive:
+            await self._core.host.keeper.expire(self._prefix, None)
         await self._sandboxer.remove(self.sandbox_id)
         await self._containers_exited(containers)
         self._state = "removed"

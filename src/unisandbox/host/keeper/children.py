@@ -1,4 +1,4 @@
-"""Children of the keeper: programs that it starts, and jobs, which are a forked keeper that runs a few steps.
+"""Children of the keeper: programs that it starts, and workers, which are forks of it that run jobs.
 
 A child reports on a pipe (or socket) how its beginning went; the keeper reads that from its loop and never waits for a
 child: entering a cgroup or a directory may take long. Standard library only, and light: the keeper forks this code.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import resource
+import select
 import signal
 import socket
 import sys
@@ -21,13 +23,14 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from unisandbox.host.keeper.protocol import Message
+    from unisandbox.host.keeper.protocol import Message, Packet
 
 # Those that mean something to the keeper: a child between fork and exec must not catch one of them in its stead. Few,
 # since Python turns every number of a mask into an enum member.
 _OURS = (signal.SIGCHLD, signal.SIGTERM)
 _UMASK = 0o022
 _CLOSE_RANGE_CLOEXEC = 4  # Linux 5.11, include/uapi/linux/close_range.h
+_READY = protocol.encode({"ready": True})
 _LOST = 120  # exit code of a child that could not even report
 
 
@@ -145,12 +148,18 @@ def _place(fds: list[int], report: int) -> int:
     return report
 
 
-def start_job(steps: list[dict[str, object]], fds: list[int]) -> tuple[int, socket.socket]:
-    """Fork a child that runs `jobs.run(steps, fds)` and sends one packet: `result` with named fds, or `error`."""
+def start_worker() -> tuple[int, socket.socket]:
+    """Fork a child that runs jobs, one after the other, until its socket ends: its pid, and our end of the socket.
+
+    It takes packets with `steps` and the fds that they name, and for each sends `result` with named fds, or `error`. It
+    ends after an error, since a step may have failed anywhere; otherwise it sends `ready` once nothing of the job is
+    left, and takes the next. What it knows of the keeper is what the keeper knew when it was forked: nothing in a job
+    may depend on that.
+    """
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     keeper = os.getpid()
     try:
-        pid = _fork(lambda: _job(steps, fds, far, keeper))
+        pid = _fork(lambda: _work(far, keeper))
     except BaseException:
         near.close()
         raise
@@ -159,33 +168,66 @@ def start_job(steps: list[dict[str, object]], fds: list[int]) -> tuple[int, sock
     return pid, near
 
 
-def _job(steps: list[dict[str, object]], fds: list[int], answer: socket.socket, keeper: int) -> None:
+def _work(sock: socket.socket, keeper: int) -> None:
     _die_with(keeper)
-    os.setpgid(0, 0)  # what it starts (mkfs, the child of new namespaces) is ended with it: see `Family.reap`
+    os.setpgid(0, 0)  # what a job starts (mkfs, the child of new namespaces) is ended with it: see `Family.reap`
     os.umask(_UMASK)
     _reset_signals()
+    # Copies of what the keeper holds would keep it alive: namespaces, mounts, the ends of its clients' sockets.
+    _close_all_but([sock.fileno()])
+    gc.freeze()  # objects whose descriptors are closed now must not be collected: the numbers will be others'
+    home = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    buffer = protocol.new_buffer()
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    while True:
+        poll.poll()
+        packet = protocol.receive(sock, buffer)
+        if packet is None:
+            os._exit(0)
+        # Again: the kernel forgets it when a process changes its ids, as jobs do. Source: PR_SET_PDEATHSIG(2const).
+        _die_with(keeper)
+        done = _job(packet, sock)
+        packet.close()
+        # After the answer: what the job has killed takes a while to end.
+        _reap_all()
+        if not done:
+            os._exit(0)
+        syscalls.setns(home, syscalls.CLONE_NEWNS)
+        sock.send(_READY)
+
+
+def _job(packet: Packet, answer: socket.socket) -> bool:
+    """Run the job and answer; whether it succeeded."""
     message: Message
     made: list[int] = []
+    done = False
     try:
-        result, named = jobs.run(steps, fds, leave_children=True)
+        if packet.lost:
+            raise OSError(errno.EMFILE, "no file descriptors are left for what came with the job")
+        result, named = jobs.run(packet.message["steps"], packet.fds, leave_children=True)  # type: ignore[arg-type]
         made = list(named.values())
         message = {"result": result, "names": list(named)}
         data = protocol.encode(message, made)
+        done = True
     except jobs.StepError as error:
-        made = []
         message = {"errno": error.errno, "error": error.message, "index": error.index, "do": error.do}
         data = protocol.encode(message)
     except (OSError, ValueError, TypeError, KeyError, protocol.MessageTooLargeError) as error:
         made = []
         number = error.errno if isinstance(error, OSError) and error.errno else errno.EINVAL
         data = protocol.encode({"errno": number, "error": f"{type(error).__name__}: {error}"[:4000]})
-    answer.setblocking(True)
     answer.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _packed(made))] if made else [])
+    protocol.close_all(made)
+    return done
+
+
+def _reap_all() -> None:
     try:
         while True:
-            os.waitpid(-1, 0)  # after the answer: what the job has killed takes a while to end
+            os.waitpid(-1, 0)
     except ChildProcessError:
-        os._exit(0)
+        return
 
 
 def start_guards(action: Callable[[int], None], keep: Sequence[int]) -> tuple[int, int]:
@@ -197,12 +239,7 @@ def start_guards(action: Callable[[int], None], keep: Sequence[int]) -> tuple[in
 
     def child() -> None:
         _reset_signals()
-        low = 3
-        for fd in sorted([*keep, writing]):
-            if fd > low:
-                syscalls.close_range(low, fd - 1)
-            low = fd + 1
-        syscalls.close_range(low)
+        _close_all_but([*keep, writing])
         action(writing)
         os._exit(0)
 
@@ -215,6 +252,16 @@ def start_guards(action: Callable[[int], None], keep: Sequence[int]) -> tuple[in
         os.close(writing)
     os.set_blocking(reading, False)
     return pid, reading
+
+
+def _close_all_but(keep: Sequence[int]) -> None:
+    """Close every descriptor but 0-2 and `keep`."""
+    low = 3
+    for fd in sorted(keep):
+        if fd > low:
+            syscalls.close_range(low, fd - 1)
+        low = fd + 1
+    syscalls.close_range(low)
 
 
 def _packed(fds: list[int]) -> bytes:
@@ -247,7 +294,7 @@ def _reset_signals() -> None:
 
 
 def _die_with(keeper: int) -> None:
-    """A job must not outlive the keeper: it has copies of its sockets, and nobody waits for its result."""
+    """A worker must not outlive the keeper: nobody waits for the result of its job."""
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != keeper:
         os._exit(_LOST)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import socket
 import time
 
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.keeper import children, protocol
 from unisandbox.host.keeper.loop import note
+from unisandbox.host.keeper.workers import PATIENCE, Workers
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,21 +44,20 @@ class _Spawn:
 
 
 class _Job:
-    """A job, from its request to its child's end."""
+    """A job, from its request to its answer."""
 
-    __slots__ = ("cancelled", "hold", "pid", "reply", "sock", "timer")
+    __slots__ = ("cancelled", "ended", "hold", "reply", "timer")
 
-    def __init__(self, reply: Reply, hold: dict[str, str], pid: int, sock: socket.socket) -> None:
+    def __init__(self, reply: Reply, hold: dict[str, str]) -> None:
         self.reply = reply
         self.hold = hold
-        self.pid = pid
-        self.sock = sock
         self.timer: Timer | None = None
         self.cancelled = False
+        self.ended = False
 
 
 class _Delayed:
-    """A job that waits for the death of a cancelled one."""
+    """A job that waits: for the death of a cancelled one, or a moment for a worker."""
 
     __slots__ = ("fds", "reply", "start")
 
@@ -81,10 +80,12 @@ class Family:
         self._living: dict[int, _Spawn] = {}
         #: Children that are forks of the keeper itself; their exits are nobody's business.
         self._own: set[int] = set()
+        self._workers = Workers(loop, self._start_delayed)
+        #: The last job of each worker, by its pid.
         self._jobs: dict[int, _Job] = {}
-        #: Jobs that came while a cancelled one was not yet dead.
+        #: Jobs that could not begin at once, in order.
         self._delayed: list[_Delayed] = []
-        self._buffer = protocol.new_buffer()
+        self._patience: Timer | None = None
 
     # --- programs ---
 
@@ -181,7 +182,7 @@ class Family:
     # --- jobs ---
 
     def job(self, packet: Packet, reply: Reply) -> None:
-        """Run steps in a fork of the keeper, and hold the fds that they make."""
+        """Let a worker run steps, and hold the fds that they make."""
         message = packet.message
         steps = message.get("steps")
         if type(steps) is not list or not all(type(step) is dict for step in steps):
@@ -192,20 +193,41 @@ class Family:
         for name in hold.values():
             self._holdings.free(name)
         timeout = protocol.seconds(message, "timeout", _JOB_TIME_LIMIT)
-        if any(job.cancelled for job in self._jobs.values()):
-            # What the cancelled one did must be over before another (that cleans up after it, perhaps) begins.
+        if self._cancelling() or self._delayed or self._workers.are_busy:
             fds = [packet.claim(index) for index in range(len(packet.fds))]
             self._delayed.append(_Delayed(reply, fds, lambda: self._start_job(steps, fds, hold, timeout, reply)))
+            self._start_delayed()
             return
         self._start_job(steps, packet.fds, hold, timeout, reply)
+
+    def _cancelling(self) -> bool:
+        """What a cancelled job did must be over before another (that cleans up after it, perhaps) begins."""
+        return any(job.cancelled for job in self._jobs.values())
+
+    def _start_delayed(self) -> None:
+        """Start those that need not wait any more."""
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        while self._delayed and not self._cancelling():
+            if self._workers.are_busy:
+                self._patience = self._loop.later(PATIENCE, self._start_delayed)
+                return
+            delayed = self._delayed.pop(0)
+            try:
+                delayed.start()
+            except OSError as error:
+                delayed.reply.fail(error)
+            finally:
+                protocol.close_all(delayed.fds)
 
     def cancel_job(self, packet: Packet, reply: Reply) -> None:
         """Kill the job that the same client asked for as request `job`; what it made is not held."""
         number = protocol.integer(packet.message, "job", 0, 1 << 62)
-        for job in self._jobs.values():
-            if job.reply.client is reply.client and job.reply.id == number and job.sock.fileno() >= 0:
+        for pid, job in self._jobs.items():
+            if job.reply.client is reply.client and job.reply.id == number and not job.ended:
                 job.cancelled = True
-                os.kill(job.pid, signal.SIGKILL)
+                self._workers.kill(pid)
                 reply({})
                 return
         for delayed in self._delayed:
@@ -223,33 +245,19 @@ class Family:
     def _start_job(
         self, steps: list[dict[str, object]], fds: list[int], hold: dict[str, str], timeout: float, reply: Reply
     ) -> None:
-        pid, sock = children.start_job(steps, fds)
-        job = _Job(reply, hold, pid, sock)
+        job = _Job(reply, hold)
+        pid = self._workers.begin(steps, fds, lambda packet: self._job_said(job, packet))
         self._jobs[pid] = job
-        self._own.add(pid)
 
         def too_late() -> None:
-            os.kill(pid, signal.SIGKILL)
+            self._workers.kill(pid)
             self._end_job(job, {"error": f"the job took more than {timeout:g} s", "errno": errno.ETIMEDOUT})
 
         job.timer = self._loop.later(timeout, too_late)
-        self._loop.watch(sock.fileno(), lambda _events: self._job_said(job))
 
-    def _job_said(self, job: _Job) -> None:
-        try:
-            packet = protocol.receive(job.sock, self._buffer)
-        except BlockingIOError:
-            return
-        except (protocol.ProtocolError, OSError) as error:
-            self._end_job(job, {"error": f"the job's answer cannot be read: {error}", "errno": errno.EIO})
-            return
-        if packet is None:
-            self._end_job(job, {"error": "the job died without an answer; see keeper.log", "errno": errno.EIO})
-            return
-        try:
+    def _job_said(self, job: _Job, packet: Packet) -> None:
+        if not job.ended:  # it may have been too late
             self._end_job(job, self._job_answer(job, packet))
-        finally:
-            packet.close()
 
     def _job_answer(self, job: _Job, packet: Packet) -> Message:
         message = packet.message
@@ -274,11 +282,10 @@ class Family:
         return {"result": message["result"], "held": numbers}
 
     def _end_job(self, job: _Job, answer: Message) -> None:
-        """Answer. The child itself is reaped when it is dead."""
-        if job.sock.fileno() < 0:
+        """Answer. Its worker takes the next one, or is reaped when it is dead."""
+        if job.ended:
             return
-        self._loop.unwatch(job.sock.fileno())
-        job.sock.close()
+        job.ended = True
         if job.timer is not None:
             job.timer.cancel()
         job.reply(answer)
@@ -307,28 +314,21 @@ class Family:
                 if spawn.pipe >= 0:
                     self._begun(spawn)
                 spawn.living = False
-            job = self._jobs.pop(pid, None)
-            if job is not None:
+            worked = pid in self._workers
+            if worked:
                 _end_group(pid)  # before `waitpid`: then the number is free
             _, status = os.waitpid(pid, 0)
-            if job is not None and job.sock.fileno() >= 0:
-                self._job_said(job)
-            if pid in self._own:
+            if worked:
+                self._workers.reaped(pid)
+                self._jobs.pop(pid, None)
+            elif pid in self._own:
                 self._own.discard(pid)
             else:
                 self._journal.add(pid, start_time, status, time.time())
                 found = True
         if found:
             self._tell_exits()
-        if self._delayed and not any(job.cancelled for job in self._jobs.values()):
-            delayed, self._delayed = self._delayed, []
-            for job_to_come in delayed:
-                try:
-                    job_to_come.start()
-                except OSError as error:
-                    job_to_come.reply.fail(error)
-                finally:
-                    protocol.close_all(job_to_come.fds)
+        self._start_delayed()
 
     def kill_all(self, spare: int = 0) -> bool:
         """Send SIGKILL to every child but `spare`; whether there was any. Their orphans become our children in turn."""

@@ -17,7 +17,7 @@ from benchmarks.cases import TRUE
 from benchmarks.measure import Series
 from unisandbox import Engine
 from unisandbox.backends.runc.pod import PodPlanner
-from unisandbox.engine import core
+from unisandbox.engine.records import RecordStore
 from unisandbox.host.cgroups.cgroup import Cgroup
 from unisandbox.host.keeper import Keeper
 from unisandbox.oci import task
@@ -28,7 +28,7 @@ REST: Final = "rest"
 
 # Phase, owner, names of its functions; a function that is not there any more is an error, never a phase of nothing.
 _PHASES: Final[tuple[tuple[str, object, tuple[str, ...]], ...]] = (
-    ("records on disk", core.EngineCore, ("write_record",)),
+    ("records on disk", RecordStore, ("write",)),
     ("cgroups", Cgroup, ("child", "allow_devices", "admit", "enter", "oom_kills", "remove")),
     ("keeper: guards, leases, pins", Keeper, ("guard", "lease", "hold")),
     ("keeper: namespaces and mounts", Keeper, ("job",)),

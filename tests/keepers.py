@@ -7,13 +7,18 @@ from __future__ import annotations
 import os
 import select
 import signal
+import socket
+import subprocess
+import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import anyio
 
+from unisandbox.api.errors import FailedPreconditionError
+from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import ExitRecord, Keeper, Spawned
 
 DEADLINE = 20.0
@@ -125,8 +130,82 @@ def fd_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def cpu_seconds(pid: int) -> float:
+    """The processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def private_bytes(pid: int) -> int:
     """The memory that a process has for itself."""
     with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as file:
         lines = [line.split() for line in file if line.startswith("Private_")]
     return sum(int(line[1]) for line in lines) * 1024
+
+
+def raw_client(place: Path) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.connect(f"{place}/state/keeper.sock")
+    sock.settimeout(DEADLINE)
+    return sock
+
+
+_HOST = """
+import anyio, os, signal, sys, time
+from unisandbox.host.keeper import Guard, Keeper
+place = sys.argv[1]
+async def main():
+    if sys.argv[3] == "attach":
+        keeper = await Keeper.attach(place + "/state")
+    else:
+        keeper = await Keeper.start(place + "/state", workdir=place + "/work", policy=sys.argv[3])
+    print(keeper.pid, flush=True)
+    {body}
+anyio.run(main, backend=sys.argv[2])
+"""
+
+
+@contextmanager
+def host(place: Path, backend: str, policy: str, body: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A host program that has a keeper (policy "attach": that is a client of the one there), and the keeper's pid."""
+    argv = [sys.executable, "-c", _HOST.format(body=body), str(place), backend, policy]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as program:
+        assert program.stdout is not None
+        pid = int(program.stdout.readline())
+        try:
+            yield program, pid
+        finally:
+            program.kill()
+            program.wait()
+
+
+def said(program: subprocess.Popen[str]) -> str:
+    """The next line of a host program."""
+    assert program.stdout is not None
+    return program.stdout.readline().strip()
+
+
+async def adopt(place: Path) -> Keeper:
+    """Own a keeper whose former owner is gone: the end of that may not have reached the keeper yet."""
+    with anyio.fail_after(DEADLINE):
+        while True:
+            try:
+                return await Keeper.attach(f"{place}/state", own=True)
+            except FailedPreconditionError:
+                await anyio.sleep(0.002)
+
+
+@contextmanager
+def cgroup_of_tests() -> Iterator[str]:
+    """A cgroup directory below our own, where `cgroup.kill` or the freezer is."""
+    with open("/proc/self/cgroup", encoding="ascii") as file:
+        own = dict(line.strip().split(":")[1:] for line in file)
+    trees = {"": "/sys/fs/cgroup/unified", "freezer": "/sys/fs/cgroup/freezer"}
+    where = next((f"{root}{own[name]}" for name, root in trees.items() if name in own and os.path.isdir(root)), None)
+    path = f"{where or '/sys/fs/cgroup' + own['']}/unisandbox-test-{os.getpid()}"
+    os.mkdir(path)
+    try:
+        yield path
+    finally:
+        ending.kill([path])
+        assert ending.remove([path], DEADLINE)

@@ -28,6 +28,7 @@ from unisandbox import (
     UnsupportedError,
 )
 from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.engine.events import EventLog
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 SMALL = Resources(memory="64M")
@@ -90,7 +91,6 @@ REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = 
     "rootfs-slash": (lambda _: {"rootfs": "/usr/.."}, InvalidArgumentError, "Rootfs.host"),
     "rootfs-missing": (lambda _: {"rootfs": "/nope/rootfs"}, InvalidArgumentError, "/nope/rootfs"),
     "rootfs-nul": (lambda _: {"rootfs": "/a\0b"}, InvalidArgumentError, ""),
-    "ttl": (lambda _: {"ttl": 5.0}, UnsupportedError, "remove"),
     "annotations": (lambda _: {"annotations": {"a": "b"}}, UnsupportedError, "'a'"),
     "name-path": (lambda _: {"name": "../../etc"}, InvalidArgumentError, "1 to 76"),
     "name-newline": (lambda _: {"name": "a\n"}, InvalidArgumentError, "1 to 76"),
@@ -186,12 +186,14 @@ def speaks(error: SandboxError, words: str) -> None:
 async def test_a_bad_spec_is_refused_before_anything_is_done(name: str, place: Path) -> None:
     options, kind, words = REFUSED[name]
     async with engine_with_a_sandbox() as (engine, check):
-        events = len(engine._core.events._events)
+        log = engine._core.events
+        assert isinstance(log, EventLog)
+        events = len(log._events)
         with pytest.raises(kind) as caught:
             async with engine.create(**options(place)) as sandbox:
                 await sandbox.run(["true"])
         speaks(caught.value, words)
-        told = [event.kind for event in list(engine._core.events._events)[events:]]
+        told = [event.kind for event in list(log._events)[events:]]
         assert told == [], "it had begun"
         await check()
 

@@ -12,50 +12,30 @@ import resource
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
-from tests.keepers import DEADLINE, fd_count, keeper_at, private_bytes, sh, sh_exit, until, wait_ended
+from tests.keepers import (
+    DEADLINE,
+    adopt,
+    fd_count,
+    host,
+    keeper_at,
+    private_bytes,
+    raw_client,
+    said,
+    sh,
+    sh_exit,
+    until,
+    wait_ended,
+)
 
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 from unisandbox.host.keeper import ExitRecord, Guard, Keeper, SpawnFailed, protocol
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
-
-_HOST = """
-import anyio, os, signal, sys, time
-from unisandbox.host.keeper import Guard, Keeper
-place = sys.argv[1]
-async def main():
-    keeper = await Keeper.start(place + "/state", workdir=place + "/work", policy=sys.argv[3])
-    print(keeper.pid, flush=True)
-    {body}
-anyio.run(main, backend=sys.argv[2])
-"""
-
-
-@contextmanager
-def host(place: Path, backend: str, policy: str, body: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A host program that has a keeper, and the keeper's pid."""
-    argv = [sys.executable, "-c", _HOST.format(body=body), str(place), backend, policy]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as program:
-        assert program.stdout is not None
-        pid = int(program.stdout.readline())
-        try:
-            yield program, pid
-        finally:
-            program.kill()
-            program.wait()
-
-
-def said(program: subprocess.Popen[str]) -> str:
-    assert program.stdout is not None
-    return program.stdout.readline().strip()
-
 
 _RUNNING = """
     for name in ("tree", "tree/sub"):
@@ -180,21 +160,11 @@ async def test_the_keeper_waits_for_an_owner_again_and_again(tmp_path: Path) -> 
         os.close(null)
         first.abandon()
         for _ in range(5):
-            keeper = await _adopt(tmp_path)
+            keeper = await adopt(tmp_path)
             assert list(await keeper.held()) == ["null"]
             keeper.abandon()
-        keeper = await _adopt(tmp_path)
+        keeper = await adopt(tmp_path)
         await keeper.close()
-
-
-async def _adopt(place: Path) -> Keeper:
-    """Its former owner's end may not have reached the keeper yet."""
-    with anyio.fail_after(DEADLINE):
-        while True:
-            try:
-                return await Keeper.attach(f"{place}/state", own=True)
-            except FailedPreconditionError:
-                await anyio.sleep(0.002)
 
 
 # --- the keeper dies ---
@@ -399,13 +369,6 @@ async def test_a_client_without_free_fds_gets_an_error_and_its_keeper_goes_on(tm
 # --- hostile clients ---
 
 
-def raw_client(place: Path) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    sock.connect(f"{place}/state/keeper.sock")
-    sock.settimeout(DEADLINE)
-    return sock
-
-
 async def in_thread(action: Callable[[], None]) -> None:
     await anyio.to_thread.run_sync(action)
 
@@ -495,6 +458,35 @@ _WRONG: list[dict[str, object]] = [
     {"op": "ack", "seq": 1},
     {"op": "close", "run_guards": True},
     {"op": "own"},
+    {"op": "hold_now", "names": ["no fd came"], "spool": {}, "stamp": []},
+    {"op": "hold_now", "names": [], "spool": {"stranger": 1}, "stamp": []},
+    {"op": "hold_now", "names": [], "spool": [], "stamp": []},
+    {"op": "hold_now", "names": [], "spool": {}, "stamp": 1},
+    {"op": "reclaim", "name": "no such"},
+    {"op": "reclaimed", "name": "no such", "spool": -1, "end": 0},
+    {"op": "stamps", "prefix": 1, "after": ""},
+    {"op": "note", "name": "", "value": "x"},
+    {"op": "note", "name": "n", "value": 1},
+    {"op": "note", "name": "n", "value": "x" * 65_537},
+    {"op": "notes", "prefix": ""},
+    {"op": "publish", "event": {}},
+    {"op": "publish", "event": "[]"},
+    {"op": "publish", "event": "{"},
+    {"op": "publish", "event": "[" * 16_000},
+    {"op": "publish", "event": '{"x":"' + "x" * 16_384 + '"}'},
+    {"op": "events_after", "after": -1, "limit": 1},
+    {"op": "events_after", "after": 0, "limit": 0},
+    {"op": "events_after", "after": 0, "limit": 1, "wait": float("nan")},
+    {"op": "cancel_wait"},
+    {"op": "lock", "name": "x" * 129, "ticket": 1},
+    {"op": "lock", "name": "l", "ticket": "1"},
+    {"op": "unlock", "name": "l"},
+    {"op": "cancel_lock", "name": "l", "ticket": None},
+    {"op": "expire", "prefix": "", "seconds": 1},
+    {"op": "expire", "prefix": "p", "seconds": -1},
+    {"op": "expire", "prefix": "p", "seconds": 1e300},
+    {"op": "lease", "directory": "/tmp", "first": 0, "count": 1, "name": 1},
+    {"op": "set_policy", "policy": "stop"},
     {"op": "exit_of", "pid": 0, "start_time": 0},
     {"op": "hello", "after": -1},
 ]
@@ -557,8 +549,8 @@ async def test_a_keeper_that_speaks_another_version_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with keeper_at(tmp_path):
-        monkeypatch.setattr(protocol, "VERSION", 2)
-        with pytest.raises(UnavailableError, match=r"speaks version 1 .* this library version 2"):
+        monkeypatch.setattr(protocol, "VERSION", 99)
+        with pytest.raises(UnavailableError, match=r"speaks version 2 .* this library version 99"):
             await Keeper.attach(f"{tmp_path}/state")
 
 
@@ -598,5 +590,29 @@ async def test_a_full_disk_takes_the_file_but_not_the_memory_of_exits(tmp_path: 
             await sh_exit(keeper, "exit 1", key="last")
             report = await keeper.close()
             assert report.failures == 0
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
+async def test_a_full_disk_repeats_no_number_of_an_event(tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
+    try:
+        async with keeper_at(full) as keeper:
+            with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
+                file.write(b"x" * (1 << 20))
+            for _ in range(60_000):
+                await keeper.publish({})
+            assert (await keeper.events_after(59_999)).events == [(60_000, {})]
+            os.kill(keeper.pid, signal.SIGKILL)
+            wait_ended(keeper.pid)
+        assert int((full / "state/events").read_text()) > 100_000
+        assert not (full / "state/events.new").exists()
+        os.unlink(full / "filler")
+        async with keeper_at(full) as keeper:
+            await keeper.publish({})
+            assert (await keeper.events_after(0)).last > 100_000
+            await keeper.close()
     finally:
         subprocess.run(["umount", str(full)], check=True)

@@ -164,7 +164,7 @@ async def test_the_record_of_a_sandbox_says_what_was_asked_before_it_is_there(tm
         assert path.stat().st_mode & 0o777 == 0o600
         record = json.loads(path.read_text())["record"]
         assert (record["sandbox_id"], record["name"], record["phase"]) == (sandbox.id, "w", "ready")
-        assert record["owner_pid"] == os.getpid()
+        assert record["owner"][0] == os.getpid()
         assert record["spec"]["resources"]["memory"] == 64 << 20, "what a recovery needs is in the record"
         assert record["spec"]["labels"] == {"a": "b"}
         await sandbox.stop()

@@ -153,7 +153,7 @@ async def test_orphans_are_reaped(on_machine: Container) -> None:
 async def test_an_end_can_be_seen_by_every_holder_again_and_again(container: Container) -> None:
     held: list[int] = []
 
-    async def hold(fd: int) -> None:
+    async def hold(fd: int, pid: int, pidfd: int) -> None:
         held.append(os.dup(fd))
 
     null = os.open("/dev/null", os.O_RDWR)
@@ -476,7 +476,7 @@ async def test_a_start_cancelled_at_any_await_leaves_nothing(container: Containe
     descriptors = sorted(os.listdir("/proc/self/fd"))
 
     async def start(scope: anyio.CancelScope, where: str) -> None:
-        async def hold(fd: int) -> None:
+        async def hold(fd: int, pid: int, pidfd: int) -> None:
             if where == "hold":
                 scope.cancel()
             await anyio.lowlevel.checkpoint()

@@ -20,6 +20,7 @@ import anyio
 import pytest
 from tests.keepers import (
     DEADLINE,
+    cgroup_of_tests,
     children_of,
     fd_count,
     files_of,
@@ -32,7 +33,6 @@ from tests.keepers import (
 )
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import ExitRecord, Guard, JobFailed, Keeper, SpawnFailed
 from unisandbox.host.removal import remove_tree
 
@@ -240,16 +240,8 @@ async def test_a_program_that_cannot_be_started_says_how_far_it_came(tmp_path: P
 
 @pytest.fixture
 def cgroup() -> Iterator[str]:
-    """A cgroup directory below our own, where `cgroup.kill` or the freezer is."""
-    with open("/proc/self/cgroup", encoding="ascii") as file:
-        own = dict(line.strip().split(":")[1:] for line in file)
-    trees = {"": "/sys/fs/cgroup/unified", "freezer": "/sys/fs/cgroup/freezer"}
-    where = next((f"{root}{own[name]}" for name, root in trees.items() if name in own and os.path.isdir(root)), None)
-    path = f"{where or '/sys/fs/cgroup' + own['']}/unisandbox-test-{os.getpid()}"
-    os.mkdir(path)
-    yield path
-    ending.kill([path])
-    assert ending.remove([path], DEADLINE)
+    with cgroup_of_tests() as path:
+        yield path
 
 
 async def test_a_program_is_in_its_cgroup_before_it_runs(tmp_path: Path, cgroup: str) -> None:

@@ -125,7 +125,7 @@ async def test_the_same_root_reaches_them_where_the_program_can_be_read() -> Non
 async def test_a_process_is_out_of_reach_between_its_start_and_its_exec(container: Container) -> None:
     worked: list[set[str]] = []
 
-    async def attack(fd: int) -> None:
+    async def attack(fd: int, pid: int, pidfd: int) -> None:
         waiting = max(container.processes())
         inside = int(text(f"/proc/{waiting}/status").split("NSpid:")[1].split("\n")[0].split()[-1])
         worked.append(await _attack(container, inside, no_new_privs=False))
@@ -169,7 +169,7 @@ async def test_a_process_killed_from_inside_before_exec_is_told_exactly(containe
         "        os.kill(int(name), 9)\n"
     )
 
-    async def kill(fd: int) -> None:
+    async def kill(fd: int, pid: int, pidfd: int) -> None:
         assert await container.status("python3", "-c", script) == 0
 
     null = os.open("/dev/null", os.O_RDWR)

@@ -23,7 +23,8 @@ from unisandbox.api.errors import (
 from unisandbox.api.events import Event, EventKind
 from unisandbox.api.exits import Completed, Exit, ExitReason
 from unisandbox.api.names import check_id, check_name, short_name
-from unisandbox.api.sandboxer import CreateSandbox, Sandboxer, StartedSandbox
+from unisandbox.api.recovery import DamagedRecord, RecoveryAction, RecoveryReport, SandboxRecovered
+from unisandbox.api.sandboxer import CreateSandbox, RecoverSandbox, Sandboxer, StartedSandbox
 from unisandbox.api.spec import (
     DEFAULT_CAPABILITIES,
     ContainerSpec,
@@ -60,6 +61,7 @@ __all__ = [
     "ContainerStatus",
     "CreateSandbox",
     "CreateTask",
+    "DamagedRecord",
     "DeadlineExceededError",
     "Dns",
     "Event",
@@ -78,9 +80,13 @@ __all__ = [
     "Probe",
     "ProcessFailedError",
     "ProcessSpec",
+    "RecoverSandbox",
+    "RecoveryAction",
+    "RecoveryReport",
     "Resources",
     "Rootfs",
     "SandboxError",
+    "SandboxRecovered",
     "SandboxSpec",
     "SandboxStatus",
     "Sandboxer",

@@ -19,6 +19,10 @@ EventKind = Literal[
     "container.exited",
     "process.started",
     "process.exited",
+    "process.oom",
+    "sandbox.paused",
+    "sandbox.resumed",
+    "sandbox.recovered",
     "gap",
 ]
 

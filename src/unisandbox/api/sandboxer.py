@@ -22,6 +22,25 @@ class CreateSandbox:
 
 
 @attrs.frozen
+class RecoverSandbox:
+    """Take over a sandbox that another process has made, from its record.
+
+    Attributes:
+        sandbox_id, spec: as created.
+        lived: the keeper that the sandbox was made with still runs. Otherwise nothing of it can be used, and only what
+            is left has to be found, by names that derive from the engine's id and the sandbox's.
+        started: its record says that it was ready.
+        exclusive: nobody else can change it meanwhile: what calls that were cut have left may be undone.
+    """
+
+    sandbox_id: str
+    spec: SandboxSpec
+    lived: bool
+    started: bool
+    exclusive: bool
+
+
+@attrs.frozen
 class StartedSandbox:
     """A verified sandbox.
 
@@ -79,6 +98,17 @@ class Sandboxer(Protocol):
 
     async def remove(self, sandbox_id: str) -> None:
         """End it if need be and free everything; afterwards nothing of it is left on the host."""
+        ...
+
+    async def recover(self, request: RecoverSandbox) -> StartedSandbox | None:
+        """Take over what lives of a sandbox of this engine that another process has made, or has changed meanwhile.
+
+        Afterwards it is known here, and `remove` frees all that is left of it. Calling it again takes over what has
+        changed since.
+
+        Returns:
+            The living sandbox; None when it cannot be used any more, or never could.
+        """
         ...
 
     async def list(self) -> Sequence[SandboxStatus]:

@@ -481,8 +481,9 @@ def _labels(value: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise InvalidArgumentError(f"labels and annotations map names to text, got {value!r}")
     for name, text in value.items():
-        if not isinstance(name, str) or not isinstance(text, str) or not name:
-            raise InvalidArgumentError(f"label {name!r} must be text")
+        if not _text(name, "name of a label"):
+            raise InvalidArgumentError(f"the name of label {text!r} is empty")
+        _text(text, f"label {name!r}")
     return dict(value)
 
 

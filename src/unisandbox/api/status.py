@@ -40,8 +40,9 @@ class SandboxStatus:
         name: the user's, or None.
         backend: who runs it.
         state: "created" (allocated), "ready" (verified; takes containers and processes), "stopped".
-        generation: 1; kept for engines that adopt what a former one has left.
+        generation: 1; rises with each engine that takes over what a former one has left.
         created_at, started_at, stopped_at: seconds since the epoch; None when it has not happened.
+        expires_at: when its ttl will be over, in seconds since the epoch; None: never.
         containers: its containers; empty while it is idle.
         labels, annotations: as given.
         namespaces: inode numbers of its pinned namespaces, by kind.
@@ -56,6 +57,7 @@ class SandboxStatus:
     created_at: float = 0.0
     started_at: float | None = None
     stopped_at: float | None = None
+    expires_at: float | None = None
     containers: tuple[ContainerStatus, ...] = ()
     labels: Mapping[str, str] = attrs.field(factory=dict)
     annotations: Mapping[str, str] = attrs.field(factory=dict)

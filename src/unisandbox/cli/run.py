@@ -113,7 +113,9 @@ async def run(request: Request) -> Ended:
             "-t with -i needs a terminal, and standard input is none", hint="Leave out -t, or run it in a terminal."
         )
     session = _Session(request)
-    numbers = (*_FORWARDED, signal.SIGWINCH) if request.tty else _FORWARDED
+    wanted = (*_FORWARDED, signal.SIGWINCH) if request.tty else _FORWARDED
+    # What is ignored stays so: a shell starts background jobs without SIGINT, and nohup takes SIGHUP away.
+    numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
     with anyio.open_signal_receiver(*numbers) as signals:
         return await session.run(signals)
 

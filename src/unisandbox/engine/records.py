@@ -1,25 +1,41 @@
 """One record per sandbox on disk: what was intended before it was done, so that it can be found after a crash.
 
-A record is one line of JSON: a header with version and checksum, and the body. It is written to a temporary file and
-renamed over the old one, so a reader sees the old or the new record, never a part of one.
+A record is one line of JSON: a header with version and checksum, and the body. It is read as a stranger's words: one
+that is not to the byte what we would have written, or says something that we never say, is set aside and reported.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import attrs
 
-from unisandbox.api import BackendError, SandboxError, SandboxSpec
+from unisandbox.api import BackendError, InvalidArgumentError, SandboxSpec, check_id, check_name
+from unisandbox.api.plain import plain, sandbox_spec_of
+from unisandbox.engine import durable
+from unisandbox.host import pidfd as pidfds
 
-RECORD_VERSION: Final = 1
+RECORD_VERSION: Final = 2
+RECORD_LIMIT: Final = 16 << 20
+"""Bytes. The largest part is the environment, and a program's argv and environment together are limited to 6 MiB by
+the kernel (3/4 of _STK_LIM, fs/exec.c); as JSON they may double."""
+DAMAGED: Final = "damaged"
+"""The directory, beside that of the records, where unreadable ones are kept."""
 
 Phase = Literal["creating", "ready", "stopped", "removing"]
+_PHASES: Final[tuple[str, ...]] = get_args(Phase)
+_SUFFIX: Final = ".json"
+# The reader lacks something; what it reads is not at fault.
+_OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+_LARGEST: Final = 1 << 62
 
 
 @attrs.frozen
@@ -31,8 +47,11 @@ class Record:
         phase: what was being done, or was reached.
         generation: rises with each engine that takes the sandbox over.
         boot_id: of the kernel that it lives on; another one means that nothing of it lives.
-        owner_pid: the process that wrote this.
-        spec: the request, as plain data.
+        owner: pid and start time of the process that wrote this; (0, 0) for nobody, a start time of 0 is not known.
+        spec: the request, as plain data; see `spec_of`.
+        started_at, stopped_at: seconds since the epoch; None: not yet.
+        expires_at: when its ttl is over, in seconds since the epoch; None: never.
+        operation_id: under which it was created; "" when the user gave none.
     """
 
     sandbox_id: str
@@ -42,8 +61,35 @@ class Record:
     created_at: float
     generation: int = 1
     boot_id: str = ""
-    owner_pid: int = 0
+    owner: tuple[int, int] = (0, 0)
     spec: Mapping[str, object] = attrs.field(factory=dict)
+    started_at: float | None = None
+    stopped_at: float | None = None
+    expires_at: float | None = None
+    operation_id: str = ""
+
+
+@attrs.frozen
+class Damaged:
+    """A record that cannot be used.
+
+    Attributes:
+        path: where it was.
+        reason: what is wrong with it.
+        kept_as: where it is now: `path` itself when it was not moved.
+    """
+
+    path: str
+    reason: str
+    kept_as: str
+
+
+@attrs.frozen
+class Records:
+    """All that a store holds, by name of the files."""
+
+    records: tuple[Record, ...]
+    damaged: tuple[Damaged, ...]
 
 
 def boot_id() -> str:
@@ -51,25 +97,32 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, frozenset):
-        return sorted(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+def this_process() -> tuple[int, int]:
+    """Pid and start time of this process; for `Record.owner`."""
+    return os.getpid(), pidfds.start_time(os.getpid())
 
 
 def plain_spec(spec: SandboxSpec) -> dict[str, object]:
     """The spec as plain data that JSON can hold."""
-    plain = _plain(attrs.asdict(spec))
-    assert isinstance(plain, dict)  # noqa: S101 (asdict gives a dict; said for the type checker)
-    return plain
+    return plain(spec)
+
+
+def spec_of(record: Record) -> SandboxSpec:
+    """What the sandbox of a record was asked to be like.
+
+    Raises:
+        InvalidArgumentError: this version of unisandbox does not know such a spec; the field is named.
+    """
+    try:
+        return sandbox_spec_of(record.spec)
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"record of sandbox {record.sandbox_id!r}: {error.message}", hint=error.hint) from (
+            error
+        )
 
 
 class RecordStore:
-    """The directory of records of one engine.
+    """The directory of records of one engine. One process at a time may change it; any may read.
 
     Args:
         directory: made when the first record is written.
@@ -79,88 +132,279 @@ class RecordStore:
     def __init__(self, directory: str, *, durable: bool) -> None:
         self._directory = directory
         self._durable = durable
+        # Inode and time of change of what was read or written last, by sandbox.
+        self._seen: dict[str, tuple[int, int]] = {}
 
     def _path(self, sandbox_id: str) -> str:
-        return os.path.join(self._directory, f"{sandbox_id}.json")
+        return os.path.join(self._directory, check_id(sandbox_id) + _SUFFIX)
 
     def write(self, record: Record) -> None:
         """Replace the record by this one.
 
         Raises:
             BackendError: the disk is full or not writable; the old record is still there.
+            InvalidArgumentError: it is larger than any that will be read.
         """
-        body = json.dumps(attrs.asdict(record, recurse=False), sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(body.encode()).hexdigest()
-        line = json.dumps({"version": RECORD_VERSION, "sha256": digest})[:-1] + f', "record": {body}}}\n'
         path = self._path(record.sandbox_id)
-        temporary = f"{path}.tmp"
+        line = _line(RECORD_VERSION, attrs.asdict(record, recurse=False))
+        if len(line) > RECORD_LIMIT:
+            raise InvalidArgumentError(
+                f"the spec of sandbox {record.sandbox_id!r} needs {len(line)} bytes, at most {RECORD_LIMIT} are kept",
+                hint="Pass what is large in a file.",
+            )
         try:
-            os.makedirs(self._directory, mode=0o700, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            try:
-                with open(descriptor, "w", encoding="utf-8", closefd=False) as file:
-                    file.write(line)
-                if self._durable:
-                    os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            os.rename(temporary, path)
-            self._sync_directory()
+            durable.replace(path, line, durable=self._durable)
         except OSError as error:
-            self._discard(temporary)
             raise BackendError(
                 f"cannot write the record of sandbox {record.sandbox_id!r} to {path}: {error.strerror}",
                 hint="Free space there, or open the engine with another state directory.",
             ) from error
+        self._note_seen(record.sandbox_id)
 
     def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox. A record that is not there is no error."""
-        try:
-            os.unlink(self._path(sandbox_id))
-        except FileNotFoundError:
-            return
-        self._sync_directory()
+        durable.remove(self._path(sandbox_id), durable=self._durable)
+        self._seen.pop(sandbox_id, None)
 
-    def read_all(self) -> tuple[list[Record], list[tuple[str, str]]]:
-        """Every record that can be read, and (path, why not) of the others; those are left as they are."""
+    def read(self, sandbox_id: str) -> Record | None:
+        """One record; None when there is none. Nothing is changed.
+
+        Raises:
+            BackendError: it is damaged; says how. `read_all` sets it aside.
+        """
+        self._note_seen(sandbox_id)  # before: a change in between is then seen twice, and never missed
+        try:
+            found = self._read(sandbox_id + _SUFFIX, self._path(sandbox_id))
+        except FileNotFoundError:
+            return None
+        if isinstance(found, Record):
+            return found
+        raise BackendError(
+            f"the record of sandbox {sandbox_id!r} ({found.damage.path}) cannot be used: {found.damage.reason}",
+            hint="Open an engine on its state directory: that keeps it aside and cleans up what it described.",
+        )
+
+    def ids(self) -> list[str]:
+        """The ids of all sandboxes that have a record, readable or not.
+
+        Raises:
+            BackendError: the directory cannot be read.
+        """
+        try:
+            return sorted(name[: -len(_SUFFIX)] for name in os.listdir(self._directory) if name.endswith(_SUFFIX))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise BackendError(f"cannot read the records in {self._directory}: {error.strerror}") from error
+
+    def changed(self, sandbox_id: str) -> bool:
+        """Whether the record is another one than this process has read or written last, or is gone. Cheap."""
+        try:
+            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        return self._seen.get(sandbox_id) != (status.st_ino, status.st_mtime_ns)
+
+    def generation(self, sandbox_id: str) -> int:
+        """That of the record on disk; 0 when there is none, or none that can be read."""
+        try:
+            record = self.read(sandbox_id)
+        except BackendError:
+            return 0
+        return 0 if record is None else record.generation
+
+    def _note_seen(self, sandbox_id: str) -> None:
+        try:
+            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+        except FileNotFoundError:
+            self._seen.pop(sandbox_id, None)
+        else:
+            self._seen[sandbox_id] = (status.st_ino, status.st_mtime_ns)
+
+    def read_all(self, *, repair: bool = True) -> Records:
+        """Every record.
+
+        Args:
+            repair: for the one that may change the store. What cannot be used is moved into the directory `damaged`
+                beside this one, under a new name, and temporary files of writers that were killed are removed. False:
+                only look.
+
+        Raises:
+            OSError: the directory cannot be read, or this process has no file descriptors left.
+        """
         records: list[Record] = []
-        damaged: list[tuple[str, str]] = []
+        damaged: list[Damaged] = []
         try:
             names = sorted(os.listdir(self._directory))
         except FileNotFoundError:
-            return [], []
+            return Records((), ())
         for name in names:
-            if not name.endswith(".json"):
-                continue
             path = os.path.join(self._directory, name)
+            if name.endswith(durable.TEMPORARY) and repair:
+                durable.remove_temporary(path)
+            if not name.endswith(_SUFFIX):
+                continue
+            found = self._look(name, path, repair=repair)
+            if isinstance(found, Record):
+                records.append(found)
+            elif found is not None:
+                damaged.append(found)
+        return Records(tuple(records), tuple(damaged))
+
+    def _look(self, name: str, path: str, *, repair: bool) -> Record | Damaged | None:
+        while True:
             try:
-                records.append(_parse(Path(path).read_bytes()))
-            except (OSError, ValueError, KeyError, TypeError, SandboxError) as error:
-                damaged.append((path, str(error)))
-        return records, damaged
+                found = self._read(name, path)
+                if isinstance(found, Record):
+                    return found
+                if not repair or not found.movable:
+                    return found.damage
+            except FileNotFoundError:
+                return None  # removed meanwhile
+            with contextlib.suppress(FileNotFoundError):  # replaced meanwhile: look again
+                return self._set_aside(found)
 
-    def _sync_directory(self) -> None:
-        if not self._durable:
-            return
-        descriptor = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    def _read(self, name: str, path: str) -> Record | _Unusable:
+        identity: tuple[int, int] | None = None
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            raw, identity = durable.read(path, RECORD_LIMIT)
+            record = _parse(raw)
+            if name != record.sandbox_id + _SUFFIX:
+                raise ValueError(f"it is the record of sandbox {record.sandbox_id!r}")
+        except durable.NotARegularFileError:
+            return _Unusable(Damaged(path, "it is not a regular file", path), None)
+        except durable.TooLargeError:
+            return _Unusable(Damaged(path, f"it is larger than {RECORD_LIMIT} bytes", path), None)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno in _OURS:
+                raise
+            # The disk fails, or it is not for us to read: it may be good, so it stays.
+            return _Unusable(Damaged(path, f"it cannot be read: {error.strerror}", path), None, movable=False)
+        except (ValueError, RecursionError, InvalidArgumentError) as error:
+            return _Unusable(Damaged(path, str(error), path), identity)
+        return record
 
-    @staticmethod
-    def _discard(path: str) -> None:
+    def _set_aside(self, found: _Unusable) -> Damaged:
+        damage = found.damage
+        directory = os.path.join(os.path.dirname(self._directory), DAMAGED)
         try:
-            os.unlink(path)
-        except OSError:
-            return  # it was never made, or the disk refuses everything; the error that matters is already on its way
+            kept_as = durable.set_aside(damage.path, directory, of=found.identity, durable=self._durable)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            reason = f"{damage.reason}; it could not be moved to {directory} ({error.strerror})"
+            return attrs.evolve(damage, reason=reason)
+        return attrs.evolve(damage, kept_as=kept_as)
+
+
+@attrs.frozen
+class _Unusable:
+    """What is in the place of a record, and which file it was."""
+
+    damage: Damaged
+    identity: tuple[int, int] | None
+    movable: bool = True
+
+
+def _line(version: int, body: Mapping[str, object]) -> bytes:
+    """The bytes of a record. Version 1 had a checksum of the body alone."""
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256((text if version == 1 else f"{version}\n{text}").encode()).hexdigest()
+    return (json.dumps({"version": version, "sha256": digest})[:-1] + f', "record": {text}}}\n').encode()
 
 
 def _parse(raw: bytes) -> Record:
-    outer = json.loads(raw)
-    if outer["version"] != RECORD_VERSION:
-        raise ValueError(f"version {outer['version']} is not {RECORD_VERSION}")
-    body = json.dumps(outer["record"], sort_keys=True, separators=(",", ":"))
-    if hashlib.sha256(body.encode()).hexdigest() != outer["sha256"]:
+    """The record of these bytes.
+
+    Raises:
+        ValueError, InvalidArgumentError: they are none; says why.
+        RecursionError: nested without end.
+    """
+    try:
+        outer = json.loads(raw.decode("ascii"))
+    except ValueError:
+        raise ValueError("it is not whole, or is no record") from None
+    if type(outer) is not dict or type(outer.get("version")) is not int:
+        raise ValueError("it is no record")
+    version = outer["version"]
+    if version > RECORD_VERSION:
+        raise ValueError(f"it has version {version}, written by a later unisandbox; this one knows {RECORD_VERSION}")
+    if version < 1 or type(body := outer.get("record")) is not dict:
+        raise ValueError("it is no record")
+    if _line(version, body) != raw:
         raise ValueError("the checksum does not match")
-    return Record(**outer["record"])
+    return _record(_migrated(body) if version == 1 else body)
+
+
+def _migrated(body: Mapping[str, object]) -> dict[str, object]:
+    """A body of version 1 as version 2 has it: the owner's start time was not noted, nor when it was started."""
+    body = dict(body)
+    return {
+        **{name: value for name, value in body.items() if name != "owner_pid"},
+        "owner": [body.get("owner_pid"), 0],
+        "started_at": None,
+        "stopped_at": None,
+        "expires_at": None,
+        "operation_id": "",
+    }
+
+
+def _record(body: Mapping[str, object]) -> Record:
+    names = {field.name for field in attrs.fields(Record)}
+    unknown, missing = sorted(set(body) - names), sorted(names - set(body))
+    if unknown:
+        raise ValueError(f"the field {unknown[0]!r:.80} is not known; a later unisandbox may have written it")
+    if missing:
+        raise ValueError(f"the field {missing[0]!r} is missing")
+    for name, (check, wanted) in _CHECKS.items():
+        if not check(body[name]):
+            raise ValueError(f"{name} must be {wanted}, got {body[name]!r:.80}")
+    checked: dict[str, Any] = {**body}
+    checked["owner"] = tuple(checked["owner"])
+    check_id(checked["sandbox_id"])
+    check_name(checked["backend"], "backend")
+    if checked["name"] is not None:
+        check_name(checked["name"])
+    if checked["operation_id"]:
+        check_name(checked["operation_id"], "operation id")
+    return Record(**checked)
+
+
+def _is_whole(value: object) -> bool:
+    return type(value) is int and 0 <= value < _LARGEST
+
+
+def _is_time(value: object) -> bool:
+    return (type(value) is int and abs(value) < _LARGEST) or (type(value) is float and math.isfinite(value))
+
+
+def _is_time_or_none(value: object) -> bool:
+    return value is None or _is_time(value)
+
+
+def _is_text(value: object) -> bool:
+    return type(value) is str
+
+
+def _is_owner(value: object) -> bool:
+    return type(value) is list and len(value) == 2 and all(map(_is_whole, value))
+
+
+_TIME: Final = "seconds since the epoch"
+_CHECKS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
+    "sandbox_id": (_is_text, "text"),
+    "name": (lambda value: value is None or type(value) is str, "text or null"),
+    "backend": (_is_text, "text"),
+    "phase": (lambda value: value in _PHASES, f"one of {', '.join(_PHASES)}"),
+    "created_at": (_is_time, _TIME),
+    "generation": (lambda value: _is_whole(value) and value != 0, "a whole number > 0"),
+    "boot_id": (lambda value: type(value) is str and len(value) <= 64, "a boot id"),
+    "owner": (_is_owner, "a pid and a start time"),
+    "spec": (lambda value: type(value) is dict, "an object"),
+    "started_at": (_is_time_or_none, f"{_TIME}, or null"),
+    "stopped_at": (_is_time_or_none, f"{_TIME}, or null"),
+    "expires_at": (_is_time_or_none, f"{_TIME}, or null"),
+    "operation_id": (_is_text, "text"),
+}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -11,13 +13,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, TypeVar
 
 import attrs
 
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, short_name
+from unisandbox.engine import durable
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Guard
 from unisandbox.host.keeper.leases import NAME as LEASES_NAME
@@ -25,6 +28,15 @@ from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
+LARGE_FILES: Final = "/var/tmp"
+"""Where the disks of temporary engines are."""
+POINTER: Final = ".state"
+"""How the links in the runtime directory end that say which state directory an engine has."""
+TEMPORARY_PREFIX: Final = "state-"
+SANDBOXES: Final = "sandboxes"
+"""The directory of records in a state directory."""
+_PARENTS: Final = "cgroups"
+_ID_FILE: Final = "engine-id"
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 # How often to make the runtime directory again that another engine, the last one, removes at this very moment.
 _TRIES: Final = 50
@@ -62,7 +74,7 @@ class StateDirectory:
             FailedPreconditionError: others could write into the state directory.
             InvalidArgumentError: it cannot be a path.
         """
-        runtime = _runtime_directory()
+        runtime = runtime_directory()
         try:
             if directory is None:
                 path, temporary = _temporary_directory(runtime), True
@@ -73,12 +85,14 @@ class StateDirectory:
                 _check_private(path, "state directory")
                 engine_id = _engine_id(path)
                 _in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
+                state = cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
+                state.point()
             except BaseException:
                 if temporary:
                     shutil.rmtree(path, ignore_errors=True)
-                _remove_if_empty(runtime)
+                remove_if_empty(runtime)
                 raise
-            return cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
+            return state
         except FileExistsError as error:
             raise BackendError(
                 f"cannot use the state directory {os.fspath(error.filename)!r}: it is not a directory",
@@ -94,20 +108,74 @@ class StateDirectory:
         except ValueError as error:
             raise InvalidArgumentError(f"{os.fspath(directory or '')!r} is no path of a directory: {error}") from error
 
+    def cgroup_parents(self) -> dict[str, str]:
+        """Where the cgroups of the engine are, by hierarchy; empty when that was never noted."""
+        try:
+            known = json.loads(Path(self.path, _PARENTS).read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return {str(key): str(value) for key, value in known.items()} if isinstance(known, dict) else {}
+
+    def keep_cgroup_parents(self, parents: Mapping[str, str]) -> None:
+        """Note where they are: who attaches, or comes after a crash, may stand in another cgroup himself."""
+        durable.replace(os.path.join(self.path, _PARENTS), json.dumps(dict(parents)).encode(), durable=self.durable)
+
     @property
     def disk_dir(self) -> str:
         """Where large files go: a temporary state directory may lie in memory."""
-        return "/var/tmp" if self.temporary else self.path
+        return LARGE_FILES if self.temporary else self.path
+
+    @property
+    def pointer(self) -> str:
+        """The link by which whoever finds something with the engine's id finds its state directory."""
+        return self.work_dir + POINTER
+
+    def point(self) -> None:
+        """Make the pointer, or see that it is right. Repeating is harmless.
+
+        Raises:
+            OSError: it cannot be made.
+        """
+        runtime = os.path.dirname(self.work_dir)
+        # Whoever follows it asks whether the directory is this user's own, and then does not want another link.
+        path = os.path.realpath(self.path)
+        for _ in range(_TRIES):
+            try:
+                _in_runtime(runtime, lambda: os.symlink(path, self.pointer))
+            except FileExistsError:
+                if _target(self.pointer) == path:
+                    return
+                # The directory was moved, or one that held the same place on the disk before is gone.
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.pointer)
+            else:
+                return
+        raise OSError(errno.EEXIST, "somebody else changes it all the time", self.pointer)
 
     def guards(self, cgroups: Cgroups) -> list[Guard]:
-        """How to undo what `prepare` and the cgroup tree made, for the keeper."""
+        """How to undo what `prepare` and the cgroup tree made, for the keeper that holds the lock now.
+
+        The pointer is made again: a former keeper of the directory may have removed it, as it ended after `prepare`.
+
+        Raises:
+            BackendError: it cannot be made.
+        """
+        try:
+            self.point()
+        except OSError as error:
+            raise BackendError(
+                f"cannot open an engine on {self.path}: {self.pointer}: {error.strerror}",
+                hint=f"Free space in {os.path.dirname(self.work_dir)}.",
+            ) from error
         undo = [
             Guard("engine/runtime", "rmdir", (os.path.dirname(self.work_dir),)),
+            # Late, so that what a keeper that is killed here leaves can still be told from others' things.
+            Guard("engine/pointer", "unlink", (self.pointer,)),
             Guard("engine/work", "rmdir", (self.work_dir,)),
             Guard("engine/cgroup", "rmdir_cgroup", [f"{place.parent}/{cgroups.name}" for place in cgroups.places]),
         ]
         if self.temporary:
-            undo.insert(1, Guard("engine/state", "remove_tree", (self.path,)))
+            undo.insert(2, Guard("engine/state", "remove_tree", (self.path,)))
         return undo
 
     def discard(self, *, wait: float = 0.0) -> None:
@@ -122,17 +190,21 @@ class StateDirectory:
         """
         # A keeper that could not begin lets go of the lock when its process ends, in a moment; a temporary directory is
         # nobody else's, so that is what is waited for.
-        with _unlocked(self.path, wait=max(wait, _LAST_BREATH if self.temporary else 0.0)) as unused:
+        with unlocked(self.path, wait=max(wait, _LAST_BREATH if self.temporary else 0.0)) as unused:
             if not unused:
                 return
-            _remove_if_empty(self.work_dir)
+            remove_if_empty(self.work_dir)
             if self.temporary:
                 shutil.rmtree(self.path, ignore_errors=True)
-            _end_leases(os.path.dirname(self.work_dir))
-            _remove_if_empty(os.path.dirname(self.work_dir))
+            if self.temporary or not has_records(self.path):
+                with contextlib.suppress(OSError):  # the keeper's guard was faster
+                    os.unlink(self.pointer)
+            end_leases(os.path.dirname(self.work_dir))
+            remove_if_empty(os.path.dirname(self.work_dir))
 
 
-def _runtime_directory() -> str:
+def runtime_directory() -> str:
+    """Where this user's engines have what does not survive a restart of the machine."""
     if os.geteuid() == 0:
         return RUNTIME_DIRECTORY
     return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "unisandbox")
@@ -147,12 +219,29 @@ def _make_directory(path: str, mode: int) -> None:
     os.chmod(path, mode)
 
 
-def _remove_if_empty(path: str) -> None:
+def has_records(path: str) -> bool:
+    """Whether a state directory has records of sandboxes, or files that may be."""
+    try:
+        with os.scandir(os.path.join(path, SANDBOXES)) as entries:
+            return any(entry.name.endswith(".json") for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _target(link: str) -> str:
+    try:
+        return os.readlink(link)
+    except OSError:  # it is gone, or no link
+        return ""
+
+
+def remove_if_empty(path: str) -> None:
+    """Remove a directory that all engines share, or that is the caller's, once nothing is in it."""
     with contextlib.suppress(OSError):  # the keeper was faster, or another engine uses it
         os.rmdir(path)
 
 
-def _end_leases(runtime: str) -> None:
+def end_leases(runtime: str) -> None:
     """Remove the file of leased numbers if nobody leases any: a keeper that was killed could not."""
     if os.path.exists(os.path.join(runtime, LEASES_NAME)):
         leases = Leases()
@@ -162,9 +251,9 @@ def _end_leases(runtime: str) -> None:
 
 def _temporary_directory(runtime: str) -> str:
     try:
-        return _in_runtime(runtime, lambda: tempfile.mkdtemp(prefix="state-", dir=runtime))
+        return _in_runtime(runtime, lambda: tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=runtime))
     except OSError:
-        _remove_if_empty(runtime)
+        remove_if_empty(runtime)
         raise
 
 
@@ -180,14 +269,22 @@ def _in_runtime(runtime: str, action: Callable[[], _T]) -> _T:
     raise AssertionError("the loop returns or raises")
 
 
+def is_engine_id(name: str) -> bool:
+    """Whether this can be the id of an engine."""
+    return _ENGINE_ID.fullmatch(name) is not None
+
+
 @contextlib.contextmanager
-def _unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
+def unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
     """Whether no keeper holds the directory, after up to `wait` seconds; none can while the context lasts."""
     deadline = time.monotonic() + wait
     try:
         fd = os.open(os.path.join(state_dir, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+    except FileNotFoundError:
         yield True  # there is no lock, so there never was a keeper
+        return
+    except OSError:
+        yield False  # it cannot be told (no file descriptors left): then nothing is touched
         return
     try:
         while True:
@@ -215,15 +312,14 @@ def _check_private(path: str, what: str) -> None:
 
 
 def _engine_id(path: str) -> str:
-    file = Path(path) / "engine-id"
-    status = os.stat(path)
-    # A copy of the directory is another one: two engines must not share their names.
-    place = f"{status.st_dev}:{status.st_ino}"
-    known = _known_id(file, place)
+    known = known_id(path)
     if known:
         return known
+    file = Path(path) / _ID_FILE
+    status = os.stat(path)
+    place = f"{status.st_dev}:{status.st_ino}"
     fresh = short_name(secrets.token_hex(16), "engine")
-    temporary = file.with_name(f"engine-id.{secrets.token_hex(8)}")
+    temporary = file.with_name(f"{_ID_FILE}.{secrets.token_hex(8)}")
     try:
         temporary.write_text(f"{fresh} {place}\n")
         if file.exists():
@@ -236,13 +332,18 @@ def _engine_id(path: str) -> str:
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    return _known_id(file, place) or fresh
+    return known_id(path) or fresh
 
 
-def _known_id(file: Path, place: str) -> str:
+def known_id(path: str) -> str:
+    """The engine id that a state directory has; "" when it has none (yet), or one that is damaged or copied.
+
+    A copy of the directory is another one: two engines must not share their names.
+    """
     try:
-        text = file.read_text(errors="replace").strip()
+        status = os.stat(path)
+        text = (Path(path) / _ID_FILE).read_text(errors="replace").strip()
     except FileNotFoundError:
         return ""
     known, _, written_for = text.partition(" ")
-    return known if _ENGINE_ID.fullmatch(known) and written_for == place else ""
+    return known if is_engine_id(known) and written_for == f"{status.st_dev}:{status.st_ino}" else ""

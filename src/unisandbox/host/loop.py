@@ -14,9 +14,11 @@ import struct
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Final
 
 _LOOP_CONFIGURE: Final = 0x4C0A
+_LOOP_CLR_FD: Final = 0x4C01
 _LOOP_CTL_GET_FREE: Final = 0x4C82
 _LO_FLAGS_AUTOCLEAR: Final = 4
 _LO_FLAGS_DIRECT_IO: Final = 16
@@ -143,3 +145,45 @@ def _open_device(number: int, image: str) -> int:
         return os.open(node, flags)
     finally:
         os.unlink(node)
+
+
+def attached() -> Iterator[tuple[int, str]]:
+    """The loop devices of this machine that have a file: number, and the file's path, also when that was removed.
+
+    Source: Documentation/ABI/testing/sysfs-block-loop; a removed file's path has " (deleted)" behind it.
+    """
+    try:
+        names = os.listdir("/sys/block")
+    except FileNotFoundError:  # no sysfs here
+        return
+    for name in names:
+        number = name.removeprefix("loop")
+        if number == name or not number.isdecimal():
+            continue
+        try:
+            with open(f"/sys/block/{name}/loop/backing_file", "rb", buffering=0) as file:
+                path = os.fsdecode(file.read(4096)).removesuffix("\n")
+        except OSError:  # not attached (any more)
+            continue
+        yield int(number), path.removesuffix(" (deleted)")
+
+
+def detach(number: int, path: str) -> None:
+    """Take the file `path` from loop device `number`; at once, or when its last user is gone. Fine when it is off.
+
+    Raises:
+        OSError: the device cannot be opened, or does not let go.
+    """
+    device = os.open(f"/dev/loop{number}", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        status = os.fstat(device)
+        if not stat.S_ISBLK(status.st_mode) or status.st_rdev != os.makedev(_LOOP_MAJOR, number):
+            raise OSError(errno.ENODEV, f"/dev/loop{number} is not that loop device", f"/dev/loop{number}")
+        # While it is open it is not given to another file; so this is still the one that was meant, or none.
+        if (number, path) in set(attached()):
+            fcntl.ioctl(device, _LOOP_CLR_FD)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+    finally:
+        os.close(device)

@@ -212,6 +212,21 @@ def filesystem_ids(uid: int, gid: int) -> Iterator[None]:
         setfsgid(own_gid)
 
 
+def timerfd(clock: int) -> int:
+    """A timer of `clock` (`time.CLOCK_*`) as a non-blocking fd, readable when its time has come; not set."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK  # TFD_CLOEXEC, TFD_NONBLOCK
+    return _check(_libc.timerfd_create(ctypes.c_int(clock), ctypes.c_int(flags)), "timerfd_create")
+
+
+def timerfd_settime(timer_fd: int, at: float) -> None:
+    """Set a timer for the time `at` of its clock, in seconds, in place of the one it had; 0: for none."""
+    seconds = int(at)
+    # struct itimerspec: it_interval, it_value; a value of zero would disarm.
+    value = struct.pack("@4l", 0, 0, seconds, int((at - seconds) * 1e9))
+    absolute = 1  # TFD_TIMER_ABSTIME
+    _check(_libc.timerfd_settime(ctypes.c_int(timer_fd), ctypes.c_int(absolute), value, None), "timerfd_settime")
+
+
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:
     """Close every file descriptor from `first` to `last`. Linux 5.9."""
     _check(

@@ -54,6 +54,10 @@ class Planner(Protocol):
         """Make what a bundle of somebody else needs around it."""
         ...
 
+    async def restore(self, container_id: str, container: ContainerSpec | None, bundle: str) -> Plan:
+        """The plan that `prepare` (or, for a bundle, `adopt`) has made before, perhaps in another process."""
+        ...
+
     async def free(self, container_id: str) -> None:
         """Free what `prepare` or `adopt` made; repeating is harmless."""
         ...

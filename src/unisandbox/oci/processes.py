@@ -41,6 +41,8 @@ class Process:
     killed_by_us: bool = False
     deleted: bool = False
     exit: Exit | None = None
+    #: When the keeper saw its end while nobody else looked; Unix time in seconds.
+    ended_at: float | None = None
 
     def enter(self, pid: int) -> None:
         """Move the process into its cgroup, if it was not born there; verified."""

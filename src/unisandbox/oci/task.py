@@ -45,9 +45,10 @@ from unisandbox.api import (
 )
 from unisandbox.api.status import ContainerState
 from unisandbox.host.cgroups import Cgroup
-from unisandbox.host.init import ExecFailed, ended, spawn
+from unisandbox.host.init import ExecFailed, ended, ended_now, spawn
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.readiness import readable
+from unisandbox.oci.ledger import ContainerFacts, Ledger, ProcessFacts
 from unisandbox.oci.plan import Planner, limits_of, metrics_of
 from unisandbox.oci.processes import (
     Container,
@@ -62,7 +63,7 @@ from unisandbox.oci.processes import (
     status_without_init,
     streams,
 )
-from unisandbox.oci.runtime import Runtime
+from unisandbox.oci.runtime import Created, Runtime
 
 START_SECONDS: Final = 30.0
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
@@ -77,11 +78,12 @@ _NOT_EXECUTABLE: Final = 126
 class OciTaskService:
     """Drives the containers of one sandbox; see `TaskService`, `SupportsPause` and `SupportsUpdate`."""
 
-    def __init__(self, label: str, keeper: Keeper, runtime: Runtime, planner: Planner) -> None:
+    def __init__(self, label: str, keeper: Keeper, runtime: Runtime, planner: Planner, ledger: Ledger) -> None:
         self._label = label
         self._keeper = keeper
         self._runtime = runtime
         self._planner = planner
+        self._ledger = ledger
         self._containers: dict[str, Container] = {}
         self._oom_kills_gone = 0
         # Exits of processes whose container is gone, for those who have not asked yet.
@@ -94,18 +96,110 @@ class OciTaskService:
 
     def abandon(self) -> None:
         """Close every descriptor that this process holds; ends nothing, and waits for nothing."""
-        for container in self._containers.values():
-            for exec_id, process in container.processes.items():
-                process.close()
-                if process.pid is not None:
-                    self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
-            if container.control is not None:
-                container.control.close()
-                container.control = None
-            if container.created is not None and container.created.pidfd >= 0:
-                os.close(container.created.pidfd)
-                container.created = None
-        self._containers.clear()
+        for name in list(self._containers):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        """Forget a container here, and close what this process holds of it."""
+        container = self._containers.pop(name)
+        for exec_id, process in container.processes.items():
+            if process.pid is not None:
+                exit = process.exit or self._last_look(process)
+                self._exits[name, exec_id] = exit or Exit.lost(exited_at=time.time())
+            process.close()
+        if container.control is not None:
+            container.control.close()
+            container.control = None
+        if container.created is not None and container.created.pidfd >= 0:
+            os.close(container.created.pidfd)
+            container.created = None
+
+    def _last_look(self, process: Process) -> Exit | None:
+        """How it ended, if that can be told without waiting."""
+        status = None if process.life is None else ended_now(process.life)
+        return None if status is None else self._exit(process, status, process.ended_at or time.time())
+
+    async def restore(self, *, exclusive: bool) -> None:
+        """Take over the containers that other processes have made, and let go of those that they have ended.
+
+        Args:
+            exclusive: nobody else makes one meanwhile: what a creation that was cut has left is undone.
+
+        Raises:
+            BackendError: what is written down about one cannot be read.
+        """
+        try:
+            containers, processes = await self._ledger.read()
+        except (ValueError, TypeError, KeyError) as error:
+            raise BackendError(f"what the keeper holds of sandbox {self._label!r} cannot be read: {error}") from error
+        ends = await self._ledger.ends()
+        made = {facts.name: facts for facts in containers}
+        for name, container in list(self._containers.items()):
+            facts, created = made.get(name), container.created
+            if created is None and not exclusive:
+                continue  # this process is making it
+            if facts is None or created is None or (created.pid, created.start_time) != (facts.pid, facts.start_time):
+                self._let_go(name)
+        for facts in sorted(containers, key=lambda facts: facts.start_time):
+            if facts.pid == 0:
+                if exclusive:
+                    await self._undo(facts)
+            elif facts.name in self._containers:
+                known = self._containers[facts.name]
+                known.started |= facts.started
+                known.paused = facts.paused
+            else:
+                await self._take_over(facts)
+        for process in processes:
+            owner = self._containers.get(process.container)
+            mine = owner.processes.get(process.exec_id) if owner is not None else None
+            if owner is not None and process.started and (mine is None or mine.pid is None):
+                await self._take_over_process(owner, process, ends.get((process.container, process.exec_id)))
+
+    async def _undo(self, facts: ContainerFacts) -> None:
+        """End what a creation that was cut has left: it is known by its name only."""
+        plan = await self._planner.restore(facts.name, facts.spec, facts.bundle)
+        plan.cgroup.kill()
+        await self._runtime.delete(plan.oci_id, force=True)
+        plan.cgroup.remove(timeout=_END_SECONDS)
+        await self._planner.free(facts.name)
+        self._ledger.forget_container(facts.name)
+
+    async def _take_over(self, facts: ContainerFacts) -> None:
+        plan = await self._planner.restore(facts.name, facts.spec, facts.bundle)
+        container = Container(facts.name, plan, with_init=facts.spec is not None, spec=facts.spec)
+        container.started, container.paused, container.verified = facts.started, facts.paused, True
+        pidfd = await self._ledger.take_container(facts.name, "pidfd")
+        container.created = Created(facts.pid, facts.start_time, pidfd, plan.bundle)
+        container.processes[""] = Process("", facts.spec.process if facts.spec else None, [])
+        self._containers[facts.name] = container
+        if facts.spec is not None:
+            container.control = socket.socket(fileno=await self._ledger.take_container(facts.name, "control"))
+
+    async def _take_over_process(self, container: Container, facts: ProcessFacts, ended_at: float | None) -> None:
+        process = Process(facts.exec_id, facts.spec, [])
+        process.start_time, process.killed_by_us = facts.start_time, facts.killed_by_us
+        process.ended_at = ended_at
+        leaf = facts.exec_id or ("main" if container.with_init else "init")
+        with contextlib.suppress(FileNotFoundError):  # on v1 the container's own cgroup is the leaf of its init
+            process.cgroup = container.plan.cgroup.find(leaf)
+        if process.cgroup is None and not facts.exec_id and not container.with_init:
+            process.cgroup = container.plan.cgroup
+        try:
+            what = "pidfd"
+            process.pidfd = await self._ledger.take_process(container.name, facts.exec_id, what)
+            if container.with_init:
+                life = await self._ledger.take_process(container.name, facts.exec_id, "life")
+                process.life = socket.socket(fileno=life)
+            if facts.spec is not None and facts.spec.terminal is not None:
+                process.master = await self._ledger.take_process(container.name, facts.exec_id, "master")
+        except BaseException as error:
+            process.close()
+            if isinstance(error, FileNotFoundError):
+                return  # deleted meanwhile by whoever it belongs to
+            raise
+        process.pid = facts.pid
+        container.processes[facts.exec_id] = process
 
     async def running(self) -> list[tuple[str, str]]:
         """(container id, exec id) of every process that was started and is not known to have ended."""
@@ -129,7 +223,9 @@ class OciTaskService:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
         stdio = duplicate(request.stdio)
         main = Process("", request.container.process if request.container else None, stdio)
+        facts = ContainerFacts(name, request.container, request.bundle)
         try:
+            await self._ledger.container(facts)
             if request.container is not None:
                 plan = await self._planner.prepare(request.container)
             else:
@@ -138,6 +234,7 @@ class OciTaskService:
             container.processes[""] = main
             self._containers[name] = container
             await self._create(container, main)
+            await self._note(container)
         except BaseException as error:
             if name not in self._containers:
                 main.close()
@@ -156,19 +253,17 @@ class OciTaskService:
         if container.with_init:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             container.control = ours
-            with theirs:
-                await self._keeper.hold(self._held(container), ours.fileno())
-                with streams() as (null, _, _), last_words() as stderr:
-                    container.created = await self._runtime.create(
-                        plan.oci_id,
-                        plan.bundle,
-                        stdio=(null, null, stderr),
-                        extra_fds=(theirs.fileno(), *plan.extra_fds),
-                        cgroup_procs=leaf.entry,
-                        netns=plan.netns,
-                        mounts=plan.mounts,
-                        timeout=START_SECONDS,
-                    )
+            with theirs, streams() as (null, _, _), last_words() as stderr:
+                container.created = await self._runtime.create(
+                    plan.oci_id,
+                    plan.bundle,
+                    stdio=(null, null, stderr),
+                    extra_fds=(theirs.fileno(), *plan.extra_fds),
+                    cgroup_procs=leaf.entry,
+                    netns=plan.netns,
+                    mounts=plan.mounts,
+                    timeout=START_SECONDS,
+                )
         else:
             main.cgroup = leaf
             with streams(main.stdio) as stdio:
@@ -176,6 +271,35 @@ class OciTaskService:
                     plan.oci_id, plan.bundle, stdio=stdio, cgroup_procs=leaf.entry, timeout=START_SECONDS
                 )
         plan.verify(container.created.pid)
+
+    async def _note(self, container: Container) -> None:
+        """Write down what another process needs to drive this container."""
+        created = container.created
+        assert created is not None  # noqa: S101 (called for what was made)
+        descriptors = {"pidfd": created.pidfd}
+        if container.control is not None:
+            descriptors["control"] = container.control.fileno()
+        await self._ledger.container(self._facts_of(container), descriptors)
+
+    @staticmethod
+    def _facts_of(container: Container) -> ContainerFacts:
+        created = container.created
+        assert created is not None  # noqa: S101 (called for what was made)
+        return ContainerFacts(
+            container.name,
+            container.spec,
+            "" if container.with_init else container.plan.bundle,
+            created.pid,
+            created.start_time,
+            container.started,
+            container.paused,
+        )
+
+    @staticmethod
+    def _process_facts(container: Container, process: Process, pid: int, *, started: bool) -> ProcessFacts:
+        return ProcessFacts(
+            container.name, process.exec_id, process.spec, pid, process.start_time, started, process.killed_by_us
+        )
 
     async def start(self, container_id: str, exec_id: str = "") -> StartedTask:
         """See `TaskService.start`."""
@@ -189,9 +313,11 @@ class OciTaskService:
         if exec_id == "" and not container.started:
             await self._runtime.start(container.plan.oci_id, created=container.created, timeout=START_SECONDS)
             container.started = True
+            await self._ledger.container(self._facts_of(container))
             if not container.with_init:
                 process.pid, process.start_time = container.created.pid, container.created.start_time
                 process.pidfd = os.dup(container.created.pidfd)
+                await self._ledger.process(self._process_facts(container, process, process.pid, started=True))
         if process.pid is None and process.spec is not None:
             if container.with_init:
                 await self._spawn(container, process)
@@ -212,6 +338,11 @@ class OciTaskService:
         if process.exec_id == "":
             request = attrs.evolve(request, main=True)
         process.cgroup = container.plan.cgroup.child(process.exec_id or "main", for_process=True)
+
+        async def hold(life: int, pid: int, pidfd: int) -> None:
+            facts = self._process_facts(container, process, pid, started=False)
+            await self._ledger.process(facts, {"life": life, "pidfd": pidfd})
+
         try:
             with streams(process.stdio) as stdio, birthplace(process.cgroup, container.plan.admitted) as cgroup:
                 started = await spawn(
@@ -220,6 +351,7 @@ class OciTaskService:
                     None if request.tty is not None else stdio,
                     before_exec=lambda pid, pidfd: self._before_exec(container, process, pid, pidfd),
                     timeout=START_SECONDS,
+                    hold_life=hold if self._ledger.kept else None,
                     cgroup=cgroup,
                 )
         except UnavailableError:
@@ -232,6 +364,8 @@ class OciTaskService:
             raise self._not_started(container, process.spec, request.cwd, error) from error
         process.pid, process.pidfd, process.life = started.pid, started.pidfd, started.life
         process.master = started.master if started.master is not None else -1
+        facts = self._process_facts(container, process, started.pid, started=True)
+        await self._ledger.process(facts, {} if started.master is None else {"master": started.master})
 
     @staticmethod
     def _before_exec(container: Container, process: Process, pid: int, pidfd: int) -> None:
@@ -260,6 +394,8 @@ class OciTaskService:
                 timeout=START_SECONDS,
             )
         process.pid, process.pidfd, process.start_time = created.pid, created.pidfd, created.start_time
+        facts = self._process_facts(container, process, created.pid, started=True)
+        await self._ledger.process(facts, {"pidfd": created.pidfd} if created.pidfd >= 0 else {})
 
     async def exec(self, request: ExecTask) -> None:
         """See `TaskService.exec`."""
@@ -284,7 +420,8 @@ class OciTaskService:
         if signal == signals.SIGKILL and all:
             self.kill_now(container_id, exec_id)
             return
-        process.killed_by_us |= signal == signals.SIGKILL
+        if signal == signals.SIGKILL:
+            self._mark_killed(container, process)
         with contextlib.suppress(ProcessLookupError):  # it has ended: there is nothing to signal
             if all and process.cgroup is not None:
                 for pid in process.cgroup.pids():
@@ -306,8 +443,15 @@ class OciTaskService:
                 cgroup.kill()
         for process in processes:
             if process.cgroup is not None and process.exit is None:
-                process.killed_by_us = True
+                self._mark_killed(container, process)
                 process.cgroup.kill()
+
+    def _mark_killed(self, container: Container, process: Process) -> None:
+        """It is about to get a SIGKILL from us, which is no end for want of memory; whoever asks later shall know."""
+        if not process.killed_by_us and process.pid is not None:
+            process.killed_by_us = True
+            self._ledger.process_now(self._process_facts(container, process, process.pid, started=True))
+        process.killed_by_us = True
 
     async def wait(self, container_id: str, exec_id: str = "") -> Exit:
         """See `TaskService.wait`."""
@@ -333,7 +477,7 @@ class OciTaskService:
                 status = await ended(life)
                 if status is None:
                     status = await status_without_init(pidfd)
-            return status, time.time()
+            return status, process.ended_at or time.time()
         assert process.pid is not None  # noqa: S101 (started)
         record = await self._keeper.wait_exit(process.pid, process.start_time)
         return record.status, record.at
@@ -351,6 +495,7 @@ class OciTaskService:
         if container is None:
             if not exec_id:
                 await self._planner.free(container_id)  # a creation that was cut may have left something
+                self._ledger.forget_container(container_id)
             return self._exits.pop((container_id, exec_id), None)
         if exec_id:
             return await self._delete_process(container, exec_id)
@@ -375,9 +520,9 @@ class OciTaskService:
                     self._sweep(container)
         return process.exit
 
-    @staticmethod
-    def _free_process(container: Container, process: Process) -> None:
+    def _free_process(self, container: Container, process: Process) -> None:
         container.processes.pop(process.exec_id, None)
+        self._ledger.forget_process(container.name, process.exec_id)
         process.close()
         if process.cgroup is not None:
             container.lingering[process.cgroup] = 0
@@ -404,7 +549,6 @@ class OciTaskService:
                         await self.wait(container.name, exec_id)
             container.plan.cgroup.kill()
         # Each step may be repeated: a cancellation may have cut this call before.
-        await self._keeper.drop([self._held(container)])
         if container.control is not None:
             container.control.close()
             container.control = None
@@ -426,6 +570,7 @@ class OciTaskService:
                 # The kernel frees the last process a moment after its end, and no event tells.
                 await anyio.sleep(0.001)
         await self._planner.free(container.name)
+        self._ledger.forget_container(container.name)
         self._containers.pop(container.name, None)
         return main.exit if main else None
 
@@ -490,6 +635,7 @@ class OciTaskService:
         container = self._container(container_id)
         container.plan.cgroup.freeze(_END_SECONDS)
         container.paused = True
+        await self._ledger.container(self._facts_of(container))
         await anyio.lowlevel.checkpoint()
 
     async def resume(self, container_id: str) -> None:
@@ -497,6 +643,7 @@ class OciTaskService:
         container = self._container(container_id)
         container.plan.cgroup.thaw()
         container.paused = False
+        await self._ledger.container(self._facts_of(container))
         await anyio.lowlevel.checkpoint()
 
     async def update(self, container_id: str, resources: Resources) -> None:
@@ -525,9 +672,6 @@ class OciTaskService:
             hint="The program's arguments and environment are too large." if error.errno == errno.E2BIG else "",
             exit_code=_NOT_EXECUTABLE,
         )
-
-    def _held(self, container: Container) -> str:
-        return f"{container.plan.oci_id}/control"
 
     def _container(self, container_id: str) -> Container:
         container = self._containers.get(container_id)

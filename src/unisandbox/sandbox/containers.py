@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -17,7 +17,7 @@ class Container:
 
     Attributes:
         name: unique within the sandbox.
-        pid: the main process's id on the host.
+        pid: the main process's id on the host; 0 when it had ended before it was found.
     """
 
     def __init__(self, entry: Entry, name: str, pid: int) -> None:
@@ -39,6 +39,16 @@ class Container:
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout") -> bytes:
         """The last of what the main process wrote, at most 1 MiB of each stream; also after its end."""
         return await self._entry.logs(self.name, stream)
+
+    async def follow(self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0) -> AsyncIterator[bytes]:
+        """What the main process writes, from the oldest that is kept on, until its stream ends.
+
+        Args:
+            stream: which.
+            offset: bytes since its start that are not wanted.
+        """
+        async for piece in self._entry.follow_logs(self.name, stream, offset):
+            yield piece
 
     async def signal(self, number: int) -> None:
         """Send a signal to the main process."""
@@ -129,6 +139,16 @@ class Containers:
             return Container(self._entry, spec.name, pid)
 
         return Opening("containers.add()", open)
+
+    async def get(self, name: str) -> Container:
+        """The container of that name, whoever has added it.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        task = await self._entry.known_task()
+        state = await task.state(name)
+        return Container(self._entry, name, state.pid or 0)
 
     async def list(self) -> list[ContainerStatus]:
         """The containers that there are now."""

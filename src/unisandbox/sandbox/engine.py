@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from typing_extensions import Unpack
 
-from unisandbox.api import Event, Probe, SandboxStatus
+from unisandbox.api import Event, NotFoundError, Probe, RecoveryReport, SandboxStatus, check_name
 from unisandbox.engine.choice import Choice
 from unisandbox.engine.core import EngineCore
 from unisandbox.engine.registry import Backend
@@ -22,20 +22,31 @@ class Engine:
 
     Attributes:
         id: 10 characters; part of the name of everything that the engine makes on the host.
+        recovery: what a former engine on the directory had left, and what became of it.
     """
 
     def __init__(self, core: EngineCore) -> None:
         self.id: str = core.host.engine_id
+        self.recovery: RecoveryReport = core.recovery
         self._core = core
 
     @classmethod
     def open(
-        cls, directory: str | os.PathLike[str] | None = None, *, backends: Mapping[str, Backend] | None = None
+        cls,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        policy: Literal["stop", "keep"] = "stop",
+        on_recover: Literal["adopt", "stop", "report"] = "adopt",
+        backends: Mapping[str, Backend] | None = None,
     ) -> Opening[Engine]:
-        """Open an engine.
+        """Open an engine, as the owner of its state directory.
 
         Args:
             directory: where its state is kept; made if need be; None: a temporary one.
+            policy: what becomes of the sandboxes at the end of this engine, also when its process is killed: "stop"
+                ends and frees all of them, "keep" lets them live on for the next one that opens the directory.
+            on_recover: what to do with sandboxes that a former engine has left there: "adopt" goes on with those that
+                live and frees the rest, "stop" ends and frees all, "report" touches nothing. See `recovery`.
             backends: backends by name beside the installed ones.
 
         Raises:
@@ -48,19 +59,44 @@ class Engine:
         """
 
         async def open() -> Engine:
-            return cls(await EngineCore.open(directory, backends=backends))
+            return cls(await EngineCore.open(directory, policy=policy, on_recover=on_recover, backends=backends))
 
         return Opening("Engine.open()", open)
+
+    @classmethod
+    def attach(
+        cls, directory: str | os.PathLike[str], *, backends: Mapping[str, Backend] | None = None
+    ) -> Opening[Engine]:
+        """Use the sandboxes of an engine that another process has open, or has kept, on this directory.
+
+        Everything can be done but owning: the end of this engine ends nothing. Each change takes a short exclusive
+        section, so any number of processes may work on one directory.
+
+        Raises:
+            UnavailableError: no engine is open there, and none was kept.
+        """
+
+        async def open() -> Engine:
+            return cls(await EngineCore.attach(directory, backends=backends))
+
+        return Opening("Engine.attach()", open)
 
     def __repr__(self) -> str:
         return f"<Engine {self.id}>"
 
-    def create(self, **options: Unpack[SandboxOptions]) -> Opening[Sandbox]:
-        """Create a sandbox; as `Sandbox.create`, in this engine."""
+    def create(self, *, operation_id: str | None = None, **options: Unpack[SandboxOptions]) -> Opening[Sandbox]:
+        """Create a sandbox; as `Sandbox.create`, in this engine.
+
+        Args:
+            operation_id: asked again under the same one, also by another process after a crash, the sandbox that was
+                created the first time is the answer.
+            options: see `SandboxOptions`.
+        """
         spec = make_spec(**options)
+        operation = "" if operation_id is None else check_name(operation_id, "operation id")
 
         async def open() -> Sandbox:
-            return Sandbox(await self._core.create(spec))
+            return Sandbox(await self._core.create(spec, operation_id=operation))
 
         return Opening("Engine.create()", open)
 
@@ -70,14 +106,38 @@ class Engine:
         Raises:
             NotFoundError: there is none.
         """
-        return Sandbox(self._core.get(ref))
+        return Sandbox(await self._core.get(ref))
 
     async def list(self) -> list[SandboxStatus]:
         """Every sandbox, the oldest first."""
-        return [await entry.status() for entry in self._core.entries()]
+        await self._core.refresh()
+        statuses = []
+        for entry in self._core.entries():
+            try:
+                statuses.append(await entry.status())
+            except NotFoundError:
+                continue  # removed meanwhile
+        return statuses
+
+    async def remove(self, ref: str, *, operation_id: str | None = None) -> None:
+        """End and free the sandbox with that id or name.
+
+        Args:
+            ref: its id or name.
+            operation_id: under the same one it may be asked again: a sandbox that has got the name meanwhile stays.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        operation = "" if operation_id is None else check_name(operation_id, "operation id")
+        await self._core.remove(ref, operation_id=operation)
 
     def events(self, after: int = 0) -> AsyncIterator[Event]:
-        """What happens, from the event after number `after` on, until the engine closes."""
+        """What happens, from the event after number `after` on, until the engine closes.
+
+        The last 4096 are kept: a reader that is slower gets a "gap" event and goes on with the oldest there is. On a
+        state directory the numbers go on after a restart, and events of all processes that use it are in it.
+        """
         return self._core.events.read(after)
 
     async def explain(self, **options: Unpack[SandboxOptions]) -> Choice:
@@ -89,7 +149,11 @@ class Engine:
         return await self._core.probe(deep=deep)
 
     async def close(self) -> None:
-        """Remove every sandbox of this engine and leave nothing on the host. May be repeated."""
+        """End this engine. May be repeated.
+
+        With policy "stop" its owner removes every sandbox and leaves nothing on the host. With "keep", and for one that
+        has attached, they live on.
+        """
         await self._core.close()
 
     async def __aenter__(self) -> Self:

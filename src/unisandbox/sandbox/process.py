@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
 
 import anyio
@@ -19,13 +21,20 @@ from unisandbox.api import (
     Exit,
     FailedPreconditionError,
     InvalidArgumentError,
+    NotFoundError,
     ProcessSpec,
     StartedTask,
     Stdio,
+    TaskService,
     Terminal,
     UnavailableError,
+    check_name,
+    short_name,
 )
+from unisandbox.api.plain import plain
 from unisandbox.engine.entry import Entry
+from unisandbox.engine.held import HeldProcess, StreamName
+from unisandbox.engine.operations import digest_of
 from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.streams import (
     MissingReceiveStream,
@@ -36,6 +45,11 @@ from unisandbox.sandbox.streams import (
 
 # What cleaning after a cancellation may take before it is left to the engine.
 CLEANING_SECONDS: Final = 5.0
+NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
+# The handles that this process has given out, so that one process is not read by two.
+_handles: Final[weakref.WeakKeyDictionary[Entry, weakref.WeakValueDictionary[str, Process]]] = (
+    weakref.WeakKeyDictionary()
+)
 _END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for the end of input; source: termios(3) VEOF
 
 
@@ -57,14 +71,35 @@ class Output:
         return self.data.decode("utf-8", "replace")
 
 
-@attrs.frozen
+@attrs.define(eq=False)
 class Pipes:
     """Both ends of a process's standard streams: `inside` goes to the process, the others are ours."""
 
-    inside: Stdio
-    stdin: Descriptor | None
-    stdout: Descriptor | None
-    stderr: Descriptor | None
+    inside: Stdio = attrs.field(factory=Stdio)
+    stdin: Descriptor | None = None
+    stdout: Descriptor | None = None
+    stderr: Descriptor | None = None
+    #: Hears when one of our ends is closed.
+    closed: Callable[[StreamName], None] | None = None
+
+    def own(self, stream: StreamName, fd: int) -> Descriptor:
+        """Our end of a stream."""
+
+        def close(fd: int) -> None:
+            os.close(fd)
+            if self.closed is not None:
+                self.closed(stream)
+
+        return Descriptor(fd, close)
+
+    def fds(self) -> dict[StreamName, int]:
+        """Our ends, by stream."""
+        ends: tuple[tuple[StreamName, Descriptor | None], ...] = (
+            ("stdin", self.stdin),
+            ("stdout", self.stdout),
+            ("stderr", self.stderr),
+        )
+        return {stream: end.fileno() for stream, end in ends if end is not None}
 
     @classmethod
     def open(cls, *, stdin: bool, output: bool = True) -> Self:
@@ -77,12 +112,11 @@ class Pipes:
                 made.extend(pair or ())
                 ends.append(pair)
             into, out, err = ends
-            return cls(
-                inside=Stdio(stdin=into and into[0], stdout=out and out[1], stderr=err and err[1]),
-                stdin=Descriptor(into[1]) if into else None,
-                stdout=Descriptor(out[0]) if out else None,
-                stderr=Descriptor(err[0]) if err else None,
-            )
+            pipes = cls(inside=Stdio(stdin=into and into[0], stdout=out and out[1], stderr=err and err[1]))
+            pipes.stdin = pipes.own("stdin", into[1]) if into else None
+            pipes.stdout = pipes.own("stdout", out[0]) if out else None
+            pipes.stderr = pipes.own("stderr", err[0]) if err else None
+            return pipes
         except BaseException as error:
             for fd in made:
                 os.close(fd)
@@ -106,17 +140,22 @@ class Pipes:
                 end.close()
 
 
-async def start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, int, int | None]:
+async def start(
+    entry: Entry, spec: ProcessSpec, pipes: Pipes, *, exec_id: str = "", operation_id: str = ""
+) -> tuple[str, int, int | None]:
     """Start a process in the sandbox's main container: (exec id, pid on the host, master of its terminal).
 
     On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
     """
+    exec_id = exec_id or entry.next_exec_id()
     try:
         try:
-            exec_id, started = await _start(entry, spec, pipes)
+            started = await _start(entry, exec_id, spec, pipes, operation_id)
         except UnavailableError:
             # The main container ended between the look at it and the start; once more, in a new one.
-            exec_id, started = await _start(entry, spec, pipes)
+            started = await _start(entry, exec_id, spec, pipes, operation_id)
+        if started.terminal is not None:
+            await entry.held.hold_streams(exec_id, {"terminal": started.terminal})
     except BaseException:
         pipes.close()
         raise
@@ -126,49 +165,72 @@ async def start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, int
     return exec_id, started.pid, started.terminal
 
 
-async def _start(entry: Entry, spec: ProcessSpec, pipes: Pipes) -> tuple[str, StartedTask]:
+async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str) -> StartedTask:
     task = await entry.ready()
-    exec_id = entry.next_exec_id()
     try:
+        await entry.held.hold(exec_id, spec, pipes.fds(), operation_id)
+        pipes.closed = lambda stream: entry.held.drop_stream(exec_id, stream)
         await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
-        return exec_id, await task.start(entry.main, exec_id)
+        return await task.start(entry.main, exec_id)
     except BaseException:
         task.kill_now(entry.main, exec_id)
         await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
+        entry.held.forget(exec_id)
         raise
 
 
 class Process:
-    """A running process and its streams. Made by `Sandbox.exec`.
+    """A running process and its streams. Made by `Sandbox.exec`, or found by `Sandbox.processes`.
 
     Attributes:
-        pid: its id on the host.
+        id: unique in its sandbox.
+        argv: what was run.
+        pid: its id on the host; 0 when it had ended before it was found.
+        lost: bytes of its output that were dropped while nobody read it; those that were kept come first.
         stdin: what it reads; with a terminal, what is typed.
         stdout: what it writes; with a terminal, all of it.
         stderr: its errors; with a terminal there is none.
     """
 
-    def __init__(self, entry: Entry, exec_id: str, pid: int, pipes: Pipes, terminal: int | None) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        exec_id: str,
+        argv: Sequence[str],
+        pid: int,
+        pipes: Pipes,
+        terminal: int | None,
+        *,
+        operation_id: str = "",
+        kept: Mapping[StreamName, bytes] = NOTHING_KEPT,
+    ) -> None:
+        self.id: str = exec_id
+        self.argv: tuple[str, ...] = tuple(argv)
         self.pid = pid
+        self.lost: int = 0
         self.stdin: anyio.abc.ByteSendStream
         self.stdout: anyio.abc.ByteReceiveStream
         self.stderr: anyio.abc.ByteReceiveStream
         self._entry = entry
         self._exec_id = exec_id
         self._exit: Exit | None = None
+        self._operation_id = operation_id
         self._terminal = terminal is not None
         if terminal is not None:
-            master = Descriptor(terminal)
+            master = pipes.own("terminal", terminal)
             self._ends = [master]
             self.stdin = SendStream(master, close=lambda: _type_end(master))
-            self.stdout = ReceiveStream(master)
+            self.stdout = ReceiveStream(master, kept.get("terminal", b""))
             self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
         else:
             self._ends = [end for end in (pipes.stdin, pipes.stdout, pipes.stderr) if end is not None]
             self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
-            self.stdout = ReceiveStream(pipes.stdout) if pipes.stdout else MissingReceiveStream("stdout is null")
-            self.stderr = ReceiveStream(pipes.stderr) if pipes.stderr else MissingReceiveStream("stderr is null")
+            missing = MissingReceiveStream
+            out, err = pipes.stdout, pipes.stderr
+            self.stdout = ReceiveStream(out, kept.get("stdout", b"")) if out else missing("stdout is null")
+            self.stderr = ReceiveStream(err, kept.get("stderr", b"")) if err else missing("stderr is null")
         entry.closing.add(self._close_ends)
+        _handles.setdefault(entry, weakref.WeakValueDictionary())[exec_id] = self
 
     @classmethod
     async def open(
@@ -181,6 +243,7 @@ class Process:
         cwd: str | None,
         env: Mapping[str, str],
         user: str | int | None,
+        operation_id: str | None,
     ) -> Process:
         """Start it. See `Sandbox.exec`."""
         if stdin not in {"pipe", "null"}:
@@ -189,9 +252,81 @@ class Process:
             raise InvalidArgumentError(f"tty must be True, False or a Terminal, got {tty!r}")
         size = tty if isinstance(tty, Terminal) else (Terminal() if tty else None)
         spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user, terminal=size)
-        pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)
-        exec_id, pid, terminal = await start(entry, spec, pipes)
-        return cls(entry, exec_id, pid, pipes, terminal)
+        exec_id = ""
+        if operation_id is not None:
+            exec_id = f"op-{short_name(entry.sandbox_id, check_name(operation_id, 'operation id'))}"
+            known = await cls._known(entry, exec_id, spec, operation_id)
+            if known is not None:
+                return known
+        operation_id = operation_id or ""
+        try:
+            pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)
+            exec_id, pid, terminal = await start(entry, spec, pipes, exec_id=exec_id, operation_id=operation_id)
+        except BaseException:
+            if operation_id:
+                entry.operations.forget(operation_id)
+            raise
+        return cls(entry, exec_id, spec.argv, pid, pipes, terminal, operation_id=operation_id)
+
+    @classmethod
+    async def _known(cls, entry: Entry, exec_id: str, spec: ProcessSpec, operation_id: str) -> Process | None:
+        """What this operation has started; None: it is ours to start."""
+        known = entry.operations.begin(operation_id, "exec", entry.sandbox_id, digest_of(plain(spec)))
+        if known is None:
+            return None
+        for process in await cls.all_of(entry):
+            if process.id == exec_id:
+                return process
+        if known.state == "finished":
+            ended = cls(entry, exec_id, spec.argv, 0, Pipes(), None)
+            ended._exit = Exit(**json.loads(known.result))
+            return ended
+        if any(held.exec_id == exec_id for held in await entry.held.read()):
+            raise FailedPreconditionError(
+                f"operation {operation_id!r} has started a process whose streams another living process has",
+                hint=f"That is process {known.owner[0]}; when it ends, ask again.",
+            )
+        return None  # it was cut before anything ran
+
+    @classmethod
+    async def all_of(cls, entry: Entry) -> list[Process]:
+        """See `Sandbox.processes`."""
+        task = await entry.known_task()
+        mine = [process for process in _handles.get(entry, {}).values() if process.exit is None]
+        for held in await entry.held.orphans():
+            if all(process.id != held.exec_id for process in mine):
+                process = await cls._adopted(entry, task, held)
+                if process is not None:
+                    mine.append(process)
+        return sorted(mine, key=lambda process: process.id)
+
+    @classmethod
+    async def _adopted(cls, entry: Entry, task: TaskService, held: HeldProcess) -> Process | None:
+        try:
+            state = await task.state(entry.main, held.exec_id)
+        except NotFoundError:
+            entry.held.forget(held.exec_id)  # it never ran, or went with its container
+            return None
+        taken = await entry.held.take_over(held)
+        pipes, terminal = Pipes(closed=lambda stream: entry.held.drop_stream(held.exec_id, stream)), None
+        for stream, got in taken.items():
+            fd = got[0] if got[0] >= 0 else _ended_pipe()
+            if stream == "terminal":
+                terminal = fd
+            else:
+                setattr(pipes, stream, pipes.own(stream, fd))
+        process = cls(
+            entry,
+            held.exec_id,
+            held.spec.argv,
+            state.pid or 0,
+            pipes,
+            terminal,
+            operation_id=held.operation_id,
+            kept={stream: got[1] for stream, got in taken.items()},
+        )
+        process.lost = sum(got[2] for got in taken.values())
+        return process
 
     def __repr__(self) -> str:
         end = f"code={self._exit.code}" if self._exit else "running"
@@ -217,7 +352,9 @@ class Process:
             if self._exit is None:
                 self._exit = exit
                 await task.delete(self._entry.main, self._exec_id)
-                self._entry.emit("process.exited", exec_id=self._exec_id, exit=exit)
+                self._entry.process_exited(self._exec_id, exit)
+                if self._operation_id:
+                    self._entry.operations.finish(self._operation_id, json.dumps(attrs.asdict(exit)))
         else:
             await anyio.lowlevel.checkpoint()
         return self._exit
@@ -305,6 +442,13 @@ async def _any_readable(fds: Sequence[int]) -> None:
             stack.callback(os.close, copy)
             poll.register(copy, select.EPOLLIN)
         await anyio.wait_readable(poll.fileno())
+
+
+def _ended_pipe() -> int:
+    """The reading end of a pipe that nobody writes to: a stream that has ended."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.close(writer)
+    return reader
 
 
 def _type_end(master: Descriptor) -> None:

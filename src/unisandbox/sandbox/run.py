@@ -181,7 +181,7 @@ async def run(
             raise
         finally:
             pipes.close()
-            entry.emit("process.exited", exec_id=exec_id, exit=exit)
+            entry.process_exited(exec_id, exit)
     completed = None
     if exchange is not None:
         completed = Completed(

@@ -16,6 +16,7 @@ from unisandbox.api import (
     Metrics,
     Mount,
     Network,
+    ProcessSpec,
     Resources,
     Rootfs,
     SandboxSpec,
@@ -24,7 +25,7 @@ from unisandbox.api import (
     Terminal,
 )
 from unisandbox.engine.entry import Entry
-from unisandbox.sandbox.containers import Containers
+from unisandbox.sandbox.containers import Container, Containers
 from unisandbox.sandbox.files import Files
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.process import Process
@@ -243,6 +244,7 @@ class Sandbox:
         cwd: str | None = None,
         env: Mapping[str, str] = NOTHING,
         user: str | int | None = None,
+        operation_id: str | None = None,
     ) -> Opening[Process]:
         """Start a program and talk to it while it runs.
 
@@ -252,6 +254,8 @@ class Sandbox:
             argv, cwd, env, user: as for `run`.
             stdin: "pipe" to write to it, "null" for none.
             tty: a terminal instead of three streams, of 24 x 80 or the given size.
+            operation_id: asked again under the same one, also by another process after a crash, the process that was
+                started the first time is the answer.
 
         Example:
             async with sb.exec(["cat"], stdin="pipe") as p:
@@ -262,9 +266,49 @@ class Sandbox:
         """
 
         async def open() -> Process:
-            return await Process.open(self._entry, argv, stdin=stdin, tty=tty, cwd=cwd, env=env, user=user)
+            return await Process.open(
+                self._entry, argv, stdin=stdin, tty=tty, cwd=cwd, env=env, user=user, operation_id=operation_id
+            )
 
         return Opening("Sandbox.exec()", open)
+
+    async def processes(self) -> list[Process]:
+        """The processes that `exec` has started and that have not been waited for to their end.
+
+        Those of this process, and those whose own is gone (killed, say) while the sandbox was kept: these can be gone
+        on with. Their streams begin with what was kept of their output meanwhile (the last 1 MiB of each). Those that
+        another living process reads are left out.
+        """
+        return await Process.all_of(self._entry)
+
+    async def launch(
+        self,
+        argv: Sequence[str],
+        *,
+        cwd: str | None = None,
+        env: Mapping[str, str] = NOTHING,
+        user: str | int | None = None,
+    ) -> Container:
+        """Start a program that nobody has to wait for: it is the sandbox's own, and `run` and `exec` join it.
+
+        The last of its output is kept (`Container.logs`). When it ends everything in its container ends.
+
+        Args:
+            argv, cwd, env, user: as for `run`.
+
+        Raises:
+            FailedPreconditionError: something runs in the sandbox already.
+        """
+        pid = await self._entry.launch(ProcessSpec(argv=argv, env=env, cwd=cwd, user=user))
+        return Container(self._entry, self._entry.main, pid)
+
+    async def pause(self) -> None:
+        """Stop every process of the sandbox until `resume`."""
+        await self._entry.pause()
+
+    async def resume(self) -> None:
+        """Let its processes go on."""
+        await self._entry.resume()
 
     async def start(self) -> None:
         """Make a stopped sandbox ready again, with its files; a ready one stays as it is."""

@@ -17,8 +17,10 @@ from unisandbox.host.readiness import Descriptor
 class ReceiveStream(anyio.abc.ByteReceiveStream):
     """What a process writes. Unread, it blocks that process and nothing else."""
 
-    def __init__(self, source: Descriptor) -> None:
+    def __init__(self, source: Descriptor, kept: bytes = b"") -> None:
+        """Args: source: our end. kept: what was read before from it, and comes first."""
         self._source = source
+        self._kept = kept
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """The next bytes, at least one.
@@ -27,7 +29,7 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
             anyio.EndOfStream: everybody who could write has closed it.
         """
         await anyio.lowlevel.checkpoint()
-        while (data := self._source.read(max_bytes)) is None:
+        while (data := self.receive_nowait(max_bytes)) is None:
             await self._source.readable()
         if not data:
             raise anyio.EndOfStream
@@ -35,6 +37,9 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
 
     def receive_nowait(self, max_bytes: int = 65536) -> bytes | None:
         """What is there now; b"" at the end, None when nothing is there yet."""
+        if self._kept and not self._source.closed:
+            data, self._kept = self._kept[:max_bytes], self._kept[max_bytes:]
+            return data
         return self._source.read(max_bytes)
 
     def fileno(self) -> int:

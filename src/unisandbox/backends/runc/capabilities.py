@@ -20,5 +20,7 @@ CAPABILITIES: Final = Capabilities(
     host_mounts=True,
     pause=True,
     update=True,
+    ttl=True,
+    survives_host_crash=True,
     start_seconds=0.015,
 )

@@ -5,6 +5,7 @@ Somebody has to be PID 1 of it. With a root of its own that holds nothing, /proc
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Final
 
@@ -21,6 +22,9 @@ from unisandbox.oci.task import START_SECONDS
 
 EMPTY_ROOT: Final = "/empty"
 """Below the sandbox's directory; made with its root file system."""
+
+# The name, below the sandbox's prefix, of what is known of the process.
+_FIRST: Final = "pid-first"
 
 
 @attrs.define
@@ -62,6 +66,9 @@ class SharedPids:
             try:
                 pod.pins["pid"] = await host.keeper.hold(f"{pod.short}/pid", fd)
                 pod.inodes["pid"] = namespaces.namespace_inode(fd)
+                if host.shared:
+                    await host.keeper.hold_now({f"{pod.short}/{_FIRST}": created.pidfd})
+                    await host.keeper.note(f"{pod.short}/{_FIRST}", json.dumps([created.pid, created.start_time]))
             finally:
                 os.close(fd)
         except BaseException:
@@ -70,13 +77,33 @@ class SharedPids:
             raise
         return made
 
+    @classmethod
+    async def restore(cls, host: Host, pod: Pod) -> SharedPids | None:
+        """Take over one that another process has made; None while there is none."""
+        name = f"{pod.short}/{_FIRST}"
+        note = (await host.keeper.notes(name)).get(name)
+        if note is None:
+            return None
+        pid, start_time = json.loads(note)
+        fd = await host.keeper.take(f"{pod.short}/pid")
+        try:
+            pod.inodes["pid"] = namespaces.namespace_inode(fd)
+        finally:
+            os.close(fd)
+        created = Created(pid, start_time, await host.keeper.take(name), f"{pod.work}/b/pid")
+        return cls(f"{pod.short}-pid", pod.cgroup.find("pid"), created)
+
+    def close(self) -> None:
+        """Close what this process holds of it; ends nothing."""
+        os.close(self.created.pidfd)
+
     async def end(self, host: Host, runtime: Runtime, pod: Pod) -> None:
         """End it: with it everything that is still in the namespace ends."""
         self.cgroup.kill()
         await ended_process(host.keeper, self.created)
         await runtime.delete(self.oci_id)
-        os.close(self.created.pidfd)
-        await host.keeper.drop([f"{pod.short}/pid"])
+        self.close()
+        await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
         pod.inodes.pop("pid", None)
         self.cgroup.remove(timeout=5.0)

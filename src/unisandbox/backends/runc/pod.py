@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import json
 import os
 import resource
 import shutil
@@ -41,6 +42,10 @@ from unisandbox.oci.users import resolve_user
 IDS: Final = 65536
 """How many user ids a sandbox has, as every image may use 0 to 65535."""
 
+HELD: Final = ("root", "rw", "mnt")
+"""What the keeper holds of every sandbox beside its namespaces; see `Pod.fds`."""
+
+_PINNED: Final = ("user", "net", "ipc", "uts", "pid")
 _STACK: Final = 8 << 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What our init needs to become the user that a process asks for; processes do not get more than the spec says.
@@ -88,9 +93,9 @@ class Pod:
     spec: SandboxSpec
     short: str
     work: str
-    cgroup: Cgroup
     layer: Layer
     image: str
+    cgroup: Cgroup = attrs.field(init=False)
     first_id: int = 0
     lease: int | None = None
     pins: dict[str, int] = attrs.field(factory=dict)
@@ -102,6 +107,32 @@ class Pod:
     def label(self) -> str:
         """What to call it in messages."""
         return self.spec.name or self.sandbox_id
+
+    def facts(self, created_at: float, started_at: float) -> str:
+        """What another process needs to know of it beside the names that the keeper holds."""
+        return json.dumps(
+            {
+                "first_id": self.first_id,
+                "lease": self.lease,
+                "inodes": self.inodes,
+                "created_at": created_at,
+                "started_at": started_at,
+            }
+        )
+
+    def restore(self, facts: str, held: Mapping[str, int]) -> tuple[float, float]:
+        """Take over what another process has made: `created_at` and `started_at`.
+
+        Args:
+            facts: what `facts` gave there.
+            held: names below its prefix that the keeper holds, with their numbers.
+        """
+        known = json.loads(facts)
+        self.first_id, self.lease, self.inodes = known["first_id"], known["lease"], dict(known["inodes"])
+        names = {name.removeprefix(f"{self.short}/"): number for name, number in held.items()}
+        self.pins = {kind: names[kind] for kind in _PINNED if kind in names}
+        self.fds = {name: number for name, number in names.items() if name in HELD or name.startswith("root-")}
+        return known["created_at"], known["started_at"]
 
     def held(self, what: str) -> str:
         """The name under which the keeper holds something of it."""
@@ -219,22 +250,28 @@ class PodPlanner:
         """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
         pod = self._pod
         _check_container(container)
-        oci_id = f"{pod.short}-{container.name}"
         cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or Resources.unlimited()))
         self._cgroups[container.name] = cgroup
-        bundle = f"{pod.work}/b/{container.name}"
-        place, rootfs, root = pod.place(), pod.spec.rootfs, "root"
+        plan = self._plan(container, cgroup)
+        place = pod.place()
         if container.rootfs is not None:
-            place, rootfs, root = pod.place(container.name), container.rootfs, f"root-{container.name}"
-            await self._make_root(container, rootfs)
-        await self._guard_own_cgroups(oci_id)
-        self._bundle(f"{pod.work}{place.root}").write(self._host.outside(bundle))
+            place = pod.place(container.name)
+            await self._make_root(container, container.rootfs)
+        await self._guard_own_cgroups(plan.oci_id)
+        self._bundle(f"{pod.work}{place.root}").write(self._host.outside(plan.bundle))
+        if plan.admitted is not None:
+            cgroup.admit(plan.admitted)
+        return plan
+
+    def _plan(self, container: ContainerSpec, cgroup: Cgroup) -> Plan:
+        pod = self._pod
+        rootfs, root = pod.spec.rootfs, "root"
+        if container.rootfs is not None:
+            rootfs, root = container.rootfs, f"root-{container.name}"
         quick = pod.spec.security.no_new_privileges or pod.spec.security.seccomp == "unconfined"
-        if quick:
-            cgroup.admit(pod.first_id)
         return Plan(
-            oci_id=oci_id,
-            bundle=bundle,
+            oci_id=f"{pod.short}-{container.name}",
+            bundle=f"{pod.work}/b/{container.name}",
             cgroup=cgroup,
             request=lambda process: self._request(container, process, root),
             admitted=pod.first_id if quick else None,
@@ -248,10 +285,12 @@ class PodPlanner:
 
     async def adopt(self, container_id: str, bundle: str) -> Plan:
         """A bundle of somebody else, run as it is in a cgroup of ours."""
-        pod = self._pod
-        self._cgroups[container_id] = cgroup = pod.cgroup.child(f"c-{container_id}")
+        self._cgroups[container_id] = cgroup = self._pod.cgroup.child(f"c-{container_id}")
+        return self._foreign_plan(container_id, bundle, cgroup)
+
+    def _foreign_plan(self, container_id: str, bundle: str, cgroup: Cgroup) -> Plan:
         return Plan(
-            oci_id=f"{pod.short}-{container_id}",
+            oci_id=f"{self._pod.short}-{container_id}",
             bundle=bundle,
             cgroup=cgroup,
             request=_no_request,
@@ -264,12 +303,27 @@ class PodPlanner:
             explain=lambda _: "",
         )
 
+    async def restore(self, container_id: str, container: ContainerSpec | None, bundle: str) -> Plan:
+        """The plan of a container that was made before, perhaps by another process."""
+        pod = self._pod
+        name = f"c-{container_id}"
+        try:
+            cgroup = pod.cgroup.find(name)
+        except FileNotFoundError:
+            cgroup = pod.cgroup.child(name)  # its creation was cut before it had one
+        self._cgroups[container_id] = cgroup
+        if container is None:
+            return self._foreign_plan(container_id, bundle, cgroup)
+        if container.rootfs is not None:
+            self._own_roots.add(container_id)
+        return self._plan(container, cgroup)
+
     async def free(self, container_id: str) -> None:
         """Unmount and remove what `prepare` made."""
         cgroup = self._cgroups.pop(container_id, None)
         if cgroup is not None:
             cgroup.remove()
-        await self._host.keeper.unguard([f"{self._pod.short}-{container_id}/own-cgroups"])
+        await self._host.keeper.unguard([self._own_cgroups_guard(f"{self._pod.short}-{container_id}")])
         # Only the bundle's own files lie there, and no mount.
         shutil.rmtree(self._host.outside(f"{self._pod.work}/b/{container_id}"), ignore_errors=True)
         if container_id in self._own_roots:
@@ -287,7 +341,10 @@ class PodPlanner:
         """A runtime that insists on cgroups of its own leaves them behind when it dies."""
         dirs = self._runtime.own_cgroups(oci_id)
         if dirs:
-            await self._host.keeper.guard([Guard(f"{oci_id}/own-cgroups", "rmdir_cgroup", dirs)])
+            await self._host.keeper.guard([Guard(self._own_cgroups_guard(oci_id), "rmdir_cgroup", dirs)])
+
+    def _own_cgroups_guard(self, oci_id: str) -> str:
+        return f"{self._pod.short}/{oci_id}/own-cgroups"
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
         pod = self._pod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -25,6 +26,7 @@ from unisandbox.api import (
     Metrics,
     Mount,
     NotFoundError,
+    RecoverSandbox,
     Resources,
     Rootfs,
     SandboxSpec,
@@ -36,7 +38,7 @@ from unisandbox.api import (
 )
 from unisandbox.backends.runc.capabilities import CAPABILITIES
 from unisandbox.backends.runc.pidns import EMPTY_ROOT, SharedPids
-from unisandbox.backends.runc.pod import IDS, Pod, PodPlanner, open_sources, translate_job
+from unisandbox.backends.runc.pod import HELD, IDS, Pod, PodPlanner, open_sources, translate_job
 from unisandbox.backends.runc.rootfs import Layer, Op, host_tree, mount_ops, root_ops
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
@@ -45,6 +47,7 @@ from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
+from unisandbox.oci.ledger import Ledger
 from unisandbox.oci.plan import limits_of, metrics_of
 from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.task import OciTaskService
@@ -66,7 +69,6 @@ _DEVICES: Final = (
     DeviceRule("c", 136, None, "rwm"),  # pts
 )
 _JOB_SECONDS: Final = 60.0
-_HELD: Final = ("root", "rw", "mnt")
 _LEAST_PIDS: Final = 3
 _SAFE: Final = ["readonly", "nosuid", "nodev"]
 
@@ -78,6 +80,8 @@ class _Sandbox:
     task: OciTaskService | None = None
     planner: PodPlanner | None = None
     pids: SharedPids | None = None
+    # It cannot be used; what is left of it is freed by name.
+    remains: bool = False
     started_at: float | None = None
     stopped_at: float | None = None
     ended: anyio.Event = attrs.field(factory=anyio.Event)
@@ -105,7 +109,7 @@ class RuncSandboxer:
         short = short_name(host.engine_id, request.sandbox_id)
         root = host.cgroups.root()
         dirs = root.predict(short, limits=limits_of(spec.resources))
-        image = os.path.join(host.disk_dir, f"unisandbox-{host.engine_id}-{short}.img")
+        image = self._image(short)
         sources = open_sources(spec.rootfs, spec.mounts, spec.name or "new")
         undo = [
             Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
@@ -123,37 +127,82 @@ class RuncSandboxer:
             with anyio.CancelScope(shield=True):
                 await host.keeper.unguard([guard.name for guard in undo])
             raise
-        pod = Pod(
-            request.sandbox_id,
-            spec,
-            short,
-            f"{host.work_dir}/{short}",
-            cgroup,
-            Layer.of(spec.resources),
-            image,
-            sources=sources,
-        )
+        pod = self._pod_of(request.sandbox_id, spec)
+        pod.cgroup, pod.sources = cgroup, sources
         self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
         cgroup.allow_devices(_DEVICES)
+
+    def _pod_of(self, sandbox_id: str, spec: SandboxSpec) -> Pod:
+        host = self._host
+        short = short_name(host.engine_id, sandbox_id)
+        return Pod(sandbox_id, spec, short, f"{host.work_dir}/{short}", Layer.of(spec.resources), self._image(short))
+
+    def _image(self, short: str) -> str:
+        return os.path.join(self._host.disk_dir, f"unisandbox-{self._host.engine_id}-{short}.img")
 
     async def start(self, sandbox_id: str) -> StartedSandbox:
         """See `Sandboxer.start`."""
         sandbox = self._get(sandbox_id)
         pod = sandbox.pod
         if sandbox.task is None:
-            if self._init_fd < 0:
-                self._init_fd = open_binary()
             await self._make(pod)
-            sandbox.planner = PodPlanner(
-                self._host, self._runtime, pod, host_tree=self._host_tree, init_fd=self._init_fd
-            )
-            sandbox.task = OciTaskService(pod.label, self._host.keeper, self._runtime, sandbox.planner)
+            sandbox.planner = self._planner_of(pod)
+            sandbox.task = self._task_of(pod, sandbox.planner)
             sandbox.started_at = time.time()
+            if self._host.shared:
+                await self._host.keeper.note(f"{pod.short}/pod", pod.facts(sandbox.created_at, sandbox.started_at))
         if pod.spec.share_pid and sandbox.pids is None:
             assert sandbox.planner is not None  # noqa: S101 (made with the task service)
-            sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init_fd)
+            sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
         sandbox.stopped_at = None
         sandbox.ended = anyio.Event()
+        return StartedSandbox(sandbox.task)
+
+    def _init(self) -> int:
+        if self._init_fd < 0:
+            self._init_fd = open_binary()
+        return self._init_fd
+
+    def _planner_of(self, pod: Pod) -> PodPlanner:
+        return PodPlanner(self._host, self._runtime, pod, host_tree=self._host_tree, init_fd=self._init())
+
+    def _task_of(self, pod: Pod, planner: PodPlanner) -> OciTaskService:
+        ledger = Ledger(self._host.keeper, f"{pod.short}/", kept=self._host.shared)
+        return OciTaskService(pod.label, self._host.keeper, self._runtime, planner, ledger)
+
+    async def recover(self, request: RecoverSandbox) -> StartedSandbox | None:
+        """See `Sandboxer.recover`."""
+        sandbox_id, keeper = request.sandbox_id, self._host.keeper
+        sandbox = self._sandboxes.get(sandbox_id)
+        short = short_name(self._host.engine_id, sandbox_id)
+        note = (await keeper.notes(f"{short}/pod")).get(f"{short}/pod") if request.lived else None
+        if sandbox is None:
+            sandbox = _Sandbox(self._pod_of(sandbox_id, request.spec), time.time())
+        if note is None:
+            if sandbox_id in self._sandboxes:
+                self._let_go(sandbox)
+            self._sandboxes[sandbox_id] = sandbox
+            sandbox.remains = True
+            return None
+        pod = sandbox.pod
+        sandbox.created_at, sandbox.started_at = pod.restore(note, await keeper.held(f"{short}/"))
+        try:
+            pod.cgroup = self._host.cgroups.find(short)
+        except FileNotFoundError:
+            sandbox.remains = True
+        self._sandboxes[sandbox_id] = sandbox
+        if sandbox.remains or "root" not in pod.fds:
+            sandbox.remains = True
+            return None
+        sandbox.stopped_at = None if request.started else sandbox.stopped_at or time.time()
+        if sandbox.planner is None:
+            sandbox.planner = self._planner_of(pod)
+        if sandbox.task is None:
+            sandbox.task = self._task_of(pod, sandbox.planner)
+        if sandbox.pids is not None:
+            sandbox.pids.close()
+        sandbox.pids = await SharedPids.restore(self._host, pod) if pod.spec.share_pid else None
+        await sandbox.task.restore(exclusive=request.exclusive)
         return StartedSandbox(sandbox.task)
 
     async def stop(self, sandbox_id: str, *, grace: float) -> None:
@@ -251,10 +300,13 @@ class RuncSandboxer:
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None:
             return
-        pod = sandbox.pod
+        pod, keeper = sandbox.pod, self._host.keeper
+        if sandbox.remains:
+            await self._remove_remains(pod)
+            self._sandboxes.pop(sandbox_id, None)
+            return
         await self.stop(sandbox_id, grace=0)
         pod.cgroup.kill()
-        keeper = self._host.keeper
         if not keeper.alive:
             self._end_without_keeper(sandbox)
             self._sandboxes.pop(sandbox_id, None)
@@ -267,22 +319,41 @@ class RuncSandboxer:
             raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
         if pod.lease is not None:
             # Everything that had these ids is gone: the next sandbox may have them.
-            self._free_ranges.append(pod.lease)
-            pod.lease = None
-        await keeper.unguard([f"{pod.short}/cgroup-directories", f"{pod.short}/processes", f"{pod.short}/image"])
+            await self._release(pod)
+        await keeper.unguard(_guards_of(pod.short))
         self._sandboxes.pop(sandbox_id, None)
+
+    async def _remove_remains(self, pod: Pod) -> None:
+        """Free what is left of a sandbox of which only the names are known."""
+        keeper = self._host.keeper
+        dirs = self._host.cgroups.root().predict(pod.short)
+        ending.kill(dirs, 1.0)
+        if keeper.alive:
+            await keeper.drop(prefix=f"{pod.short}/")
+            remove_tree(self._host.outside(pod.work))
+        if not ending.remove(dirs, 5.0):
+            raise BackendError(f"sandbox {pod.label!r}: its cgroups {dirs} cannot be removed")
+        with contextlib.suppress(FileNotFoundError):  # it had none, or its guard was quicker
+            os.unlink(pod.image)
+        if keeper.alive:
+            await keeper.drop([_ids_of(pod.short)])
+            await keeper.unguard(_guards_of(pod.short))
+
+    def _let_go(self, sandbox: _Sandbox) -> None:
+        """Close what this process holds of a sandbox; ends nothing."""
+        if sandbox.task is not None:
+            sandbox.task.abandon()
+        if sandbox.pids is not None:
+            sandbox.pids.close()
+            sandbox.pids = None
+        sandbox.pod.close()
 
     def _end_without_keeper(self, sandbox: _Sandbox) -> None:
         """The keeper is dead, and with it mounts, pins and every init; what is left are cgroups and descriptors."""
         if self._host.keeper.alive:
             raise BackendError(f"the keeper does not answer for sandbox {sandbox.pod.label!r}")
         sandbox.pod.cgroup.kill()
-        if sandbox.task is not None:
-            sandbox.task.abandon()
-        if sandbox.pids is not None:
-            os.close(sandbox.pids.created.pidfd)
-            sandbox.pids = None
-        sandbox.pod.close()
+        self._let_go(sandbox)
         sandbox.pod.cgroup.remove(timeout=5.0)
 
     async def list(self) -> Sequence[SandboxStatus]:
@@ -294,7 +365,13 @@ class RuncSandboxer:
         pod = self._get(sandbox_id).pod
         if "root" not in pod.fds:
             raise NotFoundError(f"sandbox {pod.label!r} has no files before it is started")
-        return os.open(f"/proc/{self._host.keeper.pid}/fd/{pod.fds['root']}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        path = f"/proc/{self._host.keeper.pid}/fd/{pod.fds['root']}"
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        # Another process may have removed the sandbox, and the keeper may hold another one's root by this number.
+        if self._host.shared and f"/{pod.short}/" not in os.readlink(f"/proc/self/fd/{fd}"):
+            os.close(fd)
+            raise NotFoundError(f"sandbox {pod.label!r} was removed")
+        return fd
 
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""
@@ -304,11 +381,7 @@ class RuncSandboxer:
     def abandon(self) -> None:
         """See `Sandboxer.abandon`."""
         for sandbox in self._sandboxes.values():
-            if sandbox.task is not None:
-                sandbox.task.abandon()
-            if sandbox.pids is not None:
-                os.close(sandbox.pids.created.pidfd)
-            sandbox.pod.close()
+            self._let_go(sandbox)
         self._sandboxes.clear()
         if self._init_fd >= 0:
             os.close(self._init_fd)
@@ -319,10 +392,26 @@ class RuncSandboxer:
         async with self._preparing:
             if rootfs.local not in self._trees:
                 path = f"/host{'-local' if rootfs.local else ''}"
-                ops = host_tree(path, local=rootfs.local)
-                await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": ops}])
+                if self._host.shared:
+                    await self._make_shared_tree(path, local=rootfs.local)
+                else:
+                    await self._make_tree(path, local=rootfs.local)
                 self._trees[rootfs.local] = f"{self._host.work_dir}{path}"
             return self._trees[rootfs.local]
+
+    async def _make_tree(self, path: str, *, local: bool) -> None:
+        await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": host_tree(path, local=local)}])
+
+    async def _make_shared_tree(self, path: str, *, local: bool) -> None:
+        """The same, unless another process of this engine has made it."""
+        keeper, name = self._host.keeper, f"tree{path}"
+        await keeper.lock(name)
+        try:
+            if name not in await keeper.notes(name):
+                await self._make_tree(path, local=local)
+                await keeper.note(name, "made")
+        finally:
+            keeper.unlock(name)
 
     async def _make(self, pod: Pod) -> None:
         """Namespaces and root file system, in one job of the keeper; verified."""
@@ -332,10 +421,10 @@ class RuncSandboxer:
         steps: list[Mapping[str, object]] = [{"do": "mount_namespace"}]
         kinds = ["ipc", "uts"] + (["net"] if spec.network.kind == "none" else [])
         maps: dict[str, object] = {}
-        hold: dict[str, str] = {what: pod.held(what) for what in _HELD}
+        hold: dict[str, str] = {what: pod.held(what) for what in HELD}
         fds = list(pod.sources)
         if pod.mapped:
-            pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease()
+            pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
             pod.first_id = pod.lease * IDS
             rows = [[0, pod.first_id, IDS]]
             kinds = ["user", *kinds]
@@ -389,7 +478,7 @@ class RuncSandboxer:
         finally:
             if given >= 0:
                 os.close(given)
-        pod.fds = {what: result.pop(pod.held(what)) for what in _HELD}
+        pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         pod.inodes = {
             kind: namespaces.namespace_inode(f"/proc/{keeper.pid}/fd/{number}") for kind, number in pod.pins.items()
@@ -398,15 +487,24 @@ class RuncSandboxer:
             if inode == namespaces.namespace_inode(f"/proc/self/ns/{kind}"):
                 raise BackendError(f"sandbox {pod.label!r}: the pinned {kind} namespace is the host's own")
 
-    async def _lease(self) -> int:
-        """A range of user ids that no other engine of this host has; it is ours until the engine ends."""
+    async def _lease(self, pod: Pod) -> int:
+        """A range of user ids that no other engine of this host has."""
         directory = os.path.dirname(self._host.work_dir)
+        name = _ids_of(pod.short) if self._host.shared else ""
         try:
-            return await self._host.keeper.lease(directory, _FIRST_RANGE, _RANGES)
+            return await self._host.keeper.lease(directory, _FIRST_RANGE, _RANGES, name=name)
         except BlockingIOError as error:
             raise UnavailableError(
                 f"all {_RANGES} ranges of user ids of this host are in use", hint="Remove some sandboxes first."
             ) from error
+
+    async def _release(self, pod: Pod) -> None:
+        assert pod.lease is not None  # noqa: S101 (called for one that has a range)
+        if self._host.shared:
+            await self._host.keeper.drop([_ids_of(pod.short)])
+        else:
+            self._free_ranges.append(pod.lease)  # the next one of this process may have it without asking
+        pod.lease = None
 
     async def _job(
         self,
@@ -429,6 +527,15 @@ class RuncSandboxer:
         return sandbox
 
 
+def _guards_of(short: str) -> list[str]:
+    return [f"{short}/{name}" for name in ("cgroup-directories", "processes", "image")]
+
+
+def _ids_of(short: str) -> str:
+    """The name of a sandbox's lease; it is not given back before everything that has these ids is gone."""
+    return f"ids/{short}"
+
+
 def _check(spec: SandboxSpec) -> None:
     """Refuse what cannot be done, before anything is."""
     if spec.rootfs.kind not in CAPABILITIES.rootfs:
@@ -439,8 +546,6 @@ def _check(spec: SandboxSpec) -> None:
         )
     if spec.network.kind not in CAPABILITIES.networks:
         raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
-    if spec.ttl is not None:
-        raise UnsupportedError("ttl", "runc", hint="Call remove() yourself, e.g. after anyio.sleep().")
     if spec.annotations:
         raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
     if spec.userns == "private" and (why := _no_user_namespaces()):

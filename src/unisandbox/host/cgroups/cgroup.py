@@ -11,6 +11,8 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 
+import attrs
+
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.api.names import check_name
 from unisandbox.host.cgroups import ending, files, hierarchy, v1, v2
@@ -56,6 +58,11 @@ class Cgroups:
             UnavailableError: no cgroup file system is here at all. Anything less is in `missing`.
         """
         return cls(name, hierarchy.detect(parent, use_unified=use_unified, make_room=make_room))
+
+    def placed(self, parents: Mapping[str, str]) -> Cgroups:
+        """The same with parents that an engine had before, by `Place.key`; those that are not named stay."""
+        places = tuple(attrs.evolve(place, parent=parents.get(place.key, place.parent)) for place in self.places)
+        return Cgroups(self.name, attrs.evolve(self._layout, places=places))
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -255,6 +262,10 @@ class Cgroup:
             child.remove()
             raise
         return child
+
+    def find(self, name: str) -> Cgroup:
+        """The cgroup of this name below this one, made by whomever. Raises FileNotFoundError."""
+        return self._tree.find(f"{self.path}/{name}".lstrip("/"))
 
     def leaf(self, name: str) -> Cgroup:
         """Where a process goes that belongs to the cgroup as a whole: v2 allows none beside children with controllers.

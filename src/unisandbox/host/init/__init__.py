@@ -6,7 +6,7 @@ What comes back from init is a stranger's word and is checked here, so that nobo
 
 from unisandbox.host.init.binary import binary_path, open_binary
 from unisandbox.host.init.protocol import RLIMITS, ExecFailed, SpawnRequest, capability_mask
-from unisandbox.host.init.spawn import Started, ended, spawn
+from unisandbox.host.init.spawn import Started, ended, ended_now, spawn
 
 __all__ = [
     "RLIMITS",
@@ -16,6 +16,7 @@ __all__ = [
     "binary_path",
     "capability_mask",
     "ended",
+    "ended_now",
     "open_binary",
     "spawn",
 ]

@@ -60,7 +60,7 @@ async def spawn(
     *,
     before_exec: Callable[[int, int], None],
     timeout: float,
-    hold_life: Callable[[int], Awaitable[None]] | None = None,
+    hold_life: Callable[[int, int, int], Awaitable[None]] | None = None,
     pid_namespace: int | None = None,
     cgroup: Sequence[int] = (),
 ) -> Started:
@@ -73,8 +73,8 @@ async def spawn(
         before_exec: called with pid and pidfd while the process waits for its exec: here it is put into its cgroup.
             What it raises ends the process and is passed on.
         timeout: seconds for all of it.
-        hold_life: called with the number of `life` before exec, so that somebody else can keep a copy. When the
-            start fails after it, the copy is the caller's to drop.
+        hold_life: called with the number of `life`, the pid and the number of its pidfd before exec, so that somebody
+            else can keep copies. When the start fails after it, these are the caller's to drop.
         cgroup: a descriptor of the cgroup2 directory in which the process is born (init must have been admitted there,
             `Cgroup.admit`), then open `tasks` files of v1 cgroups that it enters itself. Empty: it is born in init's
             cgroups, and `before_exec` moves it.
@@ -103,7 +103,7 @@ async def _spawn(
     spec: bytes,
     stdio: tuple[int, int, int] | None,
     before_exec: Callable[[int, int], None],
-    hold_life: Callable[[int], Awaitable[None]] | None,
+    hold_life: Callable[[int, int, int], Awaitable[None]] | None,
     pid_namespace: int | None,
     cgroup: Sequence[int],
 ) -> Started:
@@ -114,7 +114,7 @@ async def _spawn(
         if request.oom_score_adj is not None:
             _set_oom_score_adj(pid, pidfd, request.oom_score_adj)
         if hold_life is not None:
-            await hold_life(life.fileno())
+            await hold_life(life.fileno(), pid, pidfd)
         before_exec(pid, pidfd)
         with contextlib.suppress(BrokenPipeError):  # it was killed while it waited: `ended` will say by what
             go.send(b"g", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -359,6 +359,24 @@ def _name(request: SpawnRequest) -> str:
     return repr(os.fsdecode(request.argv[0]))
 
 
+def ended_now(life: socket.socket) -> int | None:
+    """The raw wait status of the process behind `life`, if it has ended and init has told; otherwise None."""
+    try:
+        packet = life.recv(protocol.ANSWER.size + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except (BlockingIOError, ConnectionResetError):
+        return None
+    return _status_of(packet) if packet else None
+
+
+def _status_of(packet: bytes) -> int:
+    with _judged("the end of a process", []):
+        kind, a, b = protocol.decode_answer(packet)
+        if kind != protocol.ENDED:
+            raise ValueError(f"kind {kind} where an end was expected")
+        return protocol.decode_status(a, b)
+    raise AssertionError("the block returns or raises")
+
+
 async def ended(life: socket.socket) -> int | None:
     """Wait until the process behind `life` has ended.
 
@@ -379,10 +397,4 @@ async def ended(life: socket.socket) -> int | None:
             continue
         except ConnectionResetError:
             return None
-        if not packet:
-            return None
-        with _judged("the end of a process", []):
-            kind, a, b = protocol.decode_answer(packet)
-            if kind != protocol.ENDED:
-                raise ValueError(f"kind {kind} where an end was expected")
-            return protocol.decode_status(a, b)
+        return _status_of(packet) if packet else None

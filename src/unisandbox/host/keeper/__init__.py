@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from unisandbox.host.keeper.client import Keeper
     from unisandbox.host.keeper.records import (
         CloseReport,
+        EventPage,
         ExitRecord,
         Guard,
         Hello,
         JobFailed,
         JobResult,
+        Reclaimed,
         RingData,
         Spawned,
         SpawnFailed,
@@ -24,12 +26,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CloseReport",
+    "EventPage",
     "ExitRecord",
     "Guard",
     "Hello",
     "JobFailed",
     "JobResult",
     "Keeper",
+    "Reclaimed",
     "RingData",
     "SpawnFailed",
     "Spawned",

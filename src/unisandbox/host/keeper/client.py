@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import json
 import os
 import select
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import anyio
@@ -24,21 +25,26 @@ from unisandbox.host.keeper.link import Link, error_of
 from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import (
     CloseReport,
+    EventPage,
     ExitRecord,
     Guard,
     Hello,
     JobFailed,
     JobResult,
     Policy,
+    Reclaimed,
     RingData,
     Spawned,
     SpawnFailed,
     SpawnStage,
 )
+from unisandbox.host.keeper.turnstile import Turnstile
 from unisandbox.host.readiness import readable
 
 # How many exits the client remembers; the keeper is asked for older ones.
 _EXITS_KEPT = 16384
+# How many of the prefixes that have expired it remembers; names are not used again.
+_EXPIRATIONS_KEPT = 16384
 _START_TIME = 30.0
 _CLOSE_TIME = 20.0
 
@@ -65,6 +71,8 @@ class Keeper:
         self._last_seq = 0
         #: How often the keeper had forgotten exits before it could tell us.
         self._gaps = 0
+        self._expired: dict[str, None] = {}
+        self._turnstile = Turnstile(self._link)
         self._ours: set[tuple[int, int]] = set()
         self._owns = False
         self._ended = False
@@ -128,7 +136,7 @@ class Keeper:
 
         Raises:
             UnavailableError: none runs, or it speaks another version of the protocol.
-            FailedPreconditionError: `own` was asked for and it has an owner.
+            FailedPreconditionError: `own` was asked for and it has an owner, whose pid is named.
         """
         state_dir = starting.absolute(state_dir)
         try:
@@ -169,6 +177,8 @@ class Keeper:
             policy=cast("Policy", message["policy"]),
             owner=cast("bool", message["owner"]),
             private_mounts=cast("bool", message["private_mounts"]),
+            client=cast("int", message["client"]),
+            owner_pid=cast("int", message["owner_pid"]),
         )
 
     async def _own(self) -> None:
@@ -183,7 +193,7 @@ class Keeper:
             os.close(pidfd)
         starting.note_owned(self._identity)
         self._owns = True
-        self.hello = attrs.evolve(self.hello, owner=True)
+        self.hello = attrs.evolve(self.hello, owner=True, owner_pid=os.getpid())
 
     # --- programs and jobs ---
 
@@ -337,6 +347,67 @@ class Keeper:
         """
         return cast("int", (await self._link.ask("hold", [fd], name=name)).message["number"])
 
+    async def hold_now(
+        self, fds: Mapping[str, int], *, spool: Mapping[str, int] | None = None, stamp: Collection[str] = ()
+    ) -> None:
+        """Let the keeper hold copies of several fds (at most 64), which it gets even if this process dies right after.
+
+        A message without an answer: waits only while the keeper's queue is full. What was held or ringed under one of
+        these names before is closed. Should the keeper have no room for the fds it holds none of them, and its log says
+        so.
+
+        Args:
+            fds: fds by the names under which they are held.
+            spool: of those that others write to (pipes, terminals, sockets), how many bytes to keep: when the
+                connection that held them ends and the keeper lives on, it begins to drain them, and keeps the last so
+                many bytes of each. If all of them together would be over 256 MiB, each gets its share of that.
+                See `reclaim`.
+            stamp: of those that can be waited for: the keeper notes when they first become readable. See `stamps`.
+
+        Raises:
+            InvalidArgumentError: more than 64 fds, or `spool` or `stamp` name one that is not among them.
+        """
+        spool = dict(spool or {})
+        for name in fds:
+            _checked(name)
+        strangers = ({*spool} | {*stamp}) - {*fds}
+        if strangers:
+            raise InvalidArgumentError(f"to be spooled or stamped, but not among the fds: {sorted(strangers)}")
+        message: Message = {"op": "hold_now", "names": list(fds), "spool": spool, "stamp": list(stamp)}
+        await self._link.tell(message, list(fds.values()))
+
+    async def stamps(self, prefix: str = "") -> dict[str, float]:
+        """When (Unix time in seconds) what `hold_now` was to stamp became readable, by name.
+
+        Those that have not are missing. A stamp stays until its name is dropped or held anew.
+        """
+        return cast("dict[str, float]", await self._pages("stamps", prefix))
+
+    async def reclaim(self, name: str) -> Reclaimed:
+        """Take an fd back from its spool (or ring), with what was kept meanwhile.
+
+        The keeper stops draining it, gives us a copy, and will drain it again, with the same limit, when this
+        connection has ended. An fd that was not drained has no `data`. What comes back is not kept any more; if the
+        answer is lost (we die, or are cancelled) it is kept for whoever asks next. An fd that was drained is
+        non-blocking from then on.
+
+        Raises:
+            FileNotFoundError: nothing is held under this name.
+        """
+        packet = await self._link.ask("reclaim", name=name)
+        message = packet.message
+        if packet.lost:
+            packet.close()
+            raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
+        has_fd = cast("bool", message["has_fd"])
+        try:
+            data = _data_of(message, packet, int(has_fd))
+            self._link.say({"op": "reclaimed", "name": name, "spool": message["spool"], "end": message["end"]})
+            fd = packet.claim() if has_fd else -1
+        finally:
+            packet.close()
+        return Reclaimed(fd, data, cast("int", message["lost"]), cast("bool", message["eof"]))
+
     async def take(self, name: str) -> int:
         """A copy of what is held as `name`; it is held on until `drop`.
 
@@ -348,21 +419,29 @@ class Keeper:
             raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
         return packet.claim()
 
+    def drop_now(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
+        """As `drop`, without an await and without an answer; nothing happens once the keeper has ended."""
+        self._link.say({"op": "drop", "names": list(names), "prefix": prefix})
+
     async def drop(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
         """Close what is held (or ringed) under these names, and under all that begin with `prefix` unless it is empty.
 
-        Names that are not there are no error.
+        Notes of these names are forgotten, and leases given back. Names that are not there are no error.
         """
         await self._link.ask("drop", names=list(names), prefix=prefix)
 
     async def held(self, prefix: str = "") -> dict[str, int]:
         """Names that begin with `prefix`, with their numbers in the keeper; rings too (-1 when theirs has ended)."""
-        found: dict[str, int] = {}
+        return cast("dict[str, int]", await self._pages("held", prefix))
+
+    async def _pages(self, op: str, prefix: str) -> dict[str, object]:
+        """All pages of what is kept by name."""
+        found: dict[str, object] = {}
         more = True
         after = ""
         while more:
-            message = (await self._link.ask("held", prefix=prefix, after=after)).message
-            page = cast("dict[str, int]", message["held"])
+            message = (await self._link.ask(op, prefix=prefix, after=after)).message
+            page = cast("dict[str, object]", message[op])
             found.update(page)
             more = cast("bool", message["more"])
             after = max(page, default="")
@@ -383,18 +462,103 @@ class Keeper:
         Raises:
             FileNotFoundError: there is no such ring.
         """
-        packet = await self._link.ask("ring_read", name=name, offset=offset, limit=limit, wait=wait)
+        packet = await self._link.wait("ring_read", name=name, offset=offset, limit=limit, wait=wait)
         message = packet.message
-        if "data" in message:
-            data = base64.b64decode(cast("str", message["data"]))
-        else:
-            if packet.lost:
-                raise OSError(errno.EMFILE, f"no file descriptor left here to read ring {name!r}")
-            data = _read_memfd(packet.claim())
+        if packet.lost:
+            raise OSError(errno.EMFILE, f"no file descriptor left here to read ring {name!r}")
+        data = _data_of(message, packet, 0)
         begin, end, first = (cast("int", message[part]) for part in ("begin", "next", "first"))
         return RingData(data, begin, end, first, cast("bool", message["eof"]))
 
-    # --- guards and leases ---
+    # --- notes, events and locks ---
+
+    async def note(self, name: str, value: str) -> None:
+        """Let the keeper keep a small text under a name, in place of what it kept there before.
+
+        A message without an answer, which the keeper reads even if this process dies right after; waits only while the
+        keeper's queue is full. A note and an fd may have the same name. All notes together are bounded by 64 MiB: a
+        note beyond is not kept (its former text is), and the keeper's log says so.
+
+        Raises:
+            InvalidArgumentError: `value` has more than 64 KiB, or NUL.
+        """
+        _checked(name)
+        size = len(value.encode("utf-8", "surrogatepass"))
+        if size > protocol.NOTE_LIMIT:
+            raise InvalidArgumentError(f"note {name!r} has {size} bytes; at most {protocol.NOTE_LIMIT}")
+        if "\0" in value:
+            raise InvalidArgumentError(f"note {name!r} has a NUL")
+        await self._link.tell({"op": "note", "name": name, "value": value})
+
+    def note_now(self, name: str, value: str) -> None:
+        """As `note`, without an await; nothing happens once the keeper has ended."""
+        self._link.say({"op": "note", "name": _checked(name), "value": value})
+
+    async def notes(self, prefix: str = "") -> dict[str, str]:
+        """The notes whose names begin with `prefix`."""
+        return cast("dict[str, str]", await self._pages("notes", prefix))
+
+    async def publish(self, event: Mapping[str, object]) -> None:
+        """Add an event to the log of this keeper, which gives it a number. A message without an answer, like `note`.
+
+        Raises:
+            InvalidArgumentError: as JSON it has more than 16 KiB.
+        """
+        text = json.dumps(dict(event), separators=(",", ":"))
+        if len(text) > protocol.EVENT_LIMIT:
+            raise InvalidArgumentError(f"an event of {len(text)} bytes; at most {protocol.EVENT_LIMIT}")
+        await self._link.tell({"op": "publish", "event": text})
+
+    def publish_now(self, event: Mapping[str, object]) -> None:
+        """As `publish`, without an await; nothing happens once the keeper has ended."""
+        self._link.say({"op": "publish", "event": json.dumps(dict(event), separators=(",", ":"))})
+
+    async def clients(self) -> frozenset[int]:
+        """The numbers (see `Hello.client`) of all that are connected now."""
+        return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
+
+    async def events_after(self, seq: int, *, wait: float = 0.0, limit: int = 500) -> EventPage:
+        """Events after number `seq`; if there are none yet, wait for one up to `wait` seconds.
+
+        The last 4096 are kept. Numbers rise by one, and are never given again, also not by a later keeper of the same
+        state directory: after a keeper was killed they go on behind a gap.
+
+        Args:
+            seq: 0 for all that are there.
+            wait: at most 3600.
+            limit: of events; a page may have fewer also because it is full of large ones.
+        """
+        message = (await self._link.wait("events_after", after=seq, wait=wait, limit=limit)).message
+        told = cast("list[tuple[int, str]]", message["events"])
+        events = [(number, cast("Mapping[str, object]", json.loads(text))) for number, text in told]
+        return EventPage(events, cast("int", message["first"]), cast("int", message["last"]))
+
+    async def lock(self, name: str) -> int:
+        """Wait until the lock of this name is ours; those who wait for it get it in the order in which they asked.
+
+        It is ours until `unlock`, or the end of this connection. It is no lock of the task: another one that asks for
+        it over the same connection waits too. Cancelled, it leaves no lock behind.
+
+        Returns:
+            A number that rises by one whenever anybody locks this name: who had it with n and now has it with n + 1
+            knows that nobody had it in between. (It may rise by more when the name was not used for very long.)
+
+        Raises:
+            OSError: ENOSPC when this client waits for too many locks (1024).
+        """
+        return await self._turnstile.lock(_checked(name))
+
+    def unlock(self, name: str) -> None:
+        """Give a lock to the next one, without an await and without an answer.
+
+        Does nothing once the connection is closed: its end has freed what it had.
+
+        Raises:
+            FailedPreconditionError: this client has not locked it.
+        """
+        self._turnstile.unlock(name)
+
+    # --- guards, expirations and leases ---
 
     async def guard(self, guards: Sequence[Guard]) -> None:
         """Register how to undo what will be done next; run in reverse order of registration when the owner is gone.
@@ -421,16 +585,48 @@ class Keeper:
         """Forget guards: what they would undo is undone. As cheap as `guard`; names that are not there are no error."""
         await self._link.tell({"op": "unguard", "names": list(names)})
 
-    async def lease(self, directory: str, first: int, count: int) -> int:
+    async def expire(self, prefix: str, seconds: float | None) -> None:
+        """Let the keeper undo, in so many seconds, all that has a name with this prefix, whoever is there then.
+
+        It runs the guards with the prefix (kills first, then the rest in reverse), drops fds, rings, notes and leases,
+        and tells all clients: see `expirations`. A guard that failed three times stays for the keeper's end, and so do
+        the leases. The time goes on while the machine sleeps (CLOCK_BOOTTIME). A message without an answer.
+
+        Args:
+            prefix: not empty.
+            seconds: from now on, in place of what was said for this prefix before; None: never.
+        """
+        _checked(prefix)
+        if seconds is not None and not 0 <= seconds <= protocol.EXPIRE_LIMIT:
+            raise InvalidArgumentError(f"seconds must be from 0 to {protocol.EXPIRE_LIMIT}, got {seconds}")
+        await self._link.tell({"op": "expire", "prefix": prefix, "seconds": seconds})
+
+    @property
+    def expirations(self) -> frozenset[str]:
+        """The prefixes that have expired, as far as this client was told: at its greeting, and with every answer since.
+
+        The keeper tells the last 4096 of before the greeting, too.
+        """
+        return frozenset(self._expired)
+
+    async def lease(self, directory: str, first: int, count: int, *, name: str = "") -> int:
         """Lease a number from [first, first + count) that nobody else on this host has leased in this directory.
 
         It is ours until `release` or the keeper's end, however that comes.
 
+        Args:
+            directory: where all who share the numbers look.
+            first: the lowest.
+            count: how many there are.
+            name: also ours no more when this name is dropped (`drop`, `expire`). A lease that has the name already is
+                answered again.
+
         Raises:
             BlockingIOError: all are taken.
+            FileExistsError: the name is that of a lease in another directory or range.
             OSError: the directory is missing or cannot be used.
         """
-        packet = await self._link.ask("lease", directory=directory, first=first, count=count)
+        packet = await self._link.ask("lease", directory=directory, first=first, count=count, name=name)
         return cast("int", packet.message["number"])
 
     async def release(self, directory: str, number: int) -> None:
@@ -451,6 +647,34 @@ class Keeper:
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
         return not poll.poll(0)
+
+    async def set_policy(self, policy: Policy) -> None:
+        """What happens when the owner is gone from now on; owner only.
+
+        Raises:
+            PermissionError: this client does not own the keeper.
+        """
+        await self._link.ask("set_policy", policy=policy)
+        self.hello = attrs.evolve(self.hello, policy=policy)
+
+    async def retire(self) -> bool:
+        """End the keeper as `close` does, if nobody else is connected and nobody else owns it; else nothing happens.
+
+        Returns:
+            Whether the keeper has ended; then this connection is closed. Who connects while it ends is turned away.
+        """
+        try:
+            with anyio.fail_after(_CLOSE_TIME):
+                message = (await self._link.ask("retire")).message
+                if not message["retired"]:
+                    return False
+                await readable(self.pidfd)
+        except TimeoutError:
+            log = starting.log_tail(self.state_dir)
+            self.abandon()
+            raise BackendError(f"keeper {self.pid} did not end within {_CLOSE_TIME:g} s", log=log) from None
+        self.abandon()
+        return True
 
     async def close(self, run_guards: bool = True) -> CloseReport:
         """End the keeper and everything that it is the parent of; owner only. Again: nothing happens.
@@ -505,8 +729,17 @@ class Keeper:
         return self._ended
 
     def _pushed(self, message: Message) -> None:
-        if message.get("push") != "exits":
-            return
+        kind = message.get("push")
+        if kind == "locked":
+            self._turnstile.called(message)
+        elif kind == "expired":
+            self._expired |= dict.fromkeys(cast("list[str]", message["prefixes"]))
+            while len(self._expired) > _EXPIRATIONS_KEPT:
+                del self._expired[next(iter(self._expired))]
+        elif kind == "exits":
+            self._told_exits(message)
+
+    def _told_exits(self, message: Message) -> None:
         if message["gap"]:
             self._gaps += 1
         for told in cast("list[tuple[int, int, int, int, float]]", message["exits"]):
@@ -519,8 +752,18 @@ class Keeper:
             del self._exits[next(iter(self._exits))]
 
 
-def _read_memfd(fd: int) -> bytes:
-    with open(fd, "rb") as file:
+def _checked(name: str) -> str:
+    """A name, for requests without an answer: the keeper could tell nobody what is wrong with it."""
+    if not 0 < len(name) <= protocol.NAME_LIMIT or "\0" in name:
+        raise InvalidArgumentError(f"a name has 1 to {protocol.NAME_LIMIT} characters and no NUL, got {name[:200]!r}")
+    return name
+
+
+def _data_of(message: Message, packet: protocol.Packet, index: int) -> bytes:
+    """Bytes that came in a message, or in a memfd when they are many."""
+    if "data" in message:
+        return base64.b64decode(cast("str", message["data"]))
+    with open(packet.claim(index), "rb") as file:
         file.seek(0)
         return file.read()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import select
 import socket
@@ -26,19 +28,35 @@ _BACKLOG_LIMIT = 2 * protocol.IN_FLIGHT_LIMIT
 # A busy client lets others have their turn after so many requests.
 _REQUESTS_PER_TURN = 64
 _EXITS_PER_MESSAGE = 1000
+_EXPIRATIONS_KEPT = 4096
+_EXPIRATIONS_PER_MESSAGE = 200
 
 
 class Client:
     """One connection.
 
     `cursor` is the last exit that it was told: a client that does not read falls behind there, and nowhere else; it is
-    told the rest from the journal when it reads again.
+    told the rest from the journal when it reads again. `expirations` is how many of those it was told.
     """
 
-    __slots__ = ("alive", "cursor", "events", "in_flight", "pid", "queue", "sock", "subscribed", "uid")
+    __slots__ = (
+        "alive",
+        "cursor",
+        "events",
+        "expirations",
+        "in_flight",
+        "number",
+        "pid",
+        "queue",
+        "sock",
+        "subscribed",
+        "uid",
+    )
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, number: int) -> None:
         self.sock: socket.socket = sock
+        #: Among all connections that there ever were: 1, 2, 3 ...
+        self.number: int = number
         self.pid: int
         self.uid: int
         self.pid, self.uid = peer(sock)
@@ -46,6 +64,7 @@ class Client:
         self.queue: list[tuple[bytes, list[int]]] = []
         self.in_flight: int = 0
         self.cursor: int = 0
+        self.expirations: int = 0
         self.subscribed: bool = False
         self.events: int = select.EPOLLIN
 
@@ -72,6 +91,10 @@ class Reply:
         message["id"] = self.id
         self._connections.post(self.client, message, list(fds))
 
+    def is_for(self, client: Client, request: int) -> bool:
+        """Whether it answers this request of this client."""
+        return self.client is client and self.id == request
+
     def fail(self, error: OSError, **more: object) -> None:
         """Answer with an error."""
         self({"error": str(error.strerror or error), "errno": error.errno or errno.EIO, **more})
@@ -97,17 +120,43 @@ class Connections:
         self._handle = handle
         self._gone = gone
         self._clients: set[Client] = set()
+        self._numbers = itertools.count(1)
+        self._listener: socket.socket | None = None
+        self._refusing = False
+        #: The last prefixes that have expired, and how many there were in all.
+        self._expired: list[str] = []
+        self._expirations = 0
         self._buffer = protocol.new_buffer()
 
     def listen(self, listener: socket.socket) -> None:
         """Accept clients of our own user (and root)."""
         listener.setblocking(False)
+        self._listener = listener
         self._loop.watch(listener.fileno(), lambda _events: self._accept(listener))
+
+    def refuse(self) -> None:
+        """From now on whoever connects is turned away: the keeper ends."""
+        self._refusing = True
+
+    def numbers(self) -> list[int]:
+        """The numbers of all who are connected."""
+        return sorted(client.number for client in self._clients)
+
+    def is_alone(self, client: Client) -> bool:
+        """Whether nobody else is connected, those included who wait to be accepted; the dead do not count."""
+        if self._listener is not None:
+            self._accept(self._listener)
+        for other in self._clients - {client}:
+            poll = select.poll()
+            poll.register(other.sock, 0)
+            if any(events & select.POLLHUP for _, events in poll.poll(0)):
+                self.drain(other)  # its last words, then its end
+        return self._clients == {client}
 
     def add(self, sock: socket.socket) -> Client:
         """Take a connection."""
         sock.setblocking(False)
-        client = Client(sock)
+        client = Client(sock, next(self._numbers))
         self._clients.add(client)
         self._loop.watch(sock.fileno(), lambda events: self._ready(client, events))
         return client
@@ -129,6 +178,20 @@ class Connections:
         """Something was added to the journal."""
         for client in list(self._clients):
             self._flush(client)
+
+    def tell_expiration(self, prefix: str) -> None:
+        """Tell all clients, also those who come later (if not too many others come between), that this has expired."""
+        self._expired.append(prefix)
+        self._expirations += 1
+        del self._expired[:-_EXPIRATIONS_KEPT]
+        for client in list(self._clients):
+            self._flush(client)
+
+    def greet(self, client: Client) -> None:
+        """From now on tell it what happens; what has expired before even ahead of the answer to its greeting."""
+        client.subscribed = True
+        with contextlib.suppress(OSError):  # no room, or no peer: sending the answer comes to the same, and acts on it
+            self._send_expirations(client)
 
     def drain(self, client: Client) -> None:
         """Handle everything that this client has sent so far."""
@@ -163,7 +226,8 @@ class Connections:
                 # It would stay in the queue and wake us for ever.
                 self._loop.with_spare(refuse)
                 return
-            if peer(sock)[1] in {0, os.geteuid()} and len(self._clients) < _CLIENTS_LIMIT:
+            is_ours = peer(sock)[1] in {0, os.geteuid()}
+            if is_ours and not self._refusing and len(self._clients) < _CLIENTS_LIMIT:
                 self.add(sock)
             else:
                 sock.close()
@@ -219,6 +283,7 @@ class Connections:
                 protocol.send(client.sock, data, fds)
                 del client.queue[0]
                 protocol.close_all(fds)
+            self._send_expirations(client)
             while client.subscribed and client.cursor < self._journal.last:
                 records = self._journal.after(client.cursor, _EXITS_PER_MESSAGE)
                 message: Message = {"push": "exits", "exits": records, "gap": records[0][0] > client.cursor + 1}
@@ -232,8 +297,16 @@ class Connections:
             client.subscribed = False
         self._update(client)
 
+    def _send_expirations(self, client: Client) -> None:
+        while client.subscribed and client.expirations < self._expirations:
+            count = min(self._expirations - client.expirations, len(self._expired))
+            part = self._expired[len(self._expired) - count :][:_EXPIRATIONS_PER_MESSAGE]
+            protocol.send(client.sock, protocol.encode({"push": "expired", "prefixes": part}))
+            client.expirations = self._expirations - count + len(part)
+
     def _update(self, client: Client) -> None:
-        unsent = client.queue or (client.subscribed and client.cursor < self._journal.last)
+        behind = client.cursor < self._journal.last or client.expirations < self._expirations
+        unsent = client.queue or (client.subscribed and behind)
         events = 0 if _behind(client) else select.EPOLLIN
         if unsent:
             events |= select.EPOLLOUT

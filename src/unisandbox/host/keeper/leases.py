@@ -13,7 +13,10 @@ import stat
 import struct
 import time
 
+from unisandbox.host.keeper import names
+
 NAME = "ids"
+NAMES_LIMIT = 65536
 # struct flock of every 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (must be 0 for F_OFD_*), padding.
 _FLOCK = struct.Struct("@hhqqi4x")
 # How often to look again while another keeper that gave back its last number is about to unlink the file, and the
@@ -28,7 +31,31 @@ class Leases:
     def __init__(self) -> None:
         self._files: dict[str, int] = {}
         self._held: dict[str, set[int]] = {}
+        self._names: dict[str, tuple[str, int]] = {}
         self._next = 0
+
+    def named(self, name: str, directory: str, first: int, count: int) -> int:
+        """Like `lease`, to be given back by name as well; asked again for the same, the answer is the same.
+
+        Raises:
+            OSError: EEXIST when the name is that of another lease.
+        """
+        known = self._names.get(name)
+        if known is not None:
+            if known[0] == directory and first <= known[1] < first + count:
+                return known[1]
+            raise OSError(errno.EEXIST, f"{name!r} is the name of number {known[1]} of {known[0]}/{NAME}")
+        if len(self._names) >= NAMES_LIMIT:
+            raise OSError(errno.ENOSPC, f"more than {NAMES_LIMIT} leases with a name")
+        number = self.lease(directory, first, count)
+        self._names[name] = (directory, number)
+        return number
+
+    def drop(self, wanted: list[str], prefix: str) -> None:
+        """Give back those of these names, and those whose names begin with the prefix unless it is empty."""
+        for name in names.selected(self._names, wanted, prefix):
+            if name in self._names:
+                self.release(*self._names[name])
 
     def lease(self, directory: str, first: int, count: int) -> int:
         """A free number in [first, first + count), now ours.
@@ -70,11 +97,14 @@ class Leases:
         if held is None or number not in held:
             raise OSError(errno.ENOENT, f"number {number} of {directory}/{NAME} is not leased here")
         held.discard(number)
+        for name in [name for name, lease in self._names.items() if lease == (directory, number)]:
+            del self._names[name]
         _try_lock(self._files[directory], fcntl.F_UNLCK, number, 1)
         self._end_if_unused(directory)
 
     def release_all(self) -> None:
         """Give everything back."""
+        self._names.clear()
         for directory, held in list(self._held.items()):
             held.clear()
             _try_lock(self._files[directory], fcntl.F_UNLCK, 0, 0)
@@ -138,3 +168,9 @@ def _is_at(fd: int, directory: str) -> bool:
         return False
     here = os.fstat(fd)
     return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+
+def any_held(fd: int) -> bool:
+    """Whether anybody holds a number of the open file, or is about to remove it. Asks only."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

@@ -66,6 +66,19 @@ class Link:
             raise error
         return packet
 
+    async def wait(self, op: str, **fields: object) -> Packet:
+        """Like `ask`, for what the keeper may answer late; cancelled, it need not wait any longer."""
+        number = self.number()
+        try:
+            packet = await self.request(op, (), fields, number)
+        except anyio.get_cancelled_exc_class():
+            self.say({"op": "cancel_wait", "request": number})
+            raise
+        error = error_of(packet)
+        if error is not None:
+            raise error
+        return packet
+
     async def request(self, op: str, fds: Sequence[int], fields: Message, number: int = 0) -> Packet:
         """Ask and wait for the answer, which may be an error."""
         number = number or self.number()

@@ -20,18 +20,26 @@ if TYPE_CHECKING:
 
 Message = dict[str, object]
 
-VERSION = 1
+VERSION = 2
 # A unix packet is one skb: at most the send buffer, 212,992 bytes by default (net.core.wmem_default), less overhead.
 MESSAGE_LIMIT = 200 * 1024
 # The kernel takes 253 (SCM_MAX_FD) per packet.
 FDS_LIMIT = 64
 # Requests of one client that the keeper works on at a time; more wait in the client.
 IN_FLIGHT_LIMIT = 256
+# Characters of a name, whatever it names.
+NAME_LIMIT = 128
+# One note, and one event: what a client may say in one message is more, but many of them are kept.
+NOTE_LIMIT = 64 * 1024
+EVENT_LIMIT = 16 * 1024
+# What may expire does so within so many seconds: ten years.
+EXPIRE_LIMIT = 315_360_000
 
 SOCKET_NAME = "keeper.sock"
 LOCK_NAME = "lock"
 LOG_NAME = "keeper.log"
 EXITS_NAME = "exits"
+EVENTS_NAME = "events"
 
 GUARD_KINDS = ("kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount")
 
@@ -197,6 +205,14 @@ def integer(message: Message, name: str, low: int, high: int, default: int | Non
     return value
 
 
+def integers(message: Message, name: str, low: int, high: int) -> dict[str, int]:
+    """A mapping of strings to integers from `low` to `high`."""
+    value = message.get(name)
+    if type(value) is not dict or not all(type(item) is int and low <= item <= high for item in value.values()):
+        raise _wrong(message, name, f"a mapping of names to integers from {low} to {high}")
+    return value
+
+
 def seconds(message: Message, name: str, high: float, default: float | None = None) -> float:
     """A duration from 0 to `high` seconds."""
     value = message.get(name, default)
@@ -211,6 +227,14 @@ def flag(message: Message, name: str) -> bool:
     if type(value) is not bool:
         raise _wrong(message, name, "true or false")
     return value
+
+
+def policy(message: Message) -> str:
+    """ "stop" or "keep"."""
+    value = message.get("policy")
+    if value not in {"stop", "keep"}:
+        raise _wrong(message, "policy", '"stop" or "keep"')
+    return str(value)
 
 
 def path(value: str, what: str = "path") -> str:

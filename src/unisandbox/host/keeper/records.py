@@ -93,6 +93,34 @@ class RingData:
 
 
 @attrs.frozen
+class Reclaimed:
+    """An fd that was taken back from the keeper's spool; see `Keeper.reclaim`.
+
+    `fd` is a copy for the caller, who closes it; -1 when it had met its end and the keeper has closed it. `data` is
+    what was kept since it was last reclaimed, `lost` how many bytes before `data` were dropped because they were over
+    the limit, `eof` whether nothing will ever come after `data`.
+    """
+
+    fd: int
+    data: bytes
+    lost: int
+    eof: bool
+
+
+@attrs.frozen
+class EventPage:
+    """A part of the keeper's log of events, in order, each with its number.
+
+    `first` is the oldest number that is still there, `last` the newest that was ever given: who asked for what comes
+    after n and is told `first > n + 1` has missed those between.
+    """
+
+    events: list[tuple[int, Mapping[str, object]]]
+    first: int
+    last: int
+
+
+@attrs.frozen
 class CloseReport:
     """What the keeper's end has undone: how many guards succeeded, and why others did not (at most 200 are named)."""
 
@@ -103,7 +131,11 @@ class CloseReport:
 
 @attrs.frozen
 class Hello:
-    """What the keeper says about itself. `private_mounts` is False where it may not make a mount namespace."""
+    """What the keeper says about itself. `private_mounts` is False where it may not make a mount namespace.
+
+    `client` is our number among all the connections that this keeper ever had (1, 2, 3 ...); `owner_pid` the process of
+    its owner when we came, 0 for none.
+    """
 
     pid: int
     boot_id: str
@@ -111,3 +143,5 @@ class Hello:
     policy: Policy
     owner: bool
     private_mounts: bool
+    client: int
+    owner_pid: int

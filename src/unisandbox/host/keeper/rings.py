@@ -14,7 +14,7 @@ _READ = 1 << 16
 class Ring:
     """The last `limit` bytes that came from `fd`. Offsets count all bytes since the ring began."""
 
-    __slots__ = ("_bytes", "end", "eof", "fd", "limit")
+    __slots__ = ("_bytes", "_given", "end", "eof", "fd", "limit")
 
     def __init__(self, fd: int, limit: int) -> None:
         self.fd: int = fd
@@ -22,12 +22,30 @@ class Ring:
         self.end: int = 0
         self.eof: bool = False
         self._bytes = bytearray()
+        self._given = 0
         os.set_blocking(fd, False)
 
     @property
     def first(self) -> int:
         """The oldest offset that is still there."""
         return self.end - len(self._bytes)
+
+    @property
+    def size(self) -> int:
+        """How many bytes are there."""
+        return len(self._bytes)
+
+    @property
+    def lost(self) -> int:
+        """How many bytes were dropped, because they were over the limit, since the last that were given away."""
+        return self.first - self._given
+
+    def give(self, offset: int) -> None:
+        """Everything before `offset` is in other hands: it need not be kept, and is not lost."""
+        count = offset - self.first
+        if 0 <= count <= self.size:
+            del self._bytes[:count]
+            self._given = offset
 
     def drain(self) -> bool:
         """Take one read's worth; False when there was nothing."""
@@ -44,9 +62,13 @@ class Ring:
             return True
         self.end += len(data)
         self._bytes += data
+        self.trim()
+        return True
+
+    def trim(self) -> None:
+        """Drop the oldest bytes that are over the limit."""
         if len(self._bytes) > self.limit:
             del self._bytes[: len(self._bytes) - self.limit]
-        return True
 
     def read(self, offset: int, limit: int) -> tuple[int, bytes]:
         """Up to `limit` bytes from `offset` on, or from the oldest there is: where they begin, and they."""

@@ -16,29 +16,29 @@ import socket
 import sys
 
 from unisandbox.host import pidfd as pidfds
-from unisandbox.host import syscalls
-from unisandbox.host.keeper import birth, children, protocol, undo
+from unisandbox.host.keeper import birth, names, protocol
 from unisandbox.host.keeper.connections import Connections, Reply
+from unisandbox.host.keeper.events import Events
+from unisandbox.host.keeper.expiry import Expiry
 from unisandbox.host.keeper.family import Family
+from unisandbox.host.keeper.guards import Guards, Run
 from unisandbox.host.keeper.holdings import Holdings
 from unisandbox.host.keeper.journal import Journal
 from unisandbox.host.keeper.leases import Leases
+from unisandbox.host.keeper.locks import Locks
 from unisandbox.host.keeper.loop import Loop, note, note_exception
+from unisandbox.host.keeper.notes import Notes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from unisandbox.host.keeper.connections import Client
-    from unisandbox.host.keeper.loop import Timer
     from unisandbox.host.keeper.protocol import Message, Packet
-    from unisandbox.host.keeper.undo import Guard
 
-# How long all guards together may take, and after them the deaths of children that were killed (seconds).
-_GUARDS_TIME = 10.0
+# How long the deaths of children that were killed may take, after the guards (seconds).
 _DEATHS_TIME = 2.0
 _EXITS_PER_MESSAGE = 1000
-_GUARDS_LIMIT = 65536
 _REPORTED_LIMIT = 200
 
 
@@ -60,17 +60,28 @@ class Server:
         self._boot = protocol.boot_id()
         self._loop = Loop()
         self._journal = Journal(state_dir, protocol.EXITS_NAME, self._boot)
+        self._events = Events(self._loop, state_dir, protocol.EVENTS_NAME)
         self._connections = Connections(self._loop, self._journal, self._handle, self._gone)
         self._holdings = Holdings(self._loop)
         self._family = Family(self._loop, self._journal, self._holdings, self._connections.tell_exits)
         self._leases = Leases()
-        self._guards: dict[str, Guard] = {}
+        self._notes = Notes()
+        self._locks = Locks(self._connections)
+        self._guards = Guards(self._loop, host_mounts, [lock], self._family.adopt)
+        self._expiry = Expiry(
+            self._loop,
+            self._guards,
+            drop_held=lambda prefix: self._holdings.drop([], prefix),
+            drop_rest=self._drop_expired,
+            tell=self._connections.tell_expiration,
+        )
         self._owner: Client | None = None
         self._owner_pidfd = -1
         self._ending: _Ending | None = None
         self._ended = False
         self._requests: dict[str, Callable[[Packet, Reply], None]] = {
             "hello": self._hello,
+            "clients": self._clients,
             "spawn": self._family.spawn,
             "cancel_spawn": self._family.cancel_spawn,
             "job": self._family.job,
@@ -79,16 +90,31 @@ class Server:
             "exit_of": self._exit_of,
             "ack": self._ack,
             "hold": self._holdings.hold,
+            "hold_now": self._holdings.hold_now,
+            "stamps": self._holdings.stamps,
+            "reclaim": self._holdings.reclaim,
+            "reclaimed": self._holdings.reclaimed,
             "take": self._holdings.take,
-            "drop": self._holdings.drop,
             "held": self._holdings.held,
             "ring": self._holdings.ring,
             "ring_read": self._holdings.ring_read,
-            "guard": self._guard,
-            "unguard": self._unguard,
+            "drop": self._drop,
+            "note": self._notes.note,
+            "notes": self._notes.notes,
+            "publish": self._events.publish,
+            "events_after": self._events.events_after,
+            "cancel_wait": self._cancel_wait,
+            "lock": self._locks.lock,
+            "unlock": self._locks.leave,
+            "cancel_lock": self._locks.leave,
+            "guard": self._guards.guard,
+            "unguard": self._guards.unguard,
+            "expire": self._expiry.expire,
             "lease": self._lease,
             "release": self._release,
             "own": self._own,
+            "set_policy": self._set_policy,
+            "retire": self._retire,
             "close": self._close,
         }
 
@@ -141,18 +167,23 @@ class Server:
         """Who we are; from `after` on the client is told every exit."""
         client = reply.client
         client.cursor = protocol.integer(packet.message, "after", 0, 1 << 62)
-        client.subscribed = True
-        reply(
-            {
-                "version": protocol.VERSION,
-                "pid": os.getpid(),
-                "boot_id": self._boot,
-                "policy": self._policy,
-                "owner": client is self._owner,
-                "private_mounts": self._host_mounts is not None,
-            },
-            [os.pidfd_open(os.getpid())],
-        )
+        answer: Message = {
+            "version": protocol.VERSION,
+            "pid": os.getpid(),
+            "boot_id": self._boot,
+            "policy": self._policy,
+            "owner": client is self._owner,
+            "private_mounts": self._host_mounts is not None,
+            "client": client.number,
+            "owner_pid": self._owner.pid if self._owner is not None else 0,
+        }
+        pidfd = os.pidfd_open(os.getpid())
+        self._connections.greet(client)
+        reply(answer, [pidfd])
+
+    def _clients(self, packet: Packet, reply: Reply) -> None:
+        """The numbers of all who are connected."""
+        reply({"clients": self._connections.numbers()})
 
     def _own(self, packet: Packet, reply: Reply) -> None:
         """Become the owner, when there is none; comes with the client's own pidfd."""
@@ -203,22 +234,25 @@ class Server:
         self._journal.acknowledge(protocol.integer(packet.message, "seq", 0, 1 << 62))
         reply({})
 
-    def _guard(self, packet: Packet, reply: Reply) -> None:
-        """Register guards, in order; a name that is there already keeps its place and gets the new meaning."""
-        entries = packet.message.get("guards")
-        if type(entries) is not list:
-            raise OSError(errno.EINVAL, "guards must be a list")
-        guards = [_guard_of(entry) for entry in entries]
-        if len(self._guards) + len(guards) > _GUARDS_LIMIT:
-            raise OSError(errno.ENOSPC, f"more than {_GUARDS_LIMIT} guards")
-        for guard in guards:
-            self._guards[guard[0]] = guard
+    def _drop(self, packet: Packet, reply: Reply) -> None:
+        """Forget what has these names, and all with this prefix; those that are not there are no error."""
+        wanted = protocol.texts(packet.message, "names")
+        prefix = protocol.text(packet.message, "prefix")
+        for kept in (self._holdings, self._notes, self._leases):
+            kept.drop(wanted, prefix)
         reply({})
 
-    def _unguard(self, packet: Packet, reply: Reply) -> None:
-        """Forget guards; a name that is not there is no error."""
-        for name in protocol.texts(packet.message, "names"):
-            self._guards.pop(name, None)
+    def _drop_expired(self, prefix: str, is_clean: bool) -> None:
+        """What nobody needs any more; numbers only when all that had them is gone."""
+        self._notes.drop([], prefix)
+        if is_clean:
+            self._leases.drop([], prefix)
+
+    def _cancel_wait(self, packet: Packet, reply: Reply) -> None:
+        """The same client does not want this late answer any more."""
+        request = protocol.integer(packet.message, "request", 0, 1 << 62)
+        self._holdings.cancel(reply.client, request)
+        self._events.cancel(reply.client, request)
         reply({})
 
     def _lease(self, packet: Packet, reply: Reply) -> None:
@@ -226,7 +260,10 @@ class Server:
         directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
         first = protocol.integer(packet.message, "first", 0, 1 << 40)
         count = protocol.integer(packet.message, "count", 1, 1 << 20)
-        reply({"number": self._leases.lease(directory, first, count)})
+        if packet.message.get("name", "") == "":
+            reply({"number": self._leases.lease(directory, first, count)})
+            return
+        reply({"number": self._leases.named(names.given(packet.message), directory, first, count)})
 
     def _release(self, packet: Packet, reply: Reply) -> None:
         """Give a leased number back."""
@@ -240,6 +277,23 @@ class Server:
         if self._ending is not None:
             raise OSError(errno.ESHUTDOWN, f"keeper {os.getpid()} is ending already")
         self._begin_end(protocol.flag(packet.message, "run_guards"), reply)
+
+    def _retire(self, packet: Packet, reply: Reply) -> None:
+        """End, if nobody else is connected and nobody else owns us."""
+        client = reply.client
+        # In this order: who is found dead there may be the owner, and then the policy acts.
+        is_alone = self._connections.is_alone(client)
+        if not is_alone or self._owner not in {None, client} or self._ending is not None:
+            reply({"retired": False})
+            return
+        self._begin_end(run_guards=True, reply=reply)
+
+    def _set_policy(self, packet: Packet, reply: Reply) -> None:
+        """What happens when the owner is gone."""
+        self._must_own(reply.client)
+        self._policy = protocol.policy(packet.message)
+        self._write_lock()
+        reply({})
 
     def _must_own(self, client: Client) -> None:
         if client is not self._owner:
@@ -262,13 +316,25 @@ class Server:
         """For people, and for whoever finds the lock taken. Source of its reader: client side, `state_lock`."""
         owner = self._owner.pid if self._owner is not None else 0
         started = pidfds.start_time(owner) if owner else 0
-        content = json.dumps({"owner": owner, "start_time": started, "keeper": os.getpid(), "policy": self._policy})
+        content = json.dumps(
+            {
+                "owner": owner,
+                "start_time": started,
+                "keeper": os.getpid(),
+                "policy": self._policy,
+                "ending": self._ending is not None,
+            }
+        )
         os.pwrite(self._lock, content.encode().ljust(200) + b"\n", 0)
 
     def _gone(self, client: Client) -> None:
         """A connection ended."""
         if client is self._owner:
             self._lose_owner()
+        self._locks.gone(client)
+        self._events.gone(client)
+        if self._ending is None:
+            self._holdings.gone(client)
 
     def _owner_died(self) -> None:
         """The owner's process is dead, though a child of it may hold its socket open."""
@@ -294,64 +360,26 @@ class Server:
         """Kill what we are the parent of, run the guards, and leave when they are done."""
         if self._ending is not None:
             return
-        self._ending = ending = _Ending(reply)
+        self._ending = _Ending(reply)
         self._family.kill_all()
-        guards = list(self._guards.values()) if run_guards else []
+        self._expiry.stop()
+        self._connections.refuse()
+        with contextlib.suppress(OSError):  # a full disk; then whoever finds the lock taken does not know why
+            self._write_lock()
+        guards = self._guards.all() if run_guards else []
         if not guards:
             self._finish_end()
             return
-        ending.names = [guard[0] for guard in guards]
-        keep = [self._lock] if self._host_mounts is None else [self._lock, self._host_mounts]
         try:
-            ending.pid, ending.pipe = children.start_guards(
-                lambda report: self._run_guards_in_child(guards, report), keep
-            )
+            self._guards.start(guards, self._guards_done)
         except Exception as error:  # whatever it is: a keeper that could not end would stay for ever
             note(f"cannot start a process for the guards, running them here: {error!r}")
-            self._run_guards(guards, ending.tell)
-            self._finish_end()
-            return
-        self._family.adopt(ending.pid)
+            self._guards_done(self._guards.run_here(guards))
 
-        def too_late() -> None:
-            os.kill(ending.pid, signal.SIGKILL)
-            ending.failed[""] = f"the guards took more than {_GUARDS_TIME:g} s"
-
-        ending.timer = self._loop.later(_GUARDS_TIME, too_late)
-        self._loop.watch(ending.pipe, lambda _events: self._guards_said())
-
-    def _run_guards_in_child(self, guards: list[Guard], report: int) -> None:
-        os.set_blocking(report, True)
-
-        def tell(name: str, error: OSError | None) -> None:
-            os.write(report, (json.dumps([name, None if error is None else str(error)]) + "\n").encode())
-
-        self._run_guards(guards, tell)
-
-    def _run_guards(self, guards: list[Guard], tell: Callable[[str, OSError | None], None]) -> None:
-        if self._host_mounts is not None:
-            # Out of our own view, where cgroups may be hidden and what the host mounts may be covered.
-            syscalls.setns(self._host_mounts, syscalls.CLONE_NEWNS)
-            os.chdir("/")
-        undo.run(guards, tell)
-
-    def _guards_said(self) -> None:
-        ending = self._ending
-        assert ending is not None  # noqa: S101 - it watches its own pipe
-        try:
-            data = os.read(ending.pipe, 1 << 16)
-        except BlockingIOError:
-            return
-        ending.buffer += data
-        *lines, ending.buffer = ending.buffer.split(b"\n")
-        for line in lines:
-            ending.tell(*json.loads(line))
-        if not data:
-            self._loop.unwatch(ending.pipe)
-            os.close(ending.pipe)
-            if ending.timer is not None:
-                ending.timer.cancel()
-            self._finish_end()
+    def _guards_done(self, run: Run) -> None:
+        if self._ending is not None:
+            self._ending.run = run
+        self._finish_end()
 
     def _finish_end(self) -> None:
         self._loop.later(_DEATHS_TIME, self._leave)
@@ -372,21 +400,20 @@ class Server:
             return
         self._ended = True
         self._leases.release_all()
+        self._events.end()
         with contextlib.suppress(FileNotFoundError):  # a guard may have removed the state directory
             os.unlink(protocol.SOCKET_NAME, dir_fd=self._state_dir)
         if ending.reply is None:
             return
         self._journal.remove_file()
-        told = set(ending.done) | set(ending.failed)
-        for name in ending.names:
-            if name not in told:
-                ending.failed[name] = "not run"
-        shown = dict(list(ending.failed.items())[:_REPORTED_LIMIT])
+        run = ending.run
+        shown = dict(list(run.failed.items())[:_REPORTED_LIMIT])
         ending.reply(
             {
-                "done": len(ending.done),
+                "retired": True,
+                "done": len(run.done),
                 "failed": {name[:200]: error[:500] for name, error in shown.items()},
-                "failures": len(ending.failed),
+                "failures": len(run.failed),
             }
         )
 
@@ -396,35 +423,7 @@ class _Ending:
 
     def __init__(self, reply: Reply | None) -> None:
         self.reply = reply
-        self.names: list[str] = []
-        self.done: list[str] = []
-        self.failed: dict[str, str] = {}
-        self.buffer = b""
-        self.pid = 0
-        self.pipe = -1
-        self.timer: Timer | None = None
-
-    def tell(self, name: str, error: object) -> None:
-        """One guard has run; `error` is None when it has done its work."""
-        if error is None:
-            self.done.append(name)
-        else:
-            self.failed[name] = str(error)
-            note(f"guard {name!r} failed: {error}")
-
-
-def _guard_of(entry: object) -> Guard:
-    if type(entry) is not dict:
-        raise OSError(errno.EINVAL, "a guard must be an object")
-    message: Message = entry
-    name = protocol.text(message, "name")
-    kind = protocol.text(message, "kind")
-    if kind not in protocol.GUARD_KINDS:
-        raise OSError(
-            errno.EINVAL, f"guard {name!r}: kind must be one of {', '.join(protocol.GUARD_KINDS)}, got {kind!r}"
-        )
-    paths = protocol.texts(message, "paths")
-    return name, kind, [protocol.path(path, f"guard {name!r}: path") for path in paths]
+        self.run = Run([])
 
 
 def main(argument: str) -> None:

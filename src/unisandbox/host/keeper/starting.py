@@ -59,10 +59,14 @@ class LockHolder:
     policy: str = ""
     #: This very process has it open.
     is_ours: bool = False
+    #: The keeper is on its way out, whatever its policy.
+    is_ending: bool = False
 
     @property
     def is_leaving(self) -> bool:
-        """Its owner is dead and its keeper is undoing what that had done: the lock will be free soon."""
+        """Its keeper is undoing what was done, since its owner is dead or has told it: the lock will be free soon."""
+        if self.is_ending:
+            return True
         if self.policy == "keep":
             return False
         if not self.owner:
@@ -122,7 +126,8 @@ def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
         try:
             said = json.loads(os.pread(fd, 4096, 0))
             ours = identity_of(state_dir) in _owned
-            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"], ours)
+            is_ending = bool(said.get("ending", False))
+            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"], ours, is_ending)
         except (ValueError, KeyError, TypeError):
             return LockHolder()  # it is being written
         finally:
@@ -172,15 +177,15 @@ async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
 
 
 def _locked(state_dir: str, holder: LockHolder) -> FailedPreconditionError:
-    if holder.policy == "keep" and not holder.owner:
+    if holder.policy == "keep" and not holder.owner and not holder.is_ending:
         return FailedPreconditionError(
             f"state directory {state_dir} is held by keeper {holder.keeper}, which waits for an owner",
             hint="Attach to it instead of starting another.",
         )
     if holder.is_leaving:
         return FailedPreconditionError(
-            f"state directory {state_dir} is still locked; its former owner {holder.owner} is gone, and its keeper "
-            f"{holder.keeper} has not finished within {_LOCK_WAIT:g} s",
+            f"state directory {state_dir} is still locked; its keeper {holder.keeper} is ending (its owner was process "
+            f"{holder.owner}), and has not finished within {_LOCK_WAIT:g} s",
             hint=f"See {protocol.LOG_NAME} there.",
         )
     return FailedPreconditionError(

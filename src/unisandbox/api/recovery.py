@@ -1,0 +1,66 @@
+"""What an engine found of a former one when it was opened."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import attrs
+
+RecoveryAction = Literal["adopted", "removed", "left", "failed"]
+
+
+@attrs.frozen
+class SandboxRecovered:
+    """What became of one sandbox that a former engine had left.
+
+    Attributes:
+        sandbox_id, name, backend: from its record; empty and None where that was damaged.
+        action: "adopted" (it lives on, with this generation), "removed" (what was left of it was freed), "left" (not
+            touched, as was asked for), "failed" (it could be neither; `reason` says why, and its record stays).
+        reason: why, in one sentence.
+        generation: of the sandbox now; handles of an older one are refused.
+    """
+
+    sandbox_id: str
+    name: str | None
+    backend: str
+    action: RecoveryAction
+    reason: str
+    generation: int = 0
+
+
+@attrs.frozen
+class DamagedRecord:
+    """A record that could not be read.
+
+    Attributes:
+        path: where it was.
+        reason: what is wrong with it.
+        kept_as: where it is kept now; empty when it could not be moved.
+    """
+
+    path: str
+    reason: str
+    kept_as: str = ""
+
+
+@attrs.frozen
+class RecoveryReport:
+    """What `Engine.open` found and did.
+
+    Attributes:
+        keeper: "new" (none was running), "adopted" (a former engine's ran on and is this one's now), "attached" (it is
+            another engine's, and nothing had to be recovered).
+        sandboxes: one entry each, the oldest first.
+        damaged: records that could not be read.
+        rebooted: the machine was started anew since a record was written.
+    """
+
+    keeper: Literal["new", "adopted", "attached"]
+    sandboxes: tuple[SandboxRecovered, ...] = ()
+    damaged: tuple[DamagedRecord, ...] = ()
+    rebooted: bool = False
+
+    def __bool__(self) -> bool:
+        """Whether there was anything to recover."""
+        return bool(self.sandboxes or self.damaged)

@@ -1,0 +1,188 @@
+"""Small files that survive: a reader sees the old or the new content, never a part of one, whoever dies when.
+
+What is written goes to a temporary file beside it (`NAME.RANDOM.tmp`), which is renamed or linked to its name. Power
+may fail too: where `durable` is asked for, the file is on the disk before it has its name, and the name before the call
+returns. Source: rename(2), link(2), fsync(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import stat
+from typing import Final
+
+TEMPORARY: Final = ".tmp"
+"""How the names of temporary files end; what a killed writer has left is recognised by it."""
+
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class NotARegularFileError(Exception):
+    """Something else is in the place of the file: a directory, a link, a device."""
+
+
+class TooLargeError(Exception):
+    """The file is larger than anything that we write."""
+
+
+def replace(path: str, data: bytes, *, durable: bool) -> None:
+    """Make this the content of the file, whether it is there or not. Its directory is made when it is missing.
+
+    Raises:
+        OSError: the old content is still there, unless it was the disk's word (fsync) that failed at the end.
+    """
+    temporary = _written(path, data, durable=durable)
+    try:
+        os.rename(temporary, path)
+    except BaseException:
+        _discard(temporary)
+        raise
+    _sync(os.path.dirname(path), durable=durable)
+
+
+def create(path: str, data: bytes, *, durable: bool, at: int) -> bool:
+    """The same for a file that is not there yet; False when it is. Of two at once one makes it, with all its content.
+
+    Args:
+        path, data, durable: as for `replace`.
+        at: nanoseconds since the epoch, kept as the file's time of change.
+    """
+    temporary = _written(path, data, durable=durable, at=at)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        _discard(temporary)
+    _sync(os.path.dirname(path), durable=durable)
+    return True
+
+
+def remove(path: str, *, durable: bool) -> None:
+    """Remove the file; missing is fine."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    _sync(os.path.dirname(path), durable=durable)
+
+
+def read(path: str, limit: int) -> tuple[bytes, tuple[int, int]]:
+    """The whole content, and which file it was (device, inode). Follows no link and waits for nobody.
+
+    Raises:
+        FileNotFoundError: there is none.
+        NotARegularFileError, TooLargeError: what is there is none of ours.
+        OSError: it cannot be read.
+    """
+    try:
+        fd = os.open(path, _READ)
+    except OSError as error:
+        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
+            raise NotARegularFileError from error
+        raise
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise NotARegularFileError
+        chunks: list[bytes] = []
+        left = limit + 1
+        while left and (chunk := os.read(fd, left)):
+            chunks.append(chunk)
+            left -= len(chunk)
+    finally:
+        os.close(fd)
+    if not left:
+        raise TooLargeError
+    return b"".join(chunks), (status.st_dev, status.st_ino)
+
+
+def set_aside(path: str, directory: str, *, of: tuple[int, int] | None, durable: bool) -> str:
+    """Move what is at `path` into `directory` under a name that nothing there has; its new path.
+
+    Args:
+        path: a file, or whatever is in its place.
+        directory: made (0700) when it is missing; on the same file system.
+        of: device and inode of what is meant. When a writer has put another file there meanwhile, that one stays.
+        durable: wait for the disk.
+
+    Raises:
+        OSError: it is where it was.
+        FileNotFoundError: it is not there any more, or is another one.
+    """
+    try:
+        os.mkdir(directory, 0o700)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(directory).st_mode):
+            raise
+    name = os.fsdecode(os.fsencode(os.path.basename(path))[:200])  # a name has at most 255 bytes
+    aside = os.path.join(directory, f"{name}.{secrets.token_hex(8)}")
+    os.rename(path, aside)
+    status = os.lstat(aside)
+    if of is not None and (status.st_dev, status.st_ino) != of:
+        # Not overwriting: if there is a still newer one, this one is old.
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path, follow_symlinks=False)
+        os.unlink(aside)
+        raise FileNotFoundError(errno.ENOENT, "another one has taken its place", path)
+    _sync(directory, durable=durable)
+    _sync(os.path.dirname(path), durable=durable)
+    return aside
+
+
+def remove_temporary(path: str) -> None:
+    """Remove what a killed writer has left, if it is a regular file; anything else stays."""
+    try:
+        if stat.S_ISREG(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def _written(path: str, data: bytes, *, durable: bool, at: int = 0) -> str:
+    """A temporary file beside `path` with this content; its path."""
+    temporary = f"{path}.{secrets.token_hex(4)}{TEMPORARY}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        fd = os.open(temporary, flags, 0o600)
+    except FileNotFoundError:
+        _make_directory(os.path.dirname(path), durable=durable)
+        fd = os.open(temporary, flags, 0o600)
+    try:
+        with open(fd, "wb", buffering=0, closefd=False) as file:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+        if at:
+            os.utime(fd, ns=(at, at))
+        if durable:
+            os.fsync(fd)
+    except BaseException:
+        _discard(temporary)
+        raise
+    finally:
+        os.close(fd)
+    return temporary
+
+
+def _discard(path: str) -> None:
+    with contextlib.suppress(OSError):  # the disk refuses everything; the error that matters is on its way
+        os.unlink(path)
+
+
+def _make_directory(path: str, *, durable: bool) -> None:
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    _sync(os.path.dirname(path), durable=durable)
+
+
+def _sync(directory: str, *, durable: bool) -> None:
+    if not durable:
+        return
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,141 @@
+"""The processes of one sandbox as the keeper holds them: what was asked for, and our ends of their streams.
+
+While the process that started one lives it reads the streams itself, and the keeper only holds copies. When it is gone
+the keeper keeps the last of what is written, until another process takes the streams over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Final, Literal
+
+import attrs
+
+from unisandbox.api.plain import plain, process_spec_of
+from unisandbox.api.spec import ProcessSpec
+from unisandbox.host.services import Host
+
+StreamName = Literal["stdin", "stdout", "stderr", "terminal"]
+
+SPOOL_BYTES: Final = 1 << 20
+"""So much of each stream is kept while nobody reads it."""
+
+
+@attrs.frozen
+class HeldProcess:
+    """A process that the keeper knows of.
+
+    Attributes:
+        exec_id: unique in its sandbox.
+        spec: what was asked for.
+        client: number of the keeper's connection that has its streams.
+        operation_id: under which it was started; "" when none was given.
+    """
+
+    exec_id: str
+    spec: ProcessSpec
+    client: int
+    operation_id: str = ""
+
+
+class HeldProcesses:
+    """Those of one sandbox. On an engine that nobody else can attach to, nothing is held."""
+
+    def __init__(self, host: Host, sandbox_id: str) -> None:
+        self._host = host
+        self._prefix = host.prefix(sandbox_id)
+        self._launched = False
+
+    def _exec(self, exec_id: str) -> str:
+        return f"{self._prefix}exec/{exec_id}"
+
+    def _stream(self, exec_id: str, stream: StreamName) -> str:
+        return f"{self._prefix}io/{exec_id}/{stream}"
+
+    async def hold(
+        self, exec_id: str, spec: ProcessSpec, streams: Mapping[StreamName, int], operation_id: str = ""
+    ) -> None:
+        """Before a process is started: what is asked for, and our ends of its streams."""
+        if not self._host.shared:
+            return
+        keeper = self._host.keeper
+        held = HeldProcess(exec_id, spec, keeper.hello.client, operation_id)
+        await keeper.note(self._exec(exec_id), _text(held))
+        await self.hold_streams(exec_id, streams)
+
+    async def hold_streams(self, exec_id: str, streams: Mapping[StreamName, int]) -> None:
+        """Let the keeper hold copies of our ends of these streams."""
+        if self._host.shared and streams:
+            fds = {self._stream(exec_id, stream): fd for stream, fd in streams.items()}
+            spool = {self._stream(exec_id, stream): SPOOL_BYTES for stream in streams if stream != "stdin"}
+            await self._host.keeper.hold_now(fds, spool=spool)
+
+    def drop_stream(self, exec_id: str, stream: StreamName) -> None:
+        """We have closed our end: the keeper's copy shall not keep it open."""
+        if self._host.shared:
+            self._host.keeper.drop_now([self._stream(exec_id, stream)])
+
+    def forget(self, exec_id: str) -> None:
+        """The process has ended, and whoever started it knows how."""
+        if self._host.shared:
+            self._host.keeper.drop_now([self._exec(exec_id)], prefix=f"{self._prefix}io/{exec_id}/")
+
+    async def launch(self) -> None:
+        """The main container gets a program of its own."""
+        self._launched = True
+        if self._host.shared:
+            await self._host.keeper.note(f"{self._prefix}launched", "yes")
+
+    async def launched(self) -> bool:
+        """Whether the main container has a program of its own, whoever has launched it."""
+        if not self._host.shared:
+            return self._launched
+        name = f"{self._prefix}launched"
+        return name in await self._host.keeper.notes(name)
+
+    def forget_launch(self) -> None:
+        """The main container is gone."""
+        self._launched = False
+        if self._host.shared:
+            self._host.keeper.drop_now([f"{self._prefix}launched"])
+
+    async def read(self) -> list[HeldProcess]:
+        """All that are held, in the order of their names."""
+        if not self._host.shared:
+            return []
+        notes = await self._host.keeper.notes(f"{self._prefix}exec/")
+        return [_process_of(name.rpartition("/")[2], json.loads(text)) for name, text in notes.items()]
+
+    async def orphans(self) -> list[HeldProcess]:
+        """Those whose streams nobody has any more: the process that started them is gone."""
+        held = await self.read()
+        if not held:
+            return []
+        connected = await self._host.keeper.clients()
+        return [process for process in held if process.client not in connected]
+
+    async def take_over(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]]:
+        """Take the streams of an orphan: for each our end (-1: it has ended), what was kept, how many bytes were lost
+        before that, and whether nothing comes after it."""
+        keeper = self._host.keeper
+        await keeper.note(self._exec(process.exec_id), _text(attrs.evolve(process, client=keeper.hello.client)))
+        names = await keeper.held(f"{self._prefix}io/{process.exec_id}/")
+        taken: dict[StreamName, tuple[int, bytes, int, bool]] = {}
+        streams: tuple[StreamName, ...] = ("stdin", "stdout", "stderr", "terminal")
+        for stream in streams:
+            name = self._stream(process.exec_id, stream)
+            if name in names:
+                got = await keeper.reclaim(name)
+                taken[stream] = (got.fd, got.data, got.lost, got.eof)
+        return taken
+
+
+def _text(process: HeldProcess) -> str:
+    return json.dumps({"spec": plain(process.spec), "client": process.client, "operation_id": process.operation_id})
+
+
+def _process_of(exec_id: str, data: dict[str, object]) -> HeldProcess:
+    spec, client, operation_id = data["spec"], data["client"], data["operation_id"]
+    assert isinstance(spec, dict) and isinstance(client, int)  # noqa: S101, PT018 (written by `_text`)
+    return HeldProcess(exec_id, process_spec_of(spec), client, str(operation_id))

@@ -1,0 +1,161 @@
+"""What an engine does about the sandboxes that a former one has left: adopt them, free what is left, or only tell.
+
+There are two cases. The former engine's keeper runs on (policy "keep"): what it held lives, and can be adopted. Or it
+is gone, by its policy, a crash or a reboot: then nothing lives that is of use, and what is left is freed by its name.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from unisandbox.api import (
+    DamagedRecord,
+    RecoveryAction,
+    RecoveryReport,
+    SandboxError,
+    SandboxRecovered,
+    short_name,
+)
+from unisandbox.engine.records import Record, this_process
+from unisandbox.host.cgroups import Cgroups, ending
+
+if TYPE_CHECKING:
+    from unisandbox.engine.core import EngineCore
+
+_KILL_SECONDS = 2.0
+_REMOVE_SECONDS = 5.0
+
+
+class Recovery:
+    """One recovery.
+
+    Args:
+        core: of the engine that is being opened; it owns the keeper.
+        is_new: the keeper was started for it; nothing of a former one lives.
+        on_recover: see `Engine.open`.
+    """
+
+    def __init__(self, core: EngineCore, *, is_new: bool, on_recover: Literal["adopt", "stop", "report"]) -> None:
+        self._core = core
+        self._is_new = is_new
+        self._on_recover = on_recover
+        self._found: list[SandboxRecovered] = []
+
+    async def run(self, *, former: Cgroups | None) -> RecoveryReport:
+        """Do it.
+
+        Args:
+            former: where the cgroups of the former engine were, when that may be elsewhere than ours are now.
+        """
+        core = self._core
+        repair = self._on_recover != "report"
+        # Looked at before the records: who makes a cgroup has written the record first.
+        strays = set() if self._is_new else _children(core.host.cgroups)
+        records = core.records.read_all(repair=repair)
+        if self._is_new and repair:
+            self._end_all(former or core.host.cgroups)
+        for record in sorted(records.records, key=lambda record: record.created_at):
+            await self._recover(record)
+        if repair and not self._is_new:
+            known = {short_name(core.host.engine_id, record.sandbox_id) for record in records.records}
+            for short in sorted(strays - known):
+                await self._free_stray(short)
+        if self._is_new and repair and records.damaged:
+            self._unlink_images()
+        for found in self._found:
+            core.events.emit(
+                "sandbox.recovered", found.sandbox_id, detail={"action": found.action, "reason": found.reason}
+            )
+        return RecoveryReport(
+            keeper="new" if self._is_new else "adopted",
+            sandboxes=tuple(self._found),
+            damaged=tuple(DamagedRecord(bad.path, bad.reason, bad.kept_as) for bad in records.damaged),
+            rebooted=any(record.boot_id != core.boot_id for record in records.records),
+        )
+
+    def _tell(self, record: Record, action: RecoveryAction, reason: str) -> None:
+        self._found.append(
+            SandboxRecovered(record.sandbox_id, record.name, record.backend, action, reason, record.generation)
+        )
+
+    async def _recover(self, record: Record) -> None:
+        core = self._core
+        if self._on_recover == "report":
+            core.left[record.sandbox_id] = record
+            self._tell(record, "left", "it is only to be reported" + ("" if self._is_new else "; its keeper runs on"))
+            return
+        try:
+            entry = core.take_in(attrs.evolve(record, generation=record.generation + 1, owner=this_process()))
+        except SandboxError as error:
+            core.left[record.sandbox_id] = record
+            self._tell(record, "failed", error.message)
+            return
+        try:
+            lives = not self._is_new and await entry.adopt()
+            if lives and self._on_recover == "adopt":
+                self._tell(entry.record, "adopted", "its keeper ran on")
+                return
+            reason = "it was to be stopped" if lives else self._why(record)
+            await entry.remove()
+            self._tell(entry.record, "removed", reason)
+        except SandboxError as error:
+            core.drop(entry)
+            core.left[record.sandbox_id] = record
+            self._tell(record, "failed", error.message)
+
+    def _why(self, record: Record) -> str:
+        """Why it cannot be adopted."""
+        if record.boot_id != self._core.boot_id:
+            return "the machine was started anew"
+        if record.phase == "creating":
+            return "its creation was cut"
+        if record.phase == "removing":
+            return "its removal was cut"
+        if self._is_new:
+            return "its keeper has ended, and with it what ran in it"
+        if record.expires_at is not None:
+            return "its ttl was over"
+        return "its keeper holds nothing of it any more"
+
+    def _end_all(self, cgroups: Cgroups) -> None:
+        """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
+        for tree in (cgroups, self._core.host.cgroups):
+            dirs = [f"{place.parent}/{tree.name}/{name}" for place in tree.places for name in _children(tree)]
+            there = [directory for directory in dirs if os.path.isdir(directory)]
+            ending.kill(there, _KILL_SECONDS)
+            ending.remove(there, _REMOVE_SECONDS)
+
+    def _unlink_images(self) -> None:
+        """Disk images whose records cannot be read; those of others went with their sandboxes."""
+        host = self._core.host
+        mark = f"unisandbox-{host.engine_id}-"
+        for entry in list(os.scandir(host.disk_dir)):
+            if entry.name.startswith(mark) and entry.name.endswith(".img") and entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)
+
+    async def _free_stray(self, short: str) -> None:
+        """Free what no record speaks of: one was damaged."""
+        host = self._core.host
+        dirs = [f"{place.parent}/{host.cgroups.name}/{short}" for place in host.cgroups.places]
+        ending.kill(dirs, _KILL_SECONDS)
+        # The keeper knows by its guards what else there is.
+        await host.keeper.expire(f"{short}/", 0)
+        await host.keeper.drop([f"ids/{short}"])
+        self._found.append(
+            SandboxRecovered("", None, "", "removed", f"no readable record speaks of what was found as {short!r}")
+        )
+
+
+def _children(cgroups: Cgroups) -> set[str]:
+    """The names of the cgroups of sandboxes."""
+    found: set[str] = set()
+    for place in cgroups.places:
+        try:
+            entries = list(os.scandir(f"{place.parent}/{cgroups.name}"))
+        except FileNotFoundError:
+            continue
+        found |= {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    return found

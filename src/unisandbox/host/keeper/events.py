@@ -1,0 +1,197 @@
+"""The keeper's log of events: bounded, and numbered in a way that outlives it. Standard library only.
+
+What an event is only its publisher and its readers know. A number is never given twice in one state directory, however
+the keepers of it end: a keeper reserves a block of numbers in a file before it gives the first of them, and the next
+one begins behind the block. One that ends in order writes the last number that it has given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import time
+
+from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.loop import note
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from unisandbox.host.keeper.connections import Client, Reply
+    from unisandbox.host.keeper.loop import Loop, Timer
+    from unisandbox.host.keeper.protocol import Packet
+
+KEPT = 4096
+BLOCK = 100_000
+# On a full disk the next block cannot be reserved: that is tried from the middle of this one on, every so many events.
+_TRY_EVERY = 1000
+_PAGE_BYTES = 128 * 1024
+_PAGE_EVENTS = 4096
+_WAIT_LIMIT = 3600.0
+_LINE = 21
+
+
+class _Waiter:
+    """An `events_after` for which there is nothing yet."""
+
+    __slots__ = ("after", "limit", "reply", "timer")
+
+    def __init__(self, reply: Reply, after: int, limit: int) -> None:
+        self.reply = reply
+        self.after = after
+        self.limit = limit
+        self.timer: Timer | None = None
+
+
+class Events:
+    """The log. `dirfd` is the state directory, `name` the file in it.
+
+    Raises:
+        OSError: no numbers can be reserved.
+    """
+
+    def __init__(self, loop: Loop, dirfd: int, name: str) -> None:
+        self._loop = loop
+        self._dirfd = dirfd
+        self._name = name
+        self._last = self._reserved = self._former()
+        self._texts: dict[int, str] = {}
+        self._waiting: list[_Waiter] = []
+        self._reserve()
+
+    # --- requests ---
+
+    def publish(self, packet: Packet, reply: Reply) -> None:
+        """Give the event (a JSON object as text) the next number."""
+        text = protocol.text(packet.message, "event")
+        if len(text) > protocol.EVENT_LIMIT:
+            raise OSError(errno.EINVAL, f"an event of {len(text)} characters; at most {protocol.EVENT_LIMIT}")
+        try:
+            is_object = type(json.loads(text)) is dict
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise OSError(errno.EINVAL, f"an event must be a JSON object, got {text[:80]!r}")
+        self._make_room()
+        self._last += 1
+        self._texts[self._last] = text
+        if len(self._texts) > KEPT:
+            del self._texts[next(iter(self._texts))]
+        reply({})
+        for waiter in [waiter for waiter in self._waiting if waiter.after < self._last]:
+            self._end_wait(waiter)
+
+    def events_after(self, packet: Packet, reply: Reply) -> None:
+        """A page of the log; if there is nothing yet, wait up to `wait` seconds."""
+        message = packet.message
+        waiter = _Waiter(
+            reply, protocol.integer(message, "after", 0, 1 << 62), protocol.integer(message, "limit", 1, 1 << 31)
+        )
+        wait = protocol.seconds(message, "wait", _WAIT_LIMIT, 0.0)
+        if waiter.after < self._last or wait == 0:
+            self._answer(waiter)
+            return
+        waiter.timer = self._loop.later(wait, lambda: self._end_wait(waiter))
+        self._waiting.append(waiter)
+
+    def cancel(self, client: Client, request: int) -> None:
+        """This request of this client need not wait any longer."""
+        for waiter in [waiter for waiter in self._waiting if waiter.reply.is_for(client, request)]:
+            self._end_wait(waiter)
+
+    def gone(self, client: Client) -> None:
+        """Nobody waits there any more."""
+        for waiter in [waiter for waiter in self._waiting if waiter.reply.client is client]:
+            self._end_wait(waiter)
+
+    def end(self) -> None:
+        """The keeper ends in order: the next one goes on where this one stopped."""
+        try:
+            if self._last == 0:
+                os.unlink(self._name, dir_fd=self._dirfd)
+            else:
+                self._write(self._last)
+        except FileNotFoundError:
+            pass  # a guard has removed the state directory
+        except OSError as error:
+            note(f"the last event's number is not written, there will be a gap behind it: {error}")
+
+    # --- answers ---
+
+    def _end_wait(self, waiter: _Waiter) -> None:
+        self._waiting.remove(waiter)
+        if waiter.timer is not None:
+            waiter.timer.cancel()
+        self._answer(waiter)
+
+    def _answer(self, waiter: _Waiter) -> None:
+        first = next(iter(self._texts), self._last + 1)
+        begin = max(waiter.after + 1, first)
+        page: list[tuple[int, str]] = []
+        size = 0
+        for number in range(begin, min(self._last, begin + min(waiter.limit, _PAGE_EVENTS) - 1) + 1):
+            text = self._texts[number]
+            size += len(json.dumps(text)) + 24
+            if page and size > _PAGE_BYTES:
+                break
+            page.append((number, text))
+        waiter.reply({"events": page, "first": first, "last": self._last})
+
+    # --- numbers ---
+
+    def _make_room(self) -> None:
+        left = self._reserved - self._last
+        if left > BLOCK // 2 or (left > 0 and self._last % _TRY_EVERY):
+            return
+        try:
+            self._reserve()
+        except OSError as error:
+            note(f"cannot reserve numbers for events, {left} are left: {error}")
+            if left == 0:
+                raise OSError(errno.ENOSPC, f"an event is lost, there is no number for it: {error}") from error
+
+    def _reserve(self) -> None:
+        end = self._last + BLOCK
+        self._write(end)
+        self._reserved = end
+
+    def _former(self) -> int:
+        """The last number that a former keeper of this directory may have given."""
+        try:
+            fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._dirfd)
+        except FileNotFoundError:
+            return 0
+        try:
+            line = os.read(fd, _LINE + 1)
+        finally:
+            os.close(fd)
+        if len(line) == _LINE and line[:-1].isdigit() and line.endswith(b"\n"):
+            return int(line)
+        # Damaged. Nobody publishes an event every microsecond: so many cannot have been given.
+        note(f"{self._name} is damaged: {line!r}")
+        return int(time.time() * 1e6)
+
+    def _write(self, number: int) -> None:
+        line = b"%020d\n" % number
+        temporary = self._name + ".new"
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(temporary, flags | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=self._dirfd)
+            try:
+                if os.write(fd, line) != len(line):
+                    raise OSError(errno.ENOSPC, f"no space to write {temporary}")
+            finally:
+                os.close(fd)
+            os.rename(temporary, self._name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self._dirfd)
+            # A full disk has no room for a new file; the old one is as long. Whole or not at all: within one page.
+            fd = os.open(self._name, flags, dir_fd=self._dirfd)
+            try:
+                os.pwrite(fd, line, 0)
+            finally:
+                os.close(fd)

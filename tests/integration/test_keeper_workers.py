@@ -35,7 +35,8 @@ def waiting(pid: int) -> bool:
 
 
 def worker_of(keeper: Keeper) -> int:
-    """The one worker, once it waits for a job."""
+    """The one worker, once it waits for a job and those before it are reaped."""
+    until(lambda: len(children_of(keeper.pid)) == 1, "there is one worker")
     (worker,) = children_of(keeper.pid)
     until(lambda: waiting(worker), "the worker waits")
     return worker
@@ -139,6 +140,7 @@ async def test_a_failed_job_leaves_the_next_one_a_fresh_worker(tmp_path: Path) -
         worker = worker_of(keeper)
         with pytest.raises(JobFailed):
             await keeper.job([{"do": "mount_namespace"}, {"do": "dirfd", "path": "/no/such", "name": "x"}])
+        wait_ended(worker)
         await keeper.job([NAMED], hold={"x": "x"})
         assert worker_of(keeper) != worker
         assert mount_namespace(worker_of(keeper)) == mount_namespace(keeper.pid)

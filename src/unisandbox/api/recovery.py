@@ -50,7 +50,7 @@ class RecoveryReport:
 
     Attributes:
         keeper: "new" (none was running), "adopted" (a former engine's ran on and is this one's now), "attached" (it is
-            another engine's, and nothing had to be recovered).
+            another engine's; only what was half made or half removed by a process that is gone was freed).
         sandboxes: one entry each, the oldest first.
         damaged: records that could not be read.
         rebooted: the machine was started anew since a record was written.

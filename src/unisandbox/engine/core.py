@@ -34,7 +34,7 @@ from unisandbox.engine.events import EventLog, SharedEventLog
 from unisandbox.engine.operations import OperationLog, digest_of
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
 from unisandbox.engine.registry import Backend, Registry
-from unisandbox.engine.state import SANDBOXES, StateDirectory
+from unisandbox.engine.state import SANDBOXES, StateDirectory, check_directory
 from unisandbox.host.cgroups import Cgroups, ending
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.services import Host
@@ -42,6 +42,7 @@ from unisandbox.host.services import Host
 # Guards whose failure means nothing: another engine uses the directory that all share.
 _MAY_FAIL: Final = frozenset({"engine/runtime"})
 _NAMES: Final = "names"
+_LEAVING: Final = "leaving"
 
 Policy = Literal["stop", "keep"]
 
@@ -147,10 +148,22 @@ class EngineCore:
     ) -> EngineCore:
         """Use the sandboxes of an engine that is open on this directory, or was kept there, beside its owner.
 
+        What a process that is gone has left half made or half removed is freed; see `recovery`.
+
         Raises:
             UnavailableError: none is: open one.
+            FailedPreconditionError: others could write into the directory.
+            BackendError: the directory cannot be used.
         """
-        keeper = await Keeper.attach(os.fspath(directory))
+        path = os.fspath(directory)
+        try:
+            check_directory(path)
+            keeper = await Keeper.attach(path)
+        except OSError as error:
+            raise BackendError(
+                f"cannot use the state directory {path!r}: {error.strerror}",
+                hint="It must be a directory that this user can read and write.",
+            ) from error
         try:
             state = StateDirectory.prepare(directory)
             cgroups = Cgroups.detect(f"unisandbox-{state.engine_id}").placed(state.cgroup_parents())
@@ -158,7 +171,15 @@ class EngineCore:
         except BaseException:
             keeper.abandon()
             raise
-        return cls(host, state, Registry(backends), owner=False, policy=keeper.hello.policy)
+        core = cls(host, state, Registry(backends), owner=False, policy=keeper.hello.policy)
+        try:
+            from unisandbox.engine.recovery import free_cut
+
+            core.recovery = RecoveryReport("attached", await free_cut(core))
+        except BaseException:
+            core.abandon()
+            raise
+        return core
 
     async def explain(self, spec: SandboxSpec) -> Choice:
         """Which backend a sandbox would get, and why; nothing is created."""
@@ -404,7 +425,11 @@ class EngineCore:
             with anyio.CancelScope(shield=True):
                 await self.events.finish()
                 if not self.records.ids():
-                    ended = await self.host.keeper.retire()
+                    # One after the other, and each until its connection ends: of several that leave at once, the last
+                    # one finds itself alone.
+                    await self.host.keeper.lock(_LEAVING)
+                    if not self.records.ids():
+                        ended = await self.host.keeper.retire()
         except UnavailableError:
             pass  # it is dead already; the next one to open the directory cleans up
         finally:

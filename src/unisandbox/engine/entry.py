@@ -22,6 +22,7 @@ from unisandbox.api import (
     EventKind,
     Exit,
     FailedPreconditionError,
+    InvalidArgumentError,
     NotFoundError,
     ProcessSpec,
     RecoverSandbox,
@@ -37,6 +38,7 @@ from unisandbox.api import (
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Cleaning
 from unisandbox.engine.held import HeldProcesses
+from unisandbox.engine.logs import LOG_BYTES, LOG_STREAMS, LogReader, LogStream
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.records import Phase, Record, this_process
 
@@ -44,17 +46,10 @@ if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
 
 MAIN: Final = "main"
-# What is kept of each output stream of a container that nobody reads.
-LOG_BYTES: Final = 1 << 20
 
 # How long the keeper may take to end what has expired; more only when the wall clock was set forward.
 _EXPIRY_SECONDS: Final = 2.0
 _EXPIRY_POLL: Final = 0.01
-_PIECE: Final = 1 << 16
-_LOG_WAIT: Final = 60.0
-
-LogStream = Literal["stdout", "stderr"]
-LOG_STREAMS: Final[tuple[LogStream, LogStream]] = ("stdout", "stderr")
 
 
 class Entry:
@@ -69,10 +64,10 @@ class Entry:
     """
 
     def __init__(self, core: EngineCore, record: Record, spec: SandboxSpec, sandboxer: Sandboxer) -> None:
-        self.sandbox_id = record.sandbox_id
+        self.sandbox_id: str = record.sandbox_id
         self.spec = spec
-        self.backend = record.backend
-        self.record = record
+        self.backend: str = record.backend
+        self.record: Record = record
         self.main = MAIN
         self.closing: set[Callable[[], None]] = set()
         self.held: HeldProcesses = HeldProcesses(core.host, record.sandbox_id)
@@ -341,20 +336,13 @@ class Entry:
         self.emit("container.started", container_id=spec.name)
         return started.pid
 
-    async def logs(self, container_id: str, stream: LogStream) -> bytes:
-        """What the keeper has kept of a container's output."""
-        return (await self._core.host.keeper.ring_read(self._log(container_id, stream), limit=LOG_BYTES)).data
-
-    async def follow_logs(self, container_id: str, stream: LogStream, offset: int) -> AsyncIterator[bytes]:
-        """The same, and what comes after it, until the stream ends."""
-        while True:
-            name = self._log(container_id, stream)
-            got = await self._core.host.keeper.ring_read(name, offset, limit=_PIECE, wait=_LOG_WAIT)
-            if got.data:
-                yield got.data
-            offset = got.next
-            if got.eof:
-                return
+    def logs(self, container_id: str, stream: LogStream, *, offset: int = 0, tail: int | None = None) -> LogReader:
+        """What the main process of a container writes."""
+        if stream not in LOG_STREAMS:
+            raise InvalidArgumentError(f"stream must be 'stdout' or 'stderr', got {stream!r}")
+        whose = f"container {container_id!r} of sandbox {self.label!r}"
+        name = self._log(container_id, stream)
+        return LogReader(self._core.host.keeper, name, whose, offset=offset, tail=tail)
 
     async def drop_logs(self, container_id: str) -> None:
         """Forget what a container wrote."""
@@ -480,6 +468,22 @@ class Entry:
             keeper.unlock(name)
         return True
 
+    async def free_cut(self) -> bool:
+        """Free what a process that is gone has left half made or half removed; False when that was not so any more."""
+        keeper, name = self._core.host.keeper, f"{self._prefix}change"
+        self._turn = await keeper.lock(name)
+        try:
+            record = self._core.records.read(self.sandbox_id)
+            if record is None or record.phase in {"ready", "stopped"}:
+                self._core.drop(self)
+                return False
+            await self._sandboxer.recover(
+                RecoverSandbox(self.sandbox_id, self.spec, lived=False, started=False, exclusive=True)
+            )
+            return await self.cleaning.run(self._remove_now)
+        finally:
+            keeper.unlock(name)
+
     async def settled(self) -> None:
         """Wait until whoever creates it has done so."""
         async with self.changing():
@@ -592,6 +596,7 @@ class Entry:
 
     async def _remove_now(self) -> None:
         if not self.removed:
+            self.record = attrs.evolve(self.record, owner=this_process())  # who finds it cut asks whether we live
             self._note("removing")
             await self._free()
             self.emit("sandbox.removed")
@@ -600,9 +605,30 @@ class Entry:
         """The state at this moment; never waits for another call."""
         if self._core.host.shared and self._state != "new" and self._core.host.keeper.alive:
             self._check_alive()
+            if self._state == "unread" and not self._is_whole():
+                return self._halfway()
             await self._catch_up(exclusive=False)
         status = await self.sandboxer.status(self.sandbox_id)
         return attrs.evolve(status, generation=self.record.generation, expires_at=self.record.expires_at)
+
+    def _is_whole(self) -> bool:
+        """Whether whoever makes it is ready, and nobody removes it."""
+        record = self._core.records.read(self.sandbox_id)
+        return record is None or record.phase in {"ready", "stopped"}
+
+    def _halfway(self) -> SandboxStatus:
+        """While another process makes or removes it: what is written down."""
+        return SandboxStatus(
+            id=self.sandbox_id,
+            name=self.spec.name,
+            backend=self.backend,
+            state="created",
+            generation=self.record.generation,
+            created_at=self.record.created_at,
+            expires_at=self.record.expires_at,
+            labels=self.spec.labels,
+            annotations=self.spec.annotations,
+        )
 
     async def pause(self) -> None:
         """Stop every process of it until `resume`."""

@@ -20,6 +20,7 @@ from unisandbox.api import (
     short_name,
 )
 from unisandbox.engine.records import Record, this_process
+from unisandbox.host import pidfd as pidfds
 from unisandbox.host.cgroups import Cgroups, ending
 
 if TYPE_CHECKING:
@@ -147,6 +148,38 @@ class Recovery:
         self._found.append(
             SandboxRecovered("", None, "", "removed", f"no readable record speaks of what was found as {short!r}")
         )
+
+
+async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
+    """Free what a process that is gone has left half made or half removed, while the keeper ran on.
+
+    For one that has attached: nobody who opens the directory as its owner may come for a long time.
+    """
+    found: list[SandboxRecovered] = []
+    for record in core.records.read_all(repair=False).records:
+        if record.phase in {"ready", "stopped"} or _lives(*record.owner):
+            continue
+        cut = "creation" if record.phase == "creating" else "removal"
+        action: RecoveryAction = "removed"
+        reason = f"its {cut} was cut when process {record.owner[0]} ended"
+        try:
+            if not await core.take_in(record).free_cut():
+                continue  # another process was quicker
+        except SandboxError as error:
+            action, reason = "failed", error.message
+        found.append(
+            SandboxRecovered(record.sandbox_id, record.name, record.backend, action, reason, record.generation)
+        )
+    return tuple(found)
+
+
+def _lives(pid: int, start_time: int) -> bool:
+    if pid == 0:
+        return False  # nobody
+    try:
+        return start_time in {0, pidfds.start_time(pid)}
+    except ProcessLookupError:
+        return False
 
 
 def _children(cgroups: Cgroups) -> set[str]:

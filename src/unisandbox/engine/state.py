@@ -301,6 +301,21 @@ def unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
         os.close(fd)
 
 
+def check_directory(path: str) -> None:
+    """Look whether a state directory can be used; one that is not there can.
+
+    Raises:
+        FailedPreconditionError: others could write into it.
+        OSError: it cannot be reached, or is no directory.
+    """
+    try:
+        _check_private(path, "state directory")
+    except FileNotFoundError:
+        return
+    if not os.path.isdir(path):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
+
+
 def _check_private(path: str, what: str) -> None:
     status = os.stat(path)
     if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -580,6 +580,8 @@ class OciTaskService:
         process = self._process(container, exec_id)
         await anyio.lowlevel.checkpoint_if_cancelled()
         state = self._state(container, process)
+        if state == "stopped" and process.exit is None and process.life is not None:
+            process.exit = self._last_look(process)  # nobody has waited for it here, and init has told
         # An ended process has no pid any more: the kernel may have given it to another one.
         pid = process.pid if state != "stopped" else None
         return TaskState(container_id, exec_id, state, pid, process.exit)

@@ -7,7 +7,15 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
-from unisandbox.api import ContainerSpec, ContainerStatus, Exit, Mount, ProcessSpec, Resources, Rootfs
+from unisandbox.api import (
+    ContainerSpec,
+    ContainerStatus,
+    Exit,
+    Mount,
+    ProcessSpec,
+    Resources,
+    Rootfs,
+)
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
 
@@ -36,19 +44,32 @@ class Container:
             self._entry.container_exited(self.name, self._exit)
         return self._exit
 
-    async def logs(self, stream: Literal["stdout", "stderr"] = "stdout") -> bytes:
-        """The last of what the main process wrote, at most 1 MiB of each stream; also after its end."""
-        return await self._entry.logs(self.name, stream)
+    async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
+        """The last of what the main process wrote, at most 1 MiB of each stream; also after its end.
 
-    async def follow(self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0) -> AsyncIterator[bytes]:
-        """What the main process writes, from the oldest that is kept on, until its stream ends.
+        Args:
+            stream: which.
+            tail: so many lines at most, the last ones; None: all that is kept.
+
+        Raises:
+            NotFoundError: nothing is kept of this container.
+        """
+        return await self._entry.logs(self.name, stream, tail=tail).kept()
+
+    def follow(
+        self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0, tail: int | None = None
+    ) -> AsyncIterator[bytes]:
+        """What the main process writes, from the oldest that is kept on, until its stream ends or it is removed.
 
         Args:
             stream: which.
             offset: bytes since its start that are not wanted.
+            tail: begin with so many lines, the last of those that are kept then; None: with all.
+
+        Raises:
+            NotFoundError: nothing is kept of this container.
         """
-        async for piece in self._entry.follow_logs(self.name, stream, offset):
-            yield piece
+        return self._entry.logs(self.name, stream, offset=offset, tail=tail)
 
     async def signal(self, number: int) -> None:
         """Send a signal to the main process."""

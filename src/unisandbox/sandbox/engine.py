@@ -70,10 +70,12 @@ class Engine:
         """Use the sandboxes of an engine that another process has open, or has kept, on this directory.
 
         Everything can be done but owning: the end of this engine ends nothing. Each change takes a short exclusive
-        section, so any number of processes may work on one directory.
+        section, so any number of processes may work on one directory. What a process that is gone has left half made
+        or half removed there is freed; see `recovery`.
 
         Raises:
             UnavailableError: no engine is open there, and none was kept.
+            FailedPreconditionError: others could write into the directory.
         """
 
         async def open() -> Engine:

@@ -1,0 +1,95 @@
+"""What the main process of a container writes, as the keeper keeps it: the last of each stream, and what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Final, Literal
+
+from unisandbox.api import InvalidArgumentError, NotFoundError
+from unisandbox.host.keeper import Keeper
+from unisandbox.host.keeper.records import RingData
+
+LogStream = Literal["stdout", "stderr"]
+LOG_STREAMS: Final[tuple[LogStream, LogStream]] = ("stdout", "stderr")
+LOG_BYTES: Final = 1 << 20
+"""So much is kept of each output stream of a container."""
+
+_PIECE: Final = 1 << 16
+_WAIT_SECONDS: Final = 60.0
+
+
+class LogReader(AsyncIterator[bytes]):
+    """One stream, from the oldest that is kept on, until it ends or is removed.
+
+    An object and no generator: it may be left at any point without cleaning.
+
+    Args:
+        keeper: who keeps it.
+        name: of the ring.
+        whose: what to call it in messages.
+        offset: bytes since the beginning that are not wanted.
+        tail: begin with so many lines, the last of those that are kept; None: all.
+    """
+
+    def __init__(self, keeper: Keeper, name: str, whose: str, *, offset: int = 0, tail: int | None = None) -> None:
+        if tail is not None and (isinstance(tail, bool) or not isinstance(tail, int) or tail < 0):
+            raise InvalidArgumentError(f"tail must be >= 0 lines, got {tail!r}")
+        if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
+            raise InvalidArgumentError(f"offset must be >= 0 bytes, got {offset!r}")
+        self._keeper = keeper
+        self._name = name
+        self._whose = whose
+        self._offset = offset
+        self._tail = tail
+        self._begun = False
+        self._ended = False
+
+    async def kept(self) -> bytes:
+        """What is there now.
+
+        Raises:
+            NotFoundError: nothing is kept.
+        """
+        try:
+            got = await self._keeper.ring_read(self._name, limit=LOG_BYTES)
+        except FileNotFoundError as error:
+            raise NotFoundError(
+                f"no output of {self._whose} is kept",
+                hint="That is done for containers that were added and for launched programs, until they are removed.",
+            ) from error
+        data = _last_lines(got.data[max(0, self._offset - got.begin) :], self._tail)
+        self._begun = True
+        self._go_on(got)
+        return data
+
+    async def __anext__(self) -> bytes:
+        """The next piece, waiting for it."""
+        if not self._begun and (data := await self.kept()):
+            return data
+        while not self._ended:
+            try:
+                got = await self._keeper.ring_read(self._name, self._offset, limit=_PIECE, wait=_WAIT_SECONDS)
+            except FileNotFoundError:
+                break  # the container was removed
+            self._go_on(got)
+            if got.data:
+                return got.data
+        raise StopAsyncIteration
+
+    def _go_on(self, got: RingData) -> None:
+        self._offset = max(self._offset, got.next)
+        self._ended = got.eof
+
+
+def _last_lines(data: bytes, count: int | None) -> bytes:
+    """The last lines; the very last need not be whole."""
+    if count is None:
+        return data
+    if count == 0:
+        return b""
+    at = len(data) - data.endswith(b"\n")
+    for _ in range(count):
+        at = data.rfind(b"\n", 0, at)
+        if at < 0:
+            return data
+    return data[at + 1 :]

@@ -172,6 +172,23 @@ async def test_endings_may_race(create: Create, count: Callable[[int], int]) -> 
             await sandbox.status()
 
 
+async def test_a_stop_does_not_mind_who_else_waits_for_a_process(create: Create) -> None:
+    """What has ended is forgotten by whoever waited for it, while the stop still waits for another one."""
+    async with create() as sandbox:
+        slow = await sandbox.exec(
+            ["sh", "-c", "trap 'sleep 0.3; exit 3' TERM; echo ready; while :; do sleep 0.05; done"]
+        )
+        quick = [await sandbox.exec(["sleep", "60"]) for _ in range(3)]
+        assert await slow.stdout.receive() == b"ready\n"
+        async with anyio.create_task_group() as group:
+            for process in quick:
+                group.start_soon(process.wait)
+            group.start_soon(sandbox.stop, 20)
+        assert [process.exit and process.exit.signal for process in quick] == [signal.SIGTERM] * 3
+        assert (await slow.wait()).code == 3
+        assert (await sandbox.status()).state == "stopped"
+
+
 async def test_a_removal_ends_whoever_waits(create: Create) -> None:
     sandbox = await create()
     process = await sandbox.exec(["sleep", "60"])

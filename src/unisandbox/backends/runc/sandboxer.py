@@ -607,7 +607,9 @@ async def _ask_to_end(task: OciTaskService, grace: float) -> None:
     """SIGTERM to every process that was asked for, and wait a while for their ends."""
     running = await task.running()
     for container_id, exec_id in running:
-        await task.kill(container_id, exec_id, signal=signal.SIGTERM)
+        with contextlib.suppress(NotFoundError):  # it has ended, and whoever waited for it has deleted it
+            await task.kill(container_id, exec_id, signal=signal.SIGTERM)
     with anyio.move_on_after(grace):
         for container_id, exec_id in running:
-            await task.wait(container_id, exec_id)
+            with contextlib.suppress(NotFoundError):
+                await task.wait(container_id, exec_id)

@@ -4,9 +4,11 @@ BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 # The wheels of pyright and node are complete; this keeps pyright from asking the network for news of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# The tests start Python hundreds of times: it shall not compile everything anew each time.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-long test-v2 lint types fmt bench docs setup setup-demo clean
+.PHONY: help demo test check test-long test-v2 test-serve lint types proto fmt bench docs setup setup-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -14,7 +16,7 @@ help: ## this list
 demo: setup-demo ## run real programs in sandboxes and print a short report (examples/tour.py)
 	$(BIN)/python examples/tour.py
 
-test: lint types ## all checks and all tests, big counts at a tenth (under 10 minutes)
+test: lint types ## all checks and all tests, big counts at a tenth (a quarter of an hour)
 	$(PYTEST) ./tests --pyargs unisandbox.conformance
 
 check: lint ## the quick part: format, lint, types, rooms, unit tests (under a minute)
@@ -26,15 +28,23 @@ test-long: lint types ## the same with the big counts in full
 test-v2: setup ## cgroups and conformance in a virtual machine with cgroup v2
 	tools/test_v2.sh
 
+test-serve: setup ## the server with a real containerd and crictl
+	tools/test_serve.sh
+
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-types: setup ## the public names have complete types; the committed init is built from its source
+types: setup ## the public names have complete types; what is committed and made by a tool is what the tool makes
 	$(BIN)/python tools/public_types.py
-	$(BIN)/python tools/build_init.py --check
+	$(BIN)/python tools/build_native.py --check
+	$(BIN)/python tools/build_guest.py --check
+	$(BIN)/python tools/generate_proto.py --check
+
+proto: setup ## generate the Python code of src/unisandbox/api/proto from its .proto files
+	$(BIN)/python tools/generate_proto.py
 
 fmt: setup ## format, and fix what ruff can fix
 	$(BIN)/ruff check --fix

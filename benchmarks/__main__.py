@@ -19,14 +19,17 @@ from benchmarks.cases import all_cases
 from benchmarks.measure import Outcome, Series, measure
 from benchmarks.memory import measure_idle, measure_imports
 from benchmarks.phases import measure_phases
+from benchmarks.wasm import measure_guests, wasm_cases
 from unisandbox import Engine, SandboxError
 
 _ROUNDS: Final = 60
 _QUICK_ROUNDS: Final = 8
 _IDLE: Final = 100
 _QUICK_IDLE: Final = 40
+_GUESTS: Final = 1000
+_QUICK_GUESTS: Final = 100
 _DOCS: Final = Path(__file__).resolve().parent.parent / "docs"
-PARTS: Final = ("phases", "imports", "idle")
+PARTS: Final = ("phases", "imports", "idle", "guests")
 """What can be asked for beside the cases."""
 
 Advance = Callable[[], None]
@@ -82,11 +85,13 @@ async def run(rounds: int, *, quick: bool, only: Sequence[str]) -> report.Result
     phases: dict[str, Series] = {}
     imports: dict[str, Series] = {}
     idle: dict[str, float] = {}
+    guests: dict[str, float] = {}
     with Bare() as bare:
         programs = {name: program.version_text for name, program in bare.programs.items()}
         host = report.describe_host(programs)
         async with Engine.open() as engine:
-            async with all_cases(engine, bare, quick=quick) as cases:
+            async with all_cases(engine, bare, quick=quick) as these, wasm_cases(engine, quick=quick) as those:
+                cases = [*these, *those]
                 known = [case.name for case in cases]
                 for word in only:
                     if not any(name == word or name.startswith(f"{word}-") for name in (*known, *PARTS)):
@@ -102,11 +107,15 @@ async def run(rounds: int, *, quick: bool, only: Sequence[str]) -> report.Result
             with _progress("memory of idle sandboxes", 1) as advance:
                 idle = measure_idle(_QUICK_IDLE if quick else _IDLE)
                 advance()
+        if selection.takes("guests"):
+            with _progress("memory of waiting Wasm guests", 1) as advance:
+                guests = measure_guests(_QUICK_GUESTS if quick else _GUESTS)
+                advance()
         if selection.takes("imports"):
             times = 5 if quick else 15
             with _progress("imports", times + 1) as advance:
                 imports = measure_imports(times, advance)
-    return report.Results(host, outcomes, phases, imports, idle)
+    return report.Results(host, outcomes, phases, imports, idle, guests)
 
 
 def _arguments() -> argparse.Namespace:
@@ -114,7 +123,9 @@ def _arguments() -> argparse.Namespace:
         prog="python -m benchmarks", description="Measure unisandbox against the bare tools, in turns, in one run."
     )
     parser.add_argument("--rounds", type=int, help=f"rounds of the short cases (default: {_ROUNDS})")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="a case, phases, imports or idle")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help=f"a case, or one of {', '.join(PARTS)}"
+    )
     parser.add_argument("--quick", action="store_true", help="few rounds: 20 s; shows that it works, and little more")
     parser.add_argument("--json", action="store_true", help="write the JSON to stdout instead of the table")
     parser.add_argument("--output", type=Path, default=Path("bench-results"), help="directory (default: bench-results)")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -34,13 +35,16 @@ from unisandbox.oci.features import RuntimeProgram, find_runtimes
 
 Seccomp = Literal["json", "bpf"]
 
-# A range of ids that nobody leases: below ours (see `backends.runc.sandboxer`), above what useradd gives.
+# A range of ids that nobody leases: below ours (see `backends.runc.making`), above what useradd gives.
 _FIRST_ID: Final = 0x6FFE_0000
 _IDS: Final = 65536
 _SHM_BYTES: Final = 64 << 20
 _TMPFS: Final = ("nosuid", "nodev")
 _ENV: Final = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "LANG=C.UTF-8")
 _SWAP_IS_COUNTED: Final = ("/sys/fs/cgroup/memory/memory.memsw.limit_in_bytes", "/sys/fs/cgroup/cgroup.controllers")
+_SCRATCH: Final = "/run"
+# The process says whose it is: see `_sweep`.
+_OURS: Final = re.compile(r"unisandbox-bench-([0-9]+)-.*")
 _READY_SECONDS: Final = 10.0
 _CGROUP_SECONDS: Final = 2.0
 
@@ -128,8 +132,9 @@ class Bare:
         self._sock: socket.socket
 
     def __enter__(self) -> Self:
+        _sweep()
         # Not below a private temporary directory: root inside is a stranger to the host and walks this path.
-        self._scratch = tempfile.mkdtemp(prefix="unisandbox-bench-", dir="/run")
+        self._scratch = tempfile.mkdtemp(prefix=f"unisandbox-bench-{os.getpid()}-", dir=_SCRATCH)
         self._stack.callback(shutil.rmtree, self._scratch, ignore_errors=True)
         try:
             self._start()
@@ -144,7 +149,8 @@ class Bare:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        _remove_cgroups(f"unisandbox-bench-{self._pid}-")
+        # What a runtime leaves of containers that failed: empty directories.
+        ending.remove(_cgroups(str(self._pid)), _CGROUP_SECONDS)
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -265,7 +271,23 @@ class Bare:
         return Tool(f"{name} exec", (*self._command(name), "exec", *terminal, container, *argv))
 
 
-def _remove_cgroups(prefix: str) -> None:
-    """What a runtime leaves of cgroups of containers that failed: empty directories of our name."""
-    left = [str(path) for mount in hierarchy.read_mounts() for path in Path(mount.directory).glob(f"{prefix}*")]
-    ending.remove(left, _CGROUP_SECONDS)
+def _cgroups(pid: str) -> list[str]:
+    """The cgroups of containers that the spawner with this pid started; "*": any."""
+    found = (Path(mount.directory).glob(f"unisandbox-bench-{pid}-*") for mount in hierarchy.read_mounts())
+    return [str(path) for paths in found for path in paths]
+
+
+def _sweep() -> None:
+    """End and remove what benchmarks that were killed have left. Others that run now are let alone."""
+    cgroups = [path for path in _cgroups("*") if _is_orphan(path)]
+    ending.kill(cgroups, _CGROUP_SECONDS)
+    ending.remove(cgroups, _CGROUP_SECONDS)
+    for path in Path(_SCRATCH).glob("unisandbox-bench-*-*"):
+        if _is_orphan(str(path)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_orphan(path: str) -> bool:
+    found = _OURS.fullmatch(os.path.basename(path))
+    # A zombie has no program any more.
+    return found is not None and not os.path.exists(f"/proc/{found[1]}/exe")

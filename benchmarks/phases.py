@@ -16,11 +16,11 @@ from typing import Any, Final
 from benchmarks.cases import TRUE
 from benchmarks.measure import Series
 from unisandbox import Engine
-from unisandbox.backends.runc.pod import PodPlanner
+from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.engine.records import RecordStore
 from unisandbox.host.cgroups.cgroup import Cgroup
 from unisandbox.host.keeper import Keeper
-from unisandbox.oci import task
+from unisandbox.oci import starting, task
 from unisandbox.oci.runtime import Runtime
 
 _WARM_UPS: Final = 2
@@ -37,7 +37,7 @@ _PHASES: Final[tuple[tuple[str, object, tuple[str, ...]], ...]] = (
     ("crun: create", Keeper, ("wait_exit",)),
     ("verification", PodPlanner, ("_verify",)),
     ("start by FIFO", Runtime, ("start",)),
-    ("init: spawn and exec", task, ("spawn",)),
+    ("init: spawn and exec", starting, ("spawn",)),
     ("program to its end", task.OciTaskService, ("wait",)),
     ("clean up after it", task.OciTaskService, ("delete",)),
 )

@@ -18,8 +18,10 @@ import attrs
 
 from benchmarks.cases import OURS
 from benchmarks.measure import Outcome, Series
+from benchmarks.wasm import BARE
 
 SCHEMA: Final = 1
+_TAIL_ROUNDS: Final = 100  # fewer do not say what one in a hundred is like
 
 
 @attrs.frozen
@@ -54,6 +56,7 @@ class Results:
         phases: milliseconds from create to the first result; empty when not measured.
         imports: milliseconds and MB, by statement.
         idle: kB per idle sandbox.
+        guests: kB per Wasm guest that waits for input.
     """
 
     host: Mapping[str, object]
@@ -61,10 +64,24 @@ class Results:
     phases: Mapping[str, Series]
     imports: Mapping[str, Series]
     idle: Mapping[str, float]
+    guests: Mapping[str, float]
+
+    def median(self, case: str, part: str) -> float | None:
+        """Of one part of a case."""
+        series = self._series(case)
+        return series[part].median if part in series else None
+
+    def worst(self, case: str, part: str) -> float | None:
+        """What 1 percent of its rounds were above."""
+        series = self._series(case)
+        return series[part].quantile(99) if part in series else None
+
+    def _series(self, case: str) -> Mapping[str, Series]:
+        return self.outcomes[case].series if case in self.outcomes else {}
 
     def ratio(self, case: str, ours: str, theirs: str) -> float | None:
         """Our median by theirs."""
-        series = self.outcomes[case].series if case in self.outcomes else {}
+        series = self._series(case)
         return series[ours].median / series[theirs].median if ours in series and theirs in series else None
 
     def aims(self) -> list[Aim]:
@@ -75,10 +92,23 @@ class Results:
             Aim("50 in parallel / 50 crun run", "x", 1.0, self.ratio("parallel-50", OURS, "crun run")),
         ]
         median = {name: series.median for name, series in self.imports.items()}
+        for statement in ("import unisandbox", "from unisandbox import Engine, Sandbox"):
+            aims += [
+                Aim(statement, "ms", 60.0, median.get(f"{statement}: ms")),
+                Aim(f"{statement}, resident", "MB", 20.0, median.get(f"{statement}: MB")),
+            ]
         aims += [
-            Aim("import unisandbox", "ms", 60.0, median.get("import unisandbox: ms")),
-            Aim("import unisandbox, resident", "MB", 20.0, median.get("import unisandbox: MB")),
             Aim("idle sandbox, host process and keeper", "kB", 30.0, self.idle.get("together")),
+        ]
+        first, alone = self.median("wasm-first", OURS), self.median("wasm-first", BARE)
+        above = None if first is None or alone is None else first - alone
+        aims += [
+            Aim("Wasm: create to first output", "ms", 1.0, first),
+            Aim("Wasm: create to first output, above wasmtime-py alone", "ms", 0.5, above),
+            Aim("Wasm: one of many starts", "ms", 1.0, self.median("wasm-starts", OURS)),
+            Aim("Wasm: kill, p99", "ms", 10.0, self.worst("wasm-kill", OURS)),
+            Aim("Wasm: kill while others spin, p99", "ms", 10.0, self.worst("wasm-busy", f"{OURS}: kill")),
+            Aim("Wasm: guest that waits for input", "kB", 80.0, self.guests.get(OURS)),
         ]
         return [aim for aim in aims if aim.value is not None]
 
@@ -133,6 +163,7 @@ def to_json(results: Results) -> str:
         "phases": series(results.phases),
         "imports": series(results.imports),
         "idle": dict(results.idle),
+        "guests": dict(results.guests),
     }
     return json.dumps(data, indent=1) + "\n"
 
@@ -142,6 +173,7 @@ def _numbers(series: Series) -> dict[str, object]:
         "median": round(series.median, 4),
         "p10": round(series.quantile(10), 4),
         "p90": round(series.quantile(90), 4),
+        "p99": round(series.quantile(99), 4),
         "values": [round(value, 4) for value in series.values],
     }
 
@@ -176,17 +208,22 @@ def to_text(results: Results) -> str:
         rows = [[name, f"{value:.1f}"] for name, value in results.idle.items() if name != "sandboxes"]
         heading = f"private memory of an idle sandbox (slope over 0..{results.idle['sandboxes']:.0f})"
         lines += [*_table([heading, "kB"], rows), ""]
+    if results.guests:
+        rows = [[name, f"{value:.1f}"] for name, value in results.guests.items()]
+        lines += [*_table(["private memory of a Wasm guest that waits for input", "kB"], rows), ""]
     return "\n".join(lines)
 
 
 def _case(outcome: Outcome) -> list[str]:
-    base = next((name for name in ("crun run", "crun exec", "subprocess.Popen") if name in outcome.series), "")
+    base = next((name for name in ("crun run", "crun exec", "subprocess.Popen", BARE) if name in outcome.series), "")
+    tail = outcome.rounds >= _TAIL_ROUNDS
     rows = []
     for name, series in outcome.series.items():
         ratio = f"{series.median / outcome.series[base].median:.2f}" if base and ": " not in name else ""
-        rows.append([name, *_cells(series), *([ratio] if base else [])])
+        worst = [_short(series.quantile(99))] if tail else []
+        rows.append([name, *_cells(series), *worst, *([ratio] if base else [])])
     lines = [f"**{outcome.case.title}** ({outcome.case.unit}, {outcome.rounds} rounds)", ""]
-    lines += _table(["", "median", "p10", "p90", *([f"/ {base}"] if base else [])], rows)
+    lines += _table(["", "median", "p10", "p90", *(["p99"] if tail else []), *([f"/ {base}"] if base else [])], rows)
     lines += [f"not measured: {reason}" for reason in outcome.missing]
     return lines
 

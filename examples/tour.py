@@ -1,6 +1,7 @@
 """A tour: real programs in sandboxes, and what unisandbox says about them. `make demo` runs it.
 
-It needs nothing but what a plain Debian has: Python's standard library and, where it is installed, git.
+It needs nothing but what a plain Debian has: Python's standard library and, where it is installed, git. The part with
+WebAssembly needs the extra "wasm", which `make demo` installs.
 """
 
 import asyncio
@@ -58,6 +59,31 @@ while True:  # the server may not listen yet
         time.sleep(0.01)
 """
 
+# Programs for the Wasm sandbox, as text: one counts the primes below its limit and ends with how many there are, one
+# writes to an address that it does not have, one goes on for ever.
+PRIMES = """
+(module
+  (import "wasi_snapshot_preview1" "proc_exit" (func $exit (param i32)))
+  (memory (export "memory") 1)
+  (func (export "_start") (local $n i32) (local $d i32) (local $found i32)
+    (local.set $n (i32.const 2))
+    (loop $next
+      (local.set $d (i32.const 2))
+      (block $done
+        (loop $try
+          (if (i32.gt_u (i32.mul (local.get $d) (local.get $d)) (local.get $n))
+            (then (local.set $found (i32.add (local.get $found) (i32.const 1))) (br $done)))
+          (br_if $done (i32.eqz (i32.rem_u (local.get $n) (local.get $d))))
+          (local.set $d (i32.add (local.get $d) (i32.const 1)))
+          (br $try)))
+      (local.set $n (i32.add (local.get $n) (i32.const 1)))
+      (br_if $next (i32.lt_u (local.get $n) (i32.const 1000))))
+    (call $exit (local.get $found))))
+"""
+STRAY = """(module (memory (export "memory") 1)
+  (func (export "_start") (i32.store (i32.const 0x7fff0000) (i32.const 1))))"""
+ENDLESS = '(module (memory (export "memory") 1) (func (export "_start") (loop $again (br $again))))'
+
 PROGRESS = "import time\nfor n in range(5): print('step', n, flush=True); time.sleep(0.1)"
 
 
@@ -87,6 +113,12 @@ def expect(done: Completed, text: str | None = None) -> str:
     if done.exit_code != 0 or (text is not None and done.text.strip() != text):
         raise SystemExit(f"{done.argv}: {done.exit}, {done.stdout!r}, {done.stderr!r}")
     return done.text.strip()
+
+
+def expect_code(done: Completed, code: int) -> None:
+    """Its end, as it has to be."""
+    if done.exit_code != code:
+        raise SystemExit(f"{done.argv}: expected exit code {code}, got {done.exit}")
 
 
 async def real_programs(sandbox: Sandbox, report: Report) -> None:
@@ -159,6 +191,45 @@ async def pod(engine: Engine, report: Report) -> None:
             report.say(f"answer {status}; the server logged: {request}")
 
 
+async def wasm(engine: Engine, report: Report) -> None:
+    """WebAssembly in the same engine: guests are threads of this process, with files and limits of their own."""
+    for probe in await engine.probe():
+        if probe.backend == "wasm" and probe.available:
+            break
+    else:
+        print("  not here: pip install 'unisandbox[wasm]'")
+        return
+    with tempfile.TemporaryDirectory() as root:
+        for name, text in (("primes", PRIMES), ("stray", STRAY), ("endless", ENDLESS)):
+            Path(root, f"{name}.wat").write_text(text)  # noqa: ASYNC240 (small)
+        limits = Resources(memory="16M", cpu_seconds=0.2, disk="1M")
+        with report.step("create it"):
+            sandbox = await engine.create(isolation="wasm", rootfs=root, resources=limits, name="guests")
+            report.say(f"{(await sandbox.status()).state}; beside it: {', '.join(sorted(await others(engine)))}")
+        async with sandbox:
+            with report.step("first program (compiled once a machine)"):
+                report.say(f"{(await sandbox.run(['primes.wat'])).exit_code} primes below 1000")
+            with report.step("second program"):
+                done = await sandbox.run(["primes.wat"])
+                expect_code(done, 168)
+                report.say(f"{done.exit_code} primes below 1000")
+            with report.step("one that writes where it has no memory"):
+                done = await sandbox.run(["stray.wat"])
+                report.say(f"reason {done.exit.reason!r}: {done.exit.detail.splitlines()[0]}")
+            with report.step("one that never ends, with cpu_seconds=0.2"):
+                report.say(f"reason {(await sandbox.run(['endless.wat'], timeout=30)).exit.reason!r}")
+        with report.step("50 sandboxes, one after the other"):
+            for _ in range(50):
+                async with engine.create(isolation="wasm", rootfs=root, resources=limits) as one:
+                    expect_code(await one.run(["primes.wat"]), 168)
+            report.say("made, used and removed")
+
+
+async def others(engine: Engine) -> list[str]:
+    """The sandboxes of this engine, with their backends."""
+    return [f"{status.name} ({status.backend})" for status in await engine.list()]
+
+
 def on_the_host(engine_id: str) -> list[str]:
     """What this engine has on the host: all that it makes has its id in its name, or runs in a cgroup that has."""
     found = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines() if engine_id in line]
@@ -190,6 +261,9 @@ async def main() -> None:
         await real_programs(sandbox, report)
         await streaming(sandbox, report)
         await bad_programs(sandbox, report)
+        print("\nA WebAssembly sandbox in the same engine: 16 MiB of memory, 1 MiB of disk")
+        await wasm(engine, report)
+        print("\nThe first one again")
         during = on_the_host(engine.id)
         with report.step("remove it"):
             await sandbox.remove()

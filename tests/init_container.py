@@ -201,7 +201,7 @@ class Container:
         """Start a program and give its raw wait status."""
         async with closing(await self.start(*argv, **options)) as process:  # type: ignore[arg-type]
             with anyio.fail_after(30):
-                return await ended(process.life)
+                return await status_of(process.life)
 
     async def output(self, *argv: str | bytes, **options: object) -> bytes:
         """Start a program and give what it wrote to stdout and stderr, until its end; at most what a pipe holds."""
@@ -236,6 +236,12 @@ async def closing(process: Started) -> AsyncIterator[Started]:
         os.close(process.pidfd)
         if process.master is not None:
             os.close(process.master)
+
+
+async def status_of(life: socket.socket) -> int | None:
+    """Wait until the process behind `life` has ended; its raw wait status, if init has told."""
+    end = await ended(life)
+    return None if end is None else end.status
 
 
 async def until(true: Callable[[], bool], *, timeout: float = 5) -> None:

@@ -11,13 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import anyio
 
-from unisandbox.api.errors import FailedPreconditionError
 from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import ExitRecord, Keeper, Spawned
 
@@ -63,6 +62,15 @@ async def sh_output(keeper: Keeper, script: str, key: str = "", **options: objec
         return file.read()
 
 
+async def publish(keeper: Keeper, *events: Mapping[str, object]) -> None:
+    """Publish events; the keeper has numbered them then."""
+    for number, event in enumerate(events):
+        keeper.events.publish(event)
+        if number % 200 == 199:
+            await keeper.held()
+    await keeper.held()
+
+
 def until(happened: Callable[[], bool], what: str, deadline: float = DEADLINE) -> None:
     """Look again and again, for what has no event to wait for."""
     end = time.monotonic() + deadline
@@ -95,7 +103,7 @@ def children_of(pid: int) -> list[int]:
 
 def workers_of(pid: int) -> list[int]:
     """A keeper's workers: forks of it, which come and go with jobs."""
-    return [child for child in children_of(pid) if _name_of(child) == _name_of(pid)]
+    return [child for child in children_of(pid) if name_of(child) == name_of(pid)]
 
 
 def end_workers(pid: int) -> None:
@@ -109,9 +117,10 @@ def end_workers(pid: int) -> None:
         until(lambda pid=pid, worker=worker: worker not in children_of(pid), "the worker is reaped")  # type: ignore[misc]
 
 
-def _name_of(pid: int) -> str:
+def name_of(pid: int) -> str:
+    """What a process is called; nothing when it is gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text()
+        return Path(f"/proc/{pid}/comm").read_text().rstrip("\n")
     except (FileNotFoundError, ProcessLookupError):
         return ""
 
@@ -186,13 +195,9 @@ def said(program: subprocess.Popen[str]) -> str:
 
 
 async def adopt(place: Path) -> Keeper:
-    """Own a keeper whose former owner is gone: the end of that may not have reached the keeper yet."""
+    """Own a keeper whose former owner is gone, also if the keeper has not heard of that."""
     with anyio.fail_after(DEADLINE):
-        while True:
-            try:
-                return await Keeper.attach(f"{place}/state", own=True)
-            except FailedPreconditionError:
-                await anyio.sleep(0.002)
+        return await Keeper.attach(f"{place}/state", own=True)
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from pathlib import Path
 import attrs
 
 from unisandbox.host.keeper import Keeper
+from unisandbox.oci.calls import NOWHERE
 from unisandbox.oci.features import RuntimeProgram
-from unisandbox.oci.runtime import Created, Runtime
+from unisandbox.oci.made import Created
+from unisandbox.oci.runtime import Runtime
 
 UNIFIED = "/sys/fs/cgroup/unified"
 FIRST_ID = 1_000_000
@@ -30,6 +32,7 @@ class Lab:
     runtime: Runtime
     keeper: Keeper
     work: str
+    entered: dict[str, Mapping[str, str]] = attrs.field(factory=dict, init=False)
 
     def seen(self, path: str) -> str:
         """A path of the keeper's, as the test reaches it."""
@@ -54,6 +57,8 @@ class Lab:
         held = {kind: f"{name}/{kind}" for kind in kinds}
         result = await self.keeper.job([namespaces, {"do": "mounts", "root": root, "ops": ops}], hold=held)
         paths = {kind: f"/proc/{self.keeper.pid}/fd/{result.held[held[kind]]}" for kind in kinds}
+        if userns and not self.runtime.program.features.held_userns:
+            self.entered[bundle] = {kind: paths.pop(kind) for kind in ("net", "ipc", "uts")}
         self.write(bundle, config_json(self.runtime.program, args, root, paths, config))
         return bundle
 
@@ -65,7 +70,8 @@ class Lab:
         """Create with /dev/null as stdio, if the options do not say otherwise."""
         null = os.open(NULL, os.O_RDWR | os.O_CLOEXEC)
         try:
-            given: dict[str, object] = {"stdio": (null, null, null), **options}
+            entered = self.entered.get(bundle, NOWHERE)
+            given: dict[str, object] = {"stdio": (null, null, null), "entered": entered, **options}
             return await self.runtime.create(container_id, bundle, **given)  # type: ignore[arg-type]
         finally:
             os.close(null)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Set-up of a working copy: host programs by apt, `.venv` with the package and what is pinned in constraints.txt.
 
-    python3 tools/setup.py demo     what `make demo` needs: an OCI runtime, the package, its command line
+    python3 tools/setup.py demo     what `make demo` needs: an OCI runtime, the package, its command line, Wasm
     python3 tools/setup.py dev      all that the tests and the linters need
     python3 tools/setup.py lock     write constraints.txt anew with today's newest versions
 
@@ -44,10 +44,18 @@ HOST = (
     ("libc6-dev", "dev", "/usr/include/stdio.h"),
     ("gcc-aarch64-linux-gnu", "dev", "aarch64-linux-gnu-gcc"),
     ("qemu-user-static", "dev", "qemu-aarch64-static"),
+    ("clang", "dev", "clang"),
+    ("lld", "dev", "wasm-ld"),
+    ("wasi-libc", "dev", "/usr/include/wasm32-wasi/wasi/api.h"),
+    ("libclang-rt-14-dev-wasm32", "dev", "/usr/lib/llvm-14/lib/clang/14.0.6/lib/wasi/libclang_rt.builtins-wasm32.a"),
     ("strace", "dev", "strace"),
     ("iproute2", "dev", "ip"),
     ("procps", "dev", "ps"),
 )
+
+
+# What tests build guests for with Rust, where rustup is there; without them these tests are skipped.
+RUST_TARGETS = ("wasm32-wasip1", "wasm32-wasip2")
 
 
 def say(text: str) -> None:
@@ -117,6 +125,16 @@ def host_programs(level: str) -> None:
         stop(f"apt-get succeeded, but these are still not found: {', '.join(still.values())}")
 
 
+def rust_targets() -> None:
+    """Let rustup fetch what is missing; nothing else depends on it."""
+    rustup = shutil.which("rustup")
+    if rustup is None:
+        return
+    done = subprocess.run([rustup, "target", "add", *RUST_TARGETS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        say(f"Rust targets for tests cannot be had, these will be skipped: {done.stderr.strip()[-200:]}")
+
+
 def digest(level: str) -> str:
     parts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     parts += [sys.version.encode(), str(ROOT).encode(), level.encode()]  # an editable install knows its own path
@@ -133,7 +151,7 @@ def stamped() -> str:
 def requirements(level: str) -> list[str]:
     """The package itself, editable, and for `dev` the dependency group (pip knows groups only since 25.1)."""
     if level == "demo":
-        return ["-e", ".[cli]"]
+        return ["-e", ".[cli,wasm]"]
     import tomllib
 
     group: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["dev"]
@@ -160,6 +178,8 @@ def python_packages(level: str) -> None:
         run([sys.executable, "-m", "venv", "--clear", str(VENV)], "virtual environment")
     STAMP.unlink(missing_ok=True)
     install(str(VENV / "bin/python"), level, "-c", "constraints.txt")
+    if level == "dev":
+        rust_targets()
     STAMP.write_text(json.dumps({"level": level, "digest": digest(level)}) + "\n")
 
 

@@ -85,14 +85,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module 'unisandbox' has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # to them the module would have every name
 
-    value: object = getattr(import_module(_HOME.get(name, "unisandbox.api")), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'unisandbox' has no attribute {name!r}")
+        from importlib import import_module
+
+        value: object = getattr(import_module(_HOME.get(name, "unisandbox.api")), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -246,6 +246,22 @@ async def test_a_stopped_init_is_no_hang() -> None:
 
 
 @pytest.mark.anyio
+async def test_the_time_of_what_ended_with_its_init_is_that_of_the_end() -> None:
+    async with (
+        Engine.open() as engine,
+        engine.create(resources=SMALL) as sandbox,
+        engine.create(resources=SMALL) as other,
+    ):
+        process = await sandbox.exec(["sleep", "1000"])
+        begun = time.time()
+        os.kill(init_of(sandbox, process.pid), signal.SIGKILL)
+        wait_ended(process.pid)
+        over = time.time()
+        await other.run(["sleep", "1"])
+        assert begun <= (await process.wait()).exited_at < over + 0.9
+
+
+@pytest.mark.anyio
 async def test_every_process_killed_from_outside_is_told_as_it_was() -> None:
     async with Engine.open() as engine, engine.create(resources=SMALL) as sandbox:
         async with sandbox.exec(["sleep", "1000"]) as process:

@@ -15,6 +15,7 @@ import pytest
 from tests.programs import program
 
 from unisandbox import BackendError, Engine, FailedPreconditionError, InvalidArgumentError, Resources, SandboxError
+from unisandbox.engine.records import spec_of
 from unisandbox.host import syscalls
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -81,6 +82,23 @@ async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
                     (disk / name).unlink()
             async with engine.create(resources=SMALL) as again:
                 assert (await again.run(["true"])).exit_code == 0
+
+
+async def test_limits_that_cannot_be_written_down_are_not_set(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=512k,mode=0700") as disk:
+        async with Engine.open(disk / "state") as engine, engine.create(resources=SMALL) as sandbox:
+            before = (await sandbox.metrics()).memory_limit_bytes
+            fill(disk)
+            with pytest.raises(BackendError, match="No space left"):
+                await sandbox.update(Resources(memory="128M"))
+            assert (await sandbox.metrics()).memory_limit_bytes == before
+            (disk / "filler").unlink()
+            await sandbox.update(Resources(memory="128M"))
+            assert (await sandbox.metrics()).memory_limit_bytes == 128 << 20
+            with pytest.raises(SandboxError):
+                await sandbox.update(Resources(memory="256M", disk="1M"))
+            assert spec_of(sandbox._entry.record).resources.memory == 128 << 20
+            assert (await sandbox.metrics()).memory_limit_bytes == 128 << 20
 
 
 async def test_an_engine_closes_on_a_full_disk(tmp_path: Path) -> None:

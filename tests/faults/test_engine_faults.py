@@ -27,6 +27,7 @@ from unisandbox import (
     UnavailableError,
     UnsupportedError,
 )
+from unisandbox.backends.runc import RuncBackend
 from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine.events import EventLog
 
@@ -339,6 +340,18 @@ async def fails(kind: type[SandboxError], words: str, within: float = 20.0) -> N
 async def test_no_runtime_at_all(only: Callable[[str | None], None]) -> None:
     only(None)
     await fails(UnavailableError, r"no OCI runtime found \(looked for crun, runc, youki in PATH\).*apt install crun")
+
+
+async def test_what_a_runtime_cannot_do_is_refused_before_anything_is_done(
+    only: Callable[[str | None], None], tmp_path: Path
+) -> None:
+    only(None)
+    script(tmp_path / "bin" / "youki", 'echo "youki version: 0.7.0"')
+    assert any("share_pid" in warning for warning in (await RuncBackend().probe()).warnings)
+    async with Engine.open() as engine:
+        with pytest.raises(UnsupportedError, match=r"share_pid .* youki cannot join the pid namespace"):
+            await engine.create(share_pid=True)
+        assert await engine.list() == []
 
 
 @pytest.mark.parametrize(

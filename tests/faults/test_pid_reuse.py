@@ -130,3 +130,93 @@ def test_strangers_with_the_numbers_of_the_dead_live(
         exits = {argument: (reason, code) for argument, reason, code in told["exits"]}
         assert exits["exit 5"] == ("exited", 5)
         assert exits["1000"] == ("signaled", 128 + (9 if "process" in victims else 15))
+
+
+# In a pid namespace of its own: the keeper of an open engine is killed, and a stranger has its number and a directory
+# under each of its descriptors.
+FILES = """
+import subprocess
+from pathlib import Path
+
+PLACE, STATE = sys.argv[1], sys.argv[2] or None
+STRANGER = \"\"\"
+import os, sys, time
+top = os.open(sys.argv[1], os.O_RDONLY)
+for number in range(3, 64):
+    if number != top:
+        os.dup2(top, number)
+os.mkdir("ready")
+time.sleep(1000)
+\"\"\"
+
+def take(pid):
+    for _ in range(200):
+        Path("/proc/sys/kernel/ns_last_pid").write_text(str(pid - 1))
+        stranger = subprocess.Popen([sys.executable, "-S", "-c", STRANGER, PLACE], start_new_session=True, cwd=PLACE)
+        if stranger.pid == pid:
+            return stranger
+        stranger.kill()
+        stranger.wait()
+    raise AssertionError(f"number {pid} was not to be had")
+
+def listed():
+    return sorted(str(path) for path in Path(PLACE).rglob("*"))
+
+async def main():
+    engine = await Engine.open(STATE)
+    sandbox = await engine.create()
+    await sandbox.files.write("/tmp/a", b"1")
+    await sandbox.run(["true"])
+    keeper = engine._core.host.keeper.pid
+    os.kill(keeper, signal.SIGKILL)
+    with anyio.fail_after(20):
+        while os.path.exists(f"/proc/{keeper}"):
+            try:
+                os.waitpid(-1, os.WNOHANG)  # we are PID 1 here: orphans are ours to reap
+            except ChildProcessError:
+                pass
+            await anyio.sleep(0.01)
+    for name in ("tmp", "root", "run"):
+        os.mkdir(f"{PLACE}/{name}", 0o777)
+        os.chmod(f"{PLACE}/{name}", 0o777)
+    stranger = take(keeper)
+    while not os.path.exists(f"{PLACE}/ready"):
+        await anyio.sleep(0.01)
+    before, words = listed(), []
+    calls = {
+        "write": lambda: sandbox.files.write("/tmp/evil", b"hello"),
+        "read": lambda: sandbox.files.read("/ready"),
+        "list": lambda: sandbox.files.list("/"),
+        "metrics": sandbox.metrics,
+        "run": lambda: sandbox.run(["true"]),
+        "add": lambda: sandbox.containers.add(argv=["true"]),
+        "create": engine.create,
+    }
+    for name, call in calls.items():
+        try:
+            await call()
+            words.append(f"{name} worked")
+        except SandboxError as error:
+            words.append(type(error).__name__)
+    try:
+        netns = (await sandbox.status()).netns_path
+    except SandboxError:
+        netns = ""
+    await engine.close()
+    tell(words=words, netns=netns, same=listed() == before, lives=stranger.poll() is None)
+    stranger.kill()
+    stranger.wait()
+
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_nothing_is_read_or_written_in_who_has_the_keepers_number(tmp_path: Path, shared: bool) -> None:
+    apart = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+    (tmp_path / "place").mkdir()
+    state = str(tmp_path / "state") if shared else ""
+    with program(FILES, str(tmp_path / "place"), state, wrapper=apart) as work:
+        told = work.heard()
+        assert work.finish()[0] == 0
+    assert told == {"words": ["UnavailableError"] * 7, "netns": "", "same": True, "lives": True}

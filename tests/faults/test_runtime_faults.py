@@ -348,7 +348,7 @@ async def test_a_state_directory_that_cannot_be_made_is_named(place: Lab, tmp_pa
 async def test_a_keeper_that_dies_is_an_error_and_no_hang(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         runtime = Runtime(fake(tmp_path / "r", "sleep 86548"), f"{tmp_path}/runtime", keeper)
-        pidfd = os.dup(keeper.pidfd)
+        pidfd = os.pidfd_open(keeper.pid)
         try:
             async with anyio.create_task_group() as group:
                 group.start_soon(_kill_soon, pidfd)

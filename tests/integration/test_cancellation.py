@@ -71,7 +71,7 @@ class World:
         found += [f"keeper's mount: {line.split()[4]}" for line in mounts]
         state_dir = self.engine._core.host.state_dir
         for directory, _, files in os.walk(state_dir):
-            found += [os.path.join(directory, name) for name in files if not name.startswith("journal")]
+            found += [os.path.join(directory, name) for name in files]
         found += [f"container: {status.name}" for status in await self.sandbox.containers.list()]
         found += [f"sandbox: {status.id}" for status in await self.engine.list()]
         found += [f"in /tmp: {info.name}" for info in await self.sandbox.files.list("/tmp")]

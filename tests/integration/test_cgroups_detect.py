@@ -66,3 +66,12 @@ def test_a_hierarchy_mounted_in_another_cgroup_namespace_is_not_mistaken_for_our
         return
     assert "memory" not in controllers
     assert any("another cgroup namespace" in reason for reason in reasons)
+
+
+def test_names_of_what_may_be_gone_are_known_without_making_anything() -> None:
+    cgroups = Cgroups.detect("unisandbox-never-made")
+    dirs = cgroups.dirs_of("s1")
+    assert len(dirs) == len(cgroups.places)
+    assert not any(Path(path).parent.exists() for path in dirs)
+    with pytest.raises(InvalidArgumentError):
+        cgroups.dirs_of("../s1")

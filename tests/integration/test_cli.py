@@ -3,64 +3,29 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
 import signal
-import struct
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from tests.command_line import CLI, SECONDS, in_terminal, output_of, read_until, resize, run, started
 
 import unisandbox
+from unisandbox import Engine, Terminal
+from unisandbox.cli import run as foreground
 from unisandbox.cli.app import run_app
+from unisandbox.cli.run import KnownSandbox
 
 pytestmark = pytest.mark.root
-
-CLI: Final = [sys.executable, "-W", "error", "-m", "unisandbox.cli"]
-SECONDS: Final = 30.0
-
-
-def run(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [*CLI, *args], input=stdin, capture_output=True, check=False, timeout=SECONDS, env={**os.environ, **(env or {})}
-    )
-
-
-@contextmanager
-def started(*args: str, stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
-    """The command line in the background; killed at the end if it still runs."""
-    with subprocess.Popen([*CLI, *args], stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def read_until(fd: int, wanted: bytes) -> bytes:
-    """What comes, up to `wanted`."""
-    deadline = time.monotonic() + SECONDS
-    seen = b""
-    while wanted not in seen:
-        assert select.select([fd], [], [], max(deadline - time.monotonic(), 0))[0], f"no {wanted!r} in {seen!r}"
-        piece = os.read(fd, 65536)
-        assert piece, f"it ended without {wanted!r} after {seen!r}"
-        seen += piece
-    return seen
-
-
-def output_of(process: subprocess.Popen[bytes]) -> int:
-    assert process.stdout is not None
-    return process.stdout.fileno()
-
 
 # Output, input, exit codes
 
@@ -257,6 +222,7 @@ FIELDS: Final = {
     "signal": int | None,
     "reason": str,
     "oom_kills": int,
+    "detail": str,
     "timed_out": bool,
     "duration": float,
     "truncated": bool,
@@ -415,26 +381,6 @@ def _runs(command: str) -> bool:
 # A terminal
 
 
-@contextmanager
-def in_terminal(*args: str, rows: int = 31, columns: int = 97) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """The command line with a terminal of its own: (what its user types into and looks at, the process)."""
-    master, slave = os.openpty()
-    try:
-        resize(master, rows, columns)
-        with subprocess.Popen(["setsid", "--ctty", *CLI, *args], stdin=slave, stdout=slave, stderr=slave) as process:
-            try:
-                yield master, process
-            finally:
-                process.kill()
-    finally:
-        os.close(master)
-        os.close(slave)
-
-
-def resize(master: int, rows: int, columns: int) -> None:
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-
 def test_terminal_has_the_callers_size_and_follows_it() -> None:
     with in_terminal("run", "-it", "python3", "-c", TELL_SIZES) as (master, process):
         read_until(master, b"size 97 31\r\n")
@@ -442,6 +388,18 @@ def test_terminal_has_the_callers_size_and_follows_it() -> None:
         read_until(master, b"size 120 40\r\n")
         os.write(master, b"\x03")  # goes through: it is the program's terminal that makes a SIGINT of it
         assert process.wait(SECONDS) == 5
+
+
+@pytest.mark.anyio
+async def test_resizing_the_terminal_of_what_is_being_removed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreground, "terminal_size", Terminal)
+    async with Engine.open() as engine, engine.create() as sandbox:
+        process = await sandbox.exec(["sleep", "1000"], tty=True)
+        session = foreground._Session(foreground.Request(("sleep",), KnownSandbox(None, sandbox.id), {}, tty=True))
+        session._process = process
+        await session._resize()
+        await sandbox.remove()
+        await session._resize()
 
 
 def test_terminal_echoes_once_and_ends_with_control_d() -> None:
@@ -511,7 +469,7 @@ def test_doctor_says_what_is_missing_and_how_to_get_it() -> None:
     hide = 'for p in crun runc youki; do p=$(command -v $p) && mount --bind /dev/null "$p"; done; exec "$@"'
     hidden = ["unshare", "--mount", "sh", "-c", hide, "sh", *CLI]
     done = subprocess.run([*hidden, "doctor"], capture_output=True, check=False, timeout=SECONDS)
-    assert done.returncode == 1
+    assert done.returncode == (0 if find_spec("wasmtime") else 1)  # Wasm needs no runtime: something runs then
     assert b"runc: cannot run here\n  cause: " in done.stdout
     assert b"  remedy: " in done.stdout
     done = subprocess.run([*hidden, "run", "true"], capture_output=True, check=False, timeout=SECONDS)

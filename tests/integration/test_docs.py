@@ -70,7 +70,7 @@ def _params(language: str) -> list[object]:
 
 def _run(argv: list[str], directory: Path, **options: str) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error"}
+    env = {**os.environ, "PATH": path, "PYTHONWARNINGS": "error", "UNISANDBOX_STATE": options.get("state", "")}
     return subprocess.run(
         argv,
         cwd=directory,
@@ -92,13 +92,13 @@ def test_python_block_runs(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("block", _params("console"))
-def test_console_block_runs(block: Block) -> None:
+def test_console_block_runs(block: Block, tmp_path: Path) -> None:
     commands = [line.removeprefix("$ ") for line in block.text.splitlines() if line.startswith("$ ")]
     assert commands, f"{block.where}: a console block without a line that starts with '$ '"
     for command in commands:
         assert f"{command} ".startswith(RUNNABLE), f"{block.where}: say why this is not run, or use ```text: {command}"
         expected = EXIT_STATUS.search(command)
-        done = _run(["sh", "-c", command], ROOT)
+        done = _run(["sh", "-c", command], ROOT, state=str(tmp_path / "state"))
         assert done.returncode == (int(expected[1]) if expected else 0), f"{command}:\n{done.stdout}{done.stderr}"
 
 

@@ -1,10 +1,13 @@
 """Engines: two of them, two loops one after the other, the end of a loop or of the interpreter with a live sandbox."""
 
+# ruff: noqa: ASYNC240 - a test may block its own event loop
+
 from __future__ import annotations
 
 import json
 import os
 import signal
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from unisandbox import (
     NotFoundError,
     Resources,
 )
+from unisandbox.engine.state import RUNTIME_DIRECTORY
 
 pytestmark = pytest.mark.root
 SMALL = Resources(memory="64M")
@@ -50,6 +54,27 @@ async def test_a_sandbox_is_found_by_id_and_by_name_until_it_is_removed(tmp_path
             assert again.id != first.id
     with pytest.raises(FailedPreconditionError):
         await engine.create(resources=SMALL)
+
+
+@pytest.mark.anyio
+async def test_a_runtime_directory_that_was_made_for_this_user_alone_is_opened_so_far_that_sandboxes_start() -> None:
+    """As by a service manager with RuntimeDirectoryMode=0700."""
+    runtime = Path(RUNTIME_DIRECTORY)
+    runtime.mkdir(0o711, exist_ok=True)
+    runtime.chmod(0o700)
+    async with Engine.open() as engine, engine.create(resources=SMALL) as sandbox:
+        assert (await sandbox.run(["true"])).exit_code == 0
+        assert stat.S_IMODE(runtime.stat().st_mode) == 0o711
+
+
+@pytest.mark.anyio
+async def test_a_sandbox_can_be_made_after_another_process_has_removed_the_engines_empty_cgroup() -> None:
+    async with Engine.open() as engine:
+        async with engine.create(resources=SMALL):
+            host = engine._core.host
+        assert host.cgroups.root().remove(timeout=5)
+        async with engine.create(resources=SMALL) as sandbox:
+            assert (await sandbox.run(["/bin/true"])).exit_code == 0
 
 
 @pytest.mark.anyio

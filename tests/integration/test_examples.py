@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -74,8 +75,26 @@ def test_tour_shows_real_programs_and_leaves_nothing(tmp_path: Path) -> None:
         "answer 200; the server logged: GET / HTTP/1.1",
     ):
         assert promise in report
+    if importlib.util.find_spec("wasmtime") is None:
+        assert "pip install 'unisandbox[wasm]'" in report
+    else:
+        for promise in (
+            "beside it: guests (wasm), tour (runc)",
+            "168 primes below 1000",
+            "reason 'trap': memory_out_of_bounds",
+            "reason 'cpu'",
+            "made, used and removed",
+        ):
+            assert promise in report
     assert ("10 commits" in report) == (shutil.which("git") == "/usr/bin/git")
     assert report.endswith("Left behind: nothing.\n")
+
+
+def test_wasm_code_runner_runs_both_languages_and_bounds_them(tmp_path: Path) -> None:
+    pytest.importorskip("wasmtime")
+    report = run_example("wasm_code_runner.py", tmp_path)
+    for promise in ("285", "1 4 9", "mine", "FileNotFoundError", "failed with 7", "stopped: it took longer"):
+        assert promise in report
 
 
 def test_every_example_is_tested_here() -> None:
@@ -84,4 +103,5 @@ def test_every_example_is_tested_here() -> None:
         "first.py",
         "terminal.py",
         "tour.py",
+        "wasm_code_runner.py",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -23,10 +24,12 @@ import anyio
 import anyio.lowlevel
 import pytest
 from tests.init_container import (
+    FIRST_ID,
     Container,
     closing,
     make_request,
     runtime_container,
+    status_of,
     text,
     until,
 )
@@ -38,6 +41,8 @@ from unisandbox.api.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
+from unisandbox.host import boundary
+from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.init import ExecFailed, SpawnRequest, binary_path, ended, open_binary, protocol, spawn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -96,7 +101,7 @@ async def test_signals_of_the_host_reach_a_process(container: Container) -> None
     for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1):
         async with closing(await container.start("sleep", "60")) as process:
             signal.pidfd_send_signal(process.pidfd, number)
-            assert await ended(process.life) == number
+            assert await status_of(process.life) == number
 
 
 async def test_abort_ends_with_sigabrt(container: Container) -> None:
@@ -133,7 +138,7 @@ async def test_many_children_leave_no_zombie_no_descriptor_and_no_memory(
     async with anyio.create_task_group() as group:
         for _ in range(4):
             group.start_soon(some, count(10_000) // 4)
-    assert container.processes() == {container.pid: "S"}
+    await until(lambda: container.processes() == {container.pid: "S"})
     await until(lambda: len(os.listdir(f"/proc/{container.pid}/fd")) == 5)  # it closes `life` after its last word
     assert private() <= memory + 8
     assert memory <= 64, f"init uses {memory} kB"
@@ -170,14 +175,14 @@ async def test_an_end_can_be_seen_by_every_holder_again_and_again(container: Con
         for _ in range(3):
             group.start_soon(ended, process.life)
     with socket.socket(fileno=held[0]) as life:  # the client is gone, somebody else held a copy
-        assert [await ended(life) for _ in range(3)] == [5 << 8] * 3
+        assert [await status_of(life) for _ in range(3)] == [5 << 8] * 3
 
 
 async def test_the_end_of_init_is_told_from_an_end_of_a_process(container: Container) -> None:
     async with closing(await container.start("sleep", "60")) as process:
         os.kill(container.pid, signal.SIGKILL)
         with anyio.fail_after(10):
-            assert await ended(process.life) is None
+            assert await status_of(process.life) is None
 
 
 # ---- what the process is ----
@@ -388,7 +393,7 @@ async def test_a_terminal_has_its_size_and_follows_resizes(on_machine: Container
         assert b"first 80 24 /dev/pts/0 True True\r\n" in await _read_until(process.master, b"\n")
         _resize(process.master, 50, 132)
         assert b"now 132 50\r\n" in await _read_until(process.master, b"\n")
-        assert await ended(process.life) == 4 << 8
+        assert await status_of(process.life) == 4 << 8
 
 
 async def test_a_terminal_controls_its_jobs(on_machine: Container) -> None:
@@ -399,7 +404,7 @@ async def test_a_terminal_controls_its_jobs(on_machine: Container) -> None:
         await _read_until(process.master, b"word\r\nword\r\n")
         os.write(process.master, b"\x03")
         with anyio.fail_after(10):
-            assert await ended(process.life) == signal.SIGINT
+            assert await status_of(process.life) == signal.SIGINT
 
 
 async def test_a_job_can_be_stopped_and_continued_on_a_terminal(container: Container) -> None:
@@ -419,7 +424,7 @@ async def test_a_job_can_be_stopped_and_continued_on_a_terminal(container: Conta
         await _read_until(process.master, b"$ ")
         os.write(process.master, b"exit 6\n")
         with anyio.fail_after(10):
-            assert await ended(process.life) == 6 << 8
+            assert await status_of(process.life) == 6 << 8
 
 
 async def test_a_terminal_belongs_to_its_user_and_its_end_is_seen(container: Container) -> None:
@@ -436,7 +441,7 @@ async def test_a_terminal_belongs_to_its_user_and_its_end_is_seen(container: Con
             links = files_of(pid)
             assert not [link for link in links if "ptmx" in link], "the master is the host's alone"
         signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-        assert await ended(process.life) == signal.SIGKILL
+        assert await status_of(process.life) == signal.SIGKILL
 
 
 # ---- the wait before exec ----
@@ -452,6 +457,73 @@ async def test_the_process_waits_for_its_cgroup_before_exec(container: Container
     assert await container.status("/bin/true", before_exec=look) == 0
     assert len(seen) == 1
     assert "unisandbox-init" in seen[0][0], "it ran nothing of the user's yet"
+
+
+@pytest.fixture
+def birthplace(container: Container) -> Iterator[int]:
+    """A cgroup2 directory in which init may give birth."""
+    root = Cgroups.detect(f"init-{os.getpid()}").root()
+    try:
+        home, place = root.child("home"), root.child("place")
+        if place.clone_into is None:
+            pytest.skip("this host has no cgroup2 tree")
+        home.enter(container.pid)
+        for cgroup in (root, home, place):
+            cgroup.admit(FIRST_ID)
+        directory = os.open(place.clone_into, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield directory
+        finally:
+            os.close(directory)
+    finally:
+        root.kill()
+        assert root.remove(timeout=5)
+
+
+async def test_nobody_is_asked_to_move_a_process_that_is_about_to_enter_its_cgroups_itself(
+    container: Container, birthplace: int
+) -> None:
+    reader, writer = os.pipe2(os.O_CLOEXEC)  # in the place of a v1 `tasks`: full, so that the process has to wait
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"\0" * 4096)
+    os.set_blocking(writer, True)
+    steps: list[str] = []
+    began = anyio.Event()
+
+    def watch(name: str, _: str) -> None:
+        if name == "after init.started":
+            began.set()
+
+    async def start() -> None:
+        process = await spawn(
+            container.control,
+            make_request("/bin/true"),
+            (0, 1, 2),
+            before_exec=lambda pid, pidfd: steps.append("looked at"),
+            timeout=10,
+            cgroup=(birthplace, writer),
+        )
+        async with closing(process):
+            end = await ended(process.life)
+            assert end is not None
+            assert end.status == 0
+
+    boundary.watch(watch)
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(start)
+            await began.wait()
+            await anyio.wait_all_tasks_blocked()
+            steps.append("let in")
+            while os.read(reader, 4096).rstrip(b"\0") != b"0":
+                pass
+    finally:
+        boundary.watch(None)
+        os.close(reader)
+        os.close(writer)
+    assert steps == ["let in", "looked at"]
 
 
 async def test_an_error_before_exec_ends_the_process(container: Container) -> None:
@@ -541,7 +613,7 @@ async def test_a_process_of_another_pid_namespace_than_expected_is_refused(conta
             pid_namespace=pid_namespace,
         )
         async with closing(process):
-            assert await ended(process.life) == 0
+            assert await status_of(process.life) == 0
 
     try:
         await start(expected)
@@ -575,7 +647,7 @@ async def test_a_host_without_descriptors_gets_a_typed_error_at_every_point(cont
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         for process in taken:
             async with closing(process):
-                assert await ended(process.life) == 0
+                assert await status_of(process.life) == 0
     for fd in filling:
         os.close(fd)
     assert 0 < failures < 23
@@ -594,7 +666,7 @@ async def test_init_ending_during_a_start_is_a_typed_error(container: Container)
         os.kill(container.pid, signal.SIGKILL)
 
     async with closing(await container.start("sleep", "60", before_exec=kill_init)) as process:
-        assert await ended(process.life) is None
+        assert await status_of(process.life) is None
 
 
 # ---- limits of init itself ----
@@ -607,7 +679,7 @@ async def test_more_processes_than_init_can_hold_are_refused_with_a_typed_error(
             await container.start("/bin/true")
         assert (failed.value.step, failed.value.errno) == ("table", errno.EAGAIN)
         signal.pidfd_send_signal(processes[0].pidfd, signal.SIGKILL)
-        assert await ended(processes[0].life) == signal.SIGKILL
+        assert await status_of(processes[0].life) == signal.SIGKILL
         assert await container.status("/bin/true") == 0
         for process in processes:
             async with closing(process):
@@ -647,7 +719,7 @@ async def test_an_end_that_cannot_be_sent_is_kept_until_it_can(container: Contai
             assert life.recv(64) == b"x"
         their_life.close()
         with anyio.fail_after(10):
-            assert await ended(life) == 0
+            assert await status_of(life) == 0
         os.close(memory)
         os.close(null)
     await until(lambda: len(os.listdir(f"/proc/{container.pid}/fd")) == 5)
@@ -663,7 +735,7 @@ async def test_the_end_of_all_hosts_ends_everything_inside() -> None:
                 container.control.close()
                 with anyio.fail_after(10):
                     await anyio.wait_readable(process.pidfd)
-                    assert await ended(process.life) is None
+                    assert await status_of(process.life) is None
 
 
 async def test_a_forked_host_keeps_it_alive_until_its_end(container: Container) -> None:
@@ -733,4 +805,4 @@ async def test_an_oci_runtime_starts_it_from_a_descriptor_and_it_is_protected_th
         async with closing(await container.start("sh", "-c", "stty size; exit 4", tty=(30, 90))) as process:
             assert process.master is not None
             assert b"30 90\r\n" in await _read_until(process.master, b"\n")
-            assert await ended(process.life) == 4 << 8
+            assert await status_of(process.life) == 4 << 8

@@ -22,7 +22,7 @@ import pytest
 from tests.keepers import DEADLINE, adopt, cpu_seconds, fd_count, host, keeper_at, raw_client, said, until, wait_ended
 
 from unisandbox.api.errors import InvalidArgumentError
-from unisandbox.host.keeper import Keeper, Reclaimed
+from unisandbox.host.keeper import EndEvent, EndNotice, Keeper, Reclaimed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
@@ -32,7 +32,7 @@ _HOLDER = """
     read_1, write_1 = os.pipe()
     read_2, write_2 = os.pipe()
     master, slave = pty.openpty()
-    await keeper.hold_now({"s/out": read_1, "s/err": read_2, "s/tty": master, "s/w1": write_1, "s/w2": write_2,
+    await keeper.spools.hold_now({"s/out": read_1, "s/err": read_2, "s/tty": master, "s/w1": write_1, "s/w2": write_2,
                            "s/slave": slave}, spool={"s/out": 1000, "s/err": 100000, "s/tty": 1000})
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -50,7 +50,7 @@ async def reading_begins(keeper: Keeper, name: str) -> None:
     with anyio.fail_after(DEADLINE):
         while True:
             try:
-                await keeper.ring_read(name, 0)
+                await keeper.spools.ring_read(name, 0)
                 return
             except FileNotFoundError:
                 await anyio.sleep(0.001)
@@ -60,15 +60,17 @@ async def reclaimed(keeper: Keeper, name: str, size: int) -> Reclaimed:
     """Reclaim once the keeper has drained so many bytes."""
     await reading_begins(keeper, name)
     with anyio.fail_after(DEADLINE):
-        while (await keeper.ring_read(name, size - 1, limit=1, wait=DEADLINE)).next < size:
+        while (await keeper.spools.ring_read(name, size - 1, limit=1, wait=DEADLINE)).next < size:
             pass
-    return await keeper.reclaim(name)
+    return await keeper.spools.reclaim(name)
 
 
 async def test_several_fds_are_held_at_once_and_replace_what_was_there(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         pipes = [os.pipe() for _ in range(32)]
-        await keeper.hold_now({f"p{number}": fd for number, fd in enumerate(fd for pair in pipes for fd in pair)})
+        await keeper.spools.hold_now(
+            {f"p{number}": fd for number, fd in enumerate(fd for pair in pipes for fd in pair)}
+        )
         held = await keeper.held()
         assert len(held) == 64
         count = fd_count(keeper.pid)
@@ -76,7 +78,7 @@ async def test_several_fds_are_held_at_once_and_replace_what_was_there(tmp_path:
             for fd in pair:
                 os.close(fd)
         reading, writing = os.pipe()
-        await keeper.hold_now({"p0": reading, "p1": writing})
+        await keeper.spools.hold_now({"p0": reading, "p1": writing})
         os.close(writing)
         os.close(reading)
         await write(keeper, "p1", b"new")
@@ -87,11 +89,11 @@ async def test_several_fds_are_held_at_once_and_replace_what_was_there(tmp_path:
         assert os.path.exists(f"/proc/{keeper.pid}/fd/{number}")
         assert fd_count(keeper.pid) == count
         with pytest.raises(InvalidArgumentError, match="at most 64"):
-            await keeper.hold_now(dict.fromkeys(map(str, range(65)), 0))
+            await keeper.spools.hold_now(dict.fromkeys(map(str, range(65)), 0))
         with pytest.raises(InvalidArgumentError, match="not among"):
-            await keeper.hold_now({"a": 0}, spool={"b": 1})
+            await keeper.spools.hold_now({"a": 0}, spool={"b": 1})
         with pytest.raises(InvalidArgumentError, match="not among"):
-            await keeper.hold_now({"a": 0}, stamp=["b"])
+            await keeper.spools.hold_now({"a": 0}, stamp=["b"])
 
 
 async def test_what_a_program_writes_while_nobody_is_there_is_kept(tmp_path: Path, anyio_backend: str) -> None:
@@ -115,7 +117,7 @@ async def test_what_a_program_writes_while_nobody_is_there_is_kept(tmp_path: Pat
             assert not os.get_inheritable(out.fd)
             assert os.read(out.fd, 100) == b"for us"
             await write(keeper, "s/w1", b"also")
-            again = await keeper.reclaim("s/out")
+            again = await keeper.spools.reclaim("s/out")
             assert again.data == b""
             assert os.read(out.fd, 100) == b"also"
             for got in (out, err, tty, again):
@@ -128,10 +130,10 @@ async def test_a_spool_goes_on_at_the_end_of_each_of_its_clients(tmp_path: Path)
     async with keeper_at(tmp_path) as keeper:
         one = await Keeper.attach(f"{tmp_path}/state")
         reading, writing = os.pipe()
-        await one.hold_now({"out": reading}, spool={"out": 10})
+        await one.spools.hold_now({"out": reading}, spool={"out": 10})
         os.close(reading)
         os.write(writing, b"by the client")
-        first = await one.reclaim("out")
+        first = await one.spools.reclaim("out")
         assert (first.data, first.lost, first.eof) == (b"", 0, False)
         assert os.read(first.fd, 100) == b"by the client"
         os.close(first.fd)
@@ -144,28 +146,28 @@ async def test_a_spool_goes_on_at_the_end_of_each_of_its_clients(tmp_path: Path)
                     await keeper.held()
             one = await Keeper.attach(f"{tmp_path}/state")
             with anyio.fail_after(DEADLINE):
-                got = await one.reclaim("out")
+                got = await one.spools.reclaim("out")
             assert (got.data, got.lost) == (b"6789abcdef", 6)
             os.close(got.fd)
             await one.held()  # it has heard that we have it
             one.abandon()
             assert await _drains(keeper, "out")
             one = await Keeper.attach(f"{tmp_path}/state")
-            again = await one.reclaim("out")
+            again = await one.spools.reclaim("out")
             assert (again.data, again.lost) == (b"", 0)
             os.close(again.fd)
         one.abandon()
         assert await _drains(keeper, "out")
         os.write(writing, b"end")
         os.close(writing)
-        while not (await keeper.ring_read("out", 1 << 40, wait=0.01)).eof:
+        while not (await keeper.spools.ring_read("out", 1 << 40, wait=0.01)).eof:
             pass
-        end = await keeper.reclaim("out")
+        end = await keeper.spools.reclaim("out")
         assert (end.fd, end.data, end.lost, end.eof) == (-1, b"end", 0, True)
-        assert await keeper.reclaim("out") == Reclaimed(-1, b"", 0, True)
+        assert await keeper.spools.reclaim("out") == Reclaimed(-1, b"", 0, True)
         await keeper.drop(["out"])
         with pytest.raises(FileNotFoundError):
-            await keeper.reclaim("out")
+            await keeper.spools.reclaim("out")
 
 
 def _unread(writing: int) -> int:
@@ -192,13 +194,13 @@ async def test_an_answer_that_nobody_reads_loses_nothing(tmp_path: Path) -> None
     async with keeper_at(tmp_path) as keeper:
         reading, writing = os.pipe()
         one = await Keeper.attach(f"{tmp_path}/state")
-        await one.hold_now({"out": reading}, spool={"out": 1000})
+        await one.spools.hold_now({"out": reading}, spool={"out": 1000})
         await one.held()
         one.abandon()
         os.close(reading)
         os.write(writing, b"first")
         await reading_begins(keeper, "out")
-        await keeper.ring_read("out", 0, wait=DEADLINE)
+        await keeper.spools.ring_read("out", 0, wait=DEADLINE)
         # A client that is killed behind its request: nobody says that the answer has come.
         for _ in range(3):
             with raw_client(tmp_path) as sock:
@@ -206,10 +208,10 @@ async def test_an_answer_that_nobody_reads_loses_nothing(tmp_path: Path) -> None
                 assert b"Zmlyc3Q" in sock.recv(1000)
         with anyio.CancelScope() as scope:
             async with anyio.create_task_group() as group:
-                group.start_soon(keeper.reclaim, "out")
+                group.start_soon(keeper.spools.reclaim, "out")
                 scope.cancel()
         os.write(writing, b" second")
-        got = await keeper.reclaim("out")
+        got = await keeper.spools.reclaim("out")
         data = got.data + (os.read(got.fd, 100) if not got.data.endswith(b"second") else b"")
         assert data == b"first second"
         assert got.lost == 0
@@ -220,7 +222,7 @@ async def test_an_answer_that_nobody_reads_loses_nothing(tmp_path: Path) -> None
 async def test_a_ring_is_reclaimed_like_a_spool(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         reading, writing = os.pipe()
-        await keeper.ring("out", reading, limit=300_000)
+        await keeper.spools.ring("out", reading, limit=300_000)
         os.close(reading)
         data = os.urandom(250_000)
         await anyio.to_thread.run_sync(os.write, writing, data)
@@ -240,7 +242,7 @@ async def test_what_cannot_be_spooled_is_held_all_the_same(tmp_path: Path) -> No
         with subprocess.Popen(["/bin/true"]) as child, open("/etc/passwd", "rb") as file:
             ended = os.pidfd_open(child.pid)
             fds = {"w": writing, "file": file.fileno(), "pid": pidfd, "ended": ended}
-            await one.hold_now(fds, spool=dict.fromkeys(fds, 1000))
+            await one.spools.hold_now(fds, spool=dict.fromkeys(fds, 1000))
             await one.held()
         for fd in (reading, writing, pidfd, ended):
             os.close(fd)
@@ -251,30 +253,28 @@ async def test_what_cannot_be_spooled_is_held_all_the_same(tmp_path: Path) -> No
         assert cpu_seconds(keeper.pid) - used < 1
         assert sorted(await keeper.held()) == sorted(fds)
         for name in fds:
-            got = await keeper.reclaim(name)
+            got = await keeper.spools.reclaim(name)
             assert (got.data, got.eof) == (b"", False)
             os.close(got.fd)
         assert (tmp_path / "state/keeper.log").stat().st_size < 4000
 
 
-async def test_many_spools_share_the_memory_that_there_is(tmp_path: Path) -> None:
+async def test_a_spool_keeps_its_limit_whatever_others_may_grow_to(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         one = await Keeper.attach(f"{tmp_path}/state")
         pipes = [os.pipe() for _ in range(8)]
         fds = {f"p{number}": reading for number, (reading, _) in enumerate(pipes)}
-        await one.hold_now(fds, spool=dict.fromkeys(fds, 64 << 20))
+        await one.spools.hold_now(fds, spool=dict.fromkeys(fds, 64 << 20))
         await one.held()
         one.abandon()
         for reading, _ in pipes:
             os.close(reading)
         assert await _drains(keeper, "p7")
-        with pytest.raises(OSError, match="all rings together"):
-            await keeper.ring("one more", pipes[0][1], limit=1)
         block = b"x" * (1 << 20)
         for _ in range(40):
             await anyio.to_thread.run_sync(os.write, pipes[0][1], block)
         got = await reclaimed(keeper, "p0", 40 << 20)
-        assert (len(got.data), got.lost) == (32 << 20, 8 << 20)
+        assert (len(got.data), got.lost) == (40 << 20, 0)
         os.close(got.fd)
         for _, writing in pipes:
             os.close(writing)
@@ -288,7 +288,7 @@ async def test_the_stamp_is_the_time_at_which_it_became_readable(tmp_path: Path,
     if child == 0:
         os.read(read_2, 1)
         os._exit(3)
-    await keeper.hold_now({"s/r": read_1, "s/w": write_1, "s/never": read_2, "s/pid": os.pidfd_open(child),
+    await keeper.spools.hold_now({"s/r": read_1, "s/w": write_1, "s/never": read_2, "s/pid": os.pidfd_open(child),
                            "s/w2": write_2}, spool={"s/r": 100}, stamp=["s/r", "s/never", "s/pid"])
     print(child, flush=True)
     await anyio.sleep_forever()
@@ -297,27 +297,36 @@ async def test_the_stamp_is_the_time_at_which_it_became_readable(tmp_path: Path,
         child = int(said(program))
         keeper = await adopt_after_kill(tmp_path, program)
         try:
-            assert await keeper.stamps() == {}
+            for name in ("s/r", "s/never", "s/pid"):
+                keeper.events.publish({"n": "begin"}, end=_end_of(name))
             before = time.time()
             await write(keeper, "s/w", b"x")
             os.kill(child, signal.SIGKILL)
             wait_ended(child)
             after = time.time()
-            with anyio.fail_after(DEADLINE):
-                while len(await keeper.stamps("s/")) < 2:
-                    await anyio.lowlevel.checkpoint()
-            stamps = await keeper.stamps("s/")
+            stamps = await _told(keeper, 2)
             assert sorted(stamps) == ["s/pid", "s/r"]
             assert before - 0.001 <= min(stamps.values())
             assert max(stamps.values()) <= after + 0.05
             got = await reclaimed(keeper, "s/r", 1)
             assert got.data == b"x"
             os.close(got.fd)
-            assert await keeper.stamps() == stamps  # once, and for good
-            await keeper.drop(["s/r"])
-            assert list(await keeper.stamps()) == ["s/pid"]
         finally:
             await keeper.close()
+
+
+def _end_of(name: str) -> EndNotice:
+    return EndNotice(name, "noted", [EndEvent({"n": name}, "")])
+
+
+async def _told(keeper: Keeper, count: int) -> dict[str, float]:
+    """The stamps of so many ends, by name, when they have been told."""
+    with anyio.fail_after(DEADLINE):
+        while True:
+            told = [event for _, event in (await keeper.events.after(0)).events if "end" in event]
+            if len(told) >= count:
+                return {str(event["n"]): float(str(event["at"])) for event in told}
+            await anyio.lowlevel.checkpoint()
 
 
 async def adopt_after_kill(place: Path, program: subprocess.Popen[str]) -> Keeper:
@@ -332,19 +341,19 @@ async def test_a_stamped_fd_that_stays_readable_costs_nothing(tmp_path: Path) ->
         one, two = socket.socketpair()
         with two:
             os.write(writing, b"x")
-            await keeper.hold_now({"pipe": reading, "socket": one.fileno()}, stamp=["pipe", "socket"])
+            await keeper.spools.hold_now({"pipe": reading, "socket": one.fileno()}, stamp=["pipe", "socket"])
             one.close()
         os.close(reading)
         os.close(writing)  # and its end has come
-        with anyio.fail_after(DEADLINE):
-            while len(await keeper.stamps()) < 2:
-                await anyio.lowlevel.checkpoint()
+        for name in ("pipe", "socket"):
+            keeper.events.publish({"n": "begin"}, end=_end_of(name))
+        await _told(keeper, 2)
         switches = _wakeups(keeper.pid)
         await anyio.sleep(0.2)  # nothing is to happen: there is no event to wait for
         assert _wakeups(keeper.pid) - switches < 5
         with open("/etc/passwd", "rb") as file:
-            await keeper.hold_now({"pipe": file.fileno()}, stamp=["pipe"])
-        assert sorted(await keeper.stamps()) == ["pipe", "socket"]  # refused: what is there stays
+            await keeper.spools.hold_now({"pipe": file.fileno()}, stamp=["pipe"])
+        assert sorted(await keeper.held()) == ["pipe", "socket"]  # refused: what is there stays
         assert "Operation not permitted" in (tmp_path / "state/keeper.log").read_text()
 
 
@@ -358,11 +367,11 @@ async def test_a_keeper_without_free_fds_holds_all_of_a_message_or_nothing(tmp_p
         hard = resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE)[1]
         resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE, (fd_count(keeper.pid) + 8, hard))
         null = os.open("/dev/null", os.O_RDONLY)
-        await keeper.hold_now({f"n{number}": null for number in range(40)})
+        await keeper.spools.hold_now({f"n{number}": null for number in range(40)})
         assert await keeper.held() == {}
         until(lambda: "no room for" in (tmp_path / "state/keeper.log").read_text(), "the log says so")
         resource.prlimit(keeper.pid, resource.RLIMIT_NOFILE, (hard, hard))
-        await keeper.hold_now({f"n{number}": null for number in range(40)})
+        await keeper.spools.hold_now({f"n{number}": null for number in range(40)})
         assert len(await keeper.held()) == 40
         os.close(null)
 
@@ -371,7 +380,7 @@ async def test_a_terminal_whose_program_has_ended_is_at_its_end(tmp_path: Path) 
     async with keeper_at(tmp_path) as keeper:
         one = await Keeper.attach(f"{tmp_path}/state")
         master, slave = pty.openpty()
-        await one.hold_now({"tty": master}, spool={"tty": 1000})
+        await one.spools.hold_now({"tty": master}, spool={"tty": 1000})
         await one.held()
         os.close(master)
         one.abandon()
@@ -379,7 +388,7 @@ async def test_a_terminal_whose_program_has_ended_is_at_its_end(tmp_path: Path) 
         os.close(slave)
         await reading_begins(keeper, "tty")
         with anyio.fail_after(DEADLINE):
-            while not (await keeper.ring_read("tty", 3, wait=DEADLINE)).eof:
+            while not (await keeper.spools.ring_read("tty", 3, wait=DEADLINE)).eof:
                 pass
-        got = await keeper.reclaim("tty")
+        got = await keeper.spools.reclaim("tty")
         assert (got.fd, got.data, got.eof) == (-1, b"bye", True)

@@ -22,7 +22,7 @@ from unisandbox import Engine, FailedPreconditionError, Resources
 from unisandbox.api import short_name
 from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
-from unisandbox.engine.leftovers import Leftover
+from unisandbox.engine.leftovers import Leftover, traces, verdicts
 from unisandbox.engine.records import Record, RecordStore
 from unisandbox.engine.state import RUNTIME_DIRECTORY, StateDirectory
 from unisandbox.host import loop, syscalls
@@ -58,15 +58,18 @@ def host(state: str = "") -> Iterator[tuple[Program, dict[str, Any]]]:
             wait_ended(told["keeper"])
 
 
-def kill_both(running: Program, told: dict[str, Any]) -> None:
-    """kill -9 of host process and keeper, at once: neither does anything about the other's end.
-
-    What ran ends too, as its init loses the keeper.
-    """
+def kill_keeper(running: Program, told: dict[str, Any]) -> None:
+    """kill -9 of the keeper of a host process that is held up. Its forks, and what ran, end by that."""
     os.kill(running.pid, signal.SIGSTOP)
     os.kill(told["keeper"], signal.SIGKILL)
     wait_ended(told["keeper"])
     wait_ended(told["process"])
+    until(lambda: told["id"] not in traces.HostTraces.look(only_engines=True).keepers, "its forks have ended")
+
+
+def kill_both(running: Program, told: dict[str, Any]) -> None:
+    """kill -9 of host process and keeper, at once: neither does anything about the other's end."""
+    kill_keeper(running, told)
     running.kill()
 
 
@@ -115,7 +118,7 @@ def cgroups_of(engine_id: str) -> set[str]:
 @pytest.fixture
 def no_age(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was made just now counts as old."""
-    monkeypatch.setattr(leftovers, "_YOUNG", 0.0)
+    monkeypatch.setattr(verdicts, "_YOUNG", 0.0)
 
 
 def test_all_that_a_killed_host_and_keeper_leave_is_found_and_removed_and_nothing_else() -> None:
@@ -210,10 +213,7 @@ def test_a_directory_with_records_is_left_to_an_engine(tmp_path: Path) -> None:
 
 def test_while_the_process_that_opened_it_lives_nothing_is_removed(tmp_path: Path) -> None:
     with host(str(tmp_path)) as (running, told):
-        os.kill(running.pid, signal.SIGSTOP)
-        os.kill(told["keeper"], signal.SIGKILL)
-        wait_ended(told["keeper"])
-        wait_ended(told["process"])
+        kill_keeper(running, told)
         found = left_of(told["id"])
         assert kinds(found) == ["cgroup", "directory", "link"]
         assert not any(leftover.removable for leftover in found)
@@ -311,9 +311,9 @@ def test_without_its_state_directory_an_engine_is_judged_by_its_age_and_from_the
         assert kinds(found) == ["cgroup", "directory", "link"]
         assert not any(leftover.removable for leftover in found)
         assert "look again later" in found[0].why
-        monkeypatch.setattr(leftovers, "_YOUNG", 0.0)
+        monkeypatch.setattr(verdicts, "_YOUNG", 0.0)
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(leftovers, "_FIRST_PID_NAMESPACE", 1)
+            elsewhere.setattr(verdicts, "_FIRST_PID_NAMESPACE", 1)
             assert not any(leftover.removable for leftover in left_of(told["id"]))
             assert "look again from the host" in left_of(told["id"])[0].why
         remove_all(told["id"])
@@ -350,7 +350,7 @@ def test_a_directory_without_a_keeper_may_be_one_that_is_about_to_have_one(monke
         assert kinds(found) == ["directory", "link"]
         assert not any(leftover.removable for leftover in found)
         assert [leftover.removable for leftover in leftovers.find() if leftover.what == str(unnamed)] == [False]
-        monkeypatch.setattr(leftovers, "_YOUNG", 0.0)
+        monkeypatch.setattr(verdicts, "_YOUNG", 0.0)
         remove_all(state.engine_id)
         for leftover in leftovers.find():
             if leftover.what == str(unnamed):
@@ -385,7 +385,7 @@ async def test_a_keeper_that_nobody_needs_is_told_with_its_directory(tmp_path: P
 def test_the_file_of_leased_numbers_is_left_over_when_nobody_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leftovers, "runtime_directory", lambda: str(tmp_path))
+    monkeypatch.setattr(traces, "runtime_directory", lambda: str(tmp_path))
     leases = Leases()
     number = leases.lease(str(tmp_path), 0, 10)
     (tmp_path / "other").touch()

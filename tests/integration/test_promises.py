@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 
-from unisandbox import Engine, Resources, Sandbox, UnsupportedError
+from unisandbox import Engine, Resources, Sandbox, UnavailableError, UnsupportedError
 from unisandbox.backends.runc import RuncBackend
+from unisandbox.host.cgroups import Cgroups
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
@@ -111,3 +113,61 @@ async def test_a_deep_probe_runs_nothing_of_the_current_directory(
     assert probe.available and probe.deep, probe.reason  # noqa: PT018
     assert not trap.exists()
     assert (await RuncBackend("crun").probe()).reason == probe.reason, "a success is remembered"
+
+
+async def test_a_deep_probe_is_answered_in_a_program_that_has_many_files_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip(f"no more than {hard} files can be open")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    fds = [os.open("/dev/null", os.O_RDONLY)]
+    try:
+        while fds[-1] < 1024:  # beyond what select(2) can wait for
+            fds.append(os.open("/dev/null", os.O_RDONLY))
+        probe = await RuncBackend("crun").probe(deep=True)
+    finally:
+        for fd in fds:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert probe.available and probe.deep, probe.reason  # noqa: PT018
+
+
+async def test_programs_run_to_their_ends_on_a_host_without_a_memory_controller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    detect = Cgroups.detect
+
+    def without_memory(name: str, *, parent: str | None = None) -> Cgroups:
+        layout = detect(name, parent=parent)._layout
+        places = [
+            attrs.evolve(place, controllers=tuple(c for c in place.controllers if c != "memory"))
+            for place in layout.places
+        ]
+        used = tuple(place for place in places if place.controllers or place.mount.unified)
+        return Cgroups(name, layout._replace(places=used, missing={"memory": "it is not there"}))
+
+    monkeypatch.setattr(Cgroups, "detect", without_memory)
+    async with Engine.open() as engine:
+        with pytest.raises(UnavailableError, match="memory limit"):
+            await engine.create(resources=Resources(memory="64M"))
+        async with engine.create(resources=Resources.unlimited()) as sandbox:
+            done = await sandbox.sh("sleep 60 >/dev/null 2>&1 & exit 3")
+            assert (done.exit_code, done.exit.reason) == (3, "exited")
+            assert (await sandbox.sh("kill -9 $$")).exit.reason == "signaled"
+            async with sandbox.containers.add(argv=["true"]) as container:
+                assert (await container.wait()).code == 0
+            assert (await sandbox.metrics()).oom_kills is None, "not counted is not none"
+            await sandbox.stop(grace=0)
+
+
+async def test_a_container_may_have_any_name_beside_a_shared_pid_namespace() -> None:
+    async with Sandbox.create(resources=Resources(memory="128M"), share_pid=True) as sandbox:
+        for name in ("pid", "pid-first"):
+            async with sandbox.containers.add(name=name, argv=["sh", "-c", "exit 3"]) as container:
+                assert (await container.wait()).code == 3
+        await sandbox.stop(grace=0)
+        await sandbox.start()
+        assert (await sandbox.run(["true"])).exit_code == 0

@@ -53,6 +53,13 @@ async def test_the_surface_as_written(tmp_path: Path) -> None:
         await sandbox.remove()
 
 
+async def test_input_that_is_no_text_is_refused(engine: Engine) -> None:
+    async with engine.create(isolation="runc") as sandbox:
+        for wrong in ("\ud800", 5):
+            with pytest.raises(InvalidArgumentError, match="input"):
+                await sandbox.run(["cat"], input=wrong)  # type: ignore[arg-type]
+
+
 async def test_an_opening_opens_once(engine: Engine) -> None:
     opening = engine.create(isolation="runc")
     async with opening:
@@ -241,3 +248,14 @@ async def test_events_reach_a_reader_that_waits(engine: Engine) -> None:
 
     assert seen[0] == "sandbox.created"
     assert seen[-1] == "sandbox.removed"
+
+
+async def test_a_container_has_this_machines_programs_in_a_sandbox_of_a_directory(
+    engine: Engine, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "mounted").mkdir()
+    mounts = [Mount.bind(tmp_path / "mounted", "/mnt")]
+    sandbox = await engine.create(isolation="runc", rootfs=tmp_path / "root", mounts=mounts)
+    container = await sandbox.containers.add(rootfs="host", argv=["sh", "-c", "exit 3"])
+    assert (await container.wait()).code == 3

@@ -72,7 +72,7 @@ ATTACKS = {
     "a user namespace by unshare, high bits set": ("answer = call(272, 0x110000000)", EPERM),
     "a time namespace by unshare": ("answer = call(272, 0x80)", EPERM),
     "a user namespace by clone": (
-        "answer = call(56, 0x10000000 | 17, 0, 0, 0, 0)\nif os.getppid() == me: os._exit(0)",
+        "answer = call(56, 0x10000000 | 17, 0, 0, 0, 0)\nif os.getpid() != me: os._exit(0)",
         EPERM,
     ),
     "a mount": ("answer = call(272, 0x20000) or call(165, b'tmpfs', b'/mnt', b'tmpfs', 0, 0)", EPERM),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.bare import Bare
+
+from unisandbox.host.cgroups.ending import populated
+from unisandbox.host.cgroups.hierarchy import read_mounts
 
 pytestmark = [
     pytest.mark.root,
@@ -32,6 +37,10 @@ CASES = {
     "stream",
     "files",
     "parallel-10",
+    "wasm-first",
+    "wasm-starts",
+    "wasm-kill",
+    "wasm-busy",
 }
 
 
@@ -49,8 +58,8 @@ def bench(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
 def check_series(series: dict[str, Any]) -> None:
     assert series
     for numbers in series.values():
-        assert set(numbers) == {"median", "p10", "p90", "values"}
-        assert 0 <= numbers["p10"] <= numbers["median"] <= numbers["p90"]
+        assert set(numbers) == {"median", "p10", "p90", "p99", "values"}
+        assert 0 <= numbers["p10"] <= numbers["median"] <= numbers["p90"] <= numbers["p99"]
         assert len(numbers["values"]) >= 1
 
 
@@ -101,8 +110,27 @@ def test_no_aim_is_missed_by_far(
     for name, aim in aims.items():
         record_property(name, f"{aim['value']:.3f} {aim['unit']} (aim: {aim['limit']:g})")
     assert {"create to first result / crun run", "another run / crun exec", "import unisandbox"} <= set(aims)
-    far = {name: aim["value"] for name, aim in aims.items() if aim["value"] > SLACK * aim["limit"]}
+    # What a guest takes is a fraction of a millisecond, or on a busy machine the time until its thread has its turn:
+    # that is compared with a process, which waits for its turn too.
+    far = {
+        name: aim["value"]
+        for name, aim in aims.items()
+        if aim["value"] > SLACK * aim["limit"] and not (name.startswith("Wasm") and aim["unit"] == "ms")
+    }
     assert not far
+
+
+@pytest.mark.parametrize("case", ["wasm-first", "wasm-starts"])
+def test_a_guest_takes_a_fraction_of_a_process(results: tuple[dict[str, Any], Path], case: str) -> None:
+    measured = results[0]["cases"][case]
+    series = measured["series"]
+    assert {"unisandbox", "wasmtime-py alone", "subprocess"} <= set(series), measured["missing"]
+    assert series["unisandbox"]["median"] < series["subprocess"]["median"] / 3
+
+
+def test_a_waiting_guest_takes_less_memory_than_a_process(results: tuple[dict[str, Any], Path]) -> None:
+    guests = results[0]["guests"]
+    assert 0 < guests["unisandbox"] < guests["a process (cat)"]
 
 
 def test_results_are_written_for_people_too(results: tuple[dict[str, Any], Path]) -> None:
@@ -133,7 +161,8 @@ def test_publishing_replaces_the_old_results_only(tmp_path: Path, monkeypatch: p
 
     page = tmp_path / "page.md"
     page.write_text(f"before\n\n{report.BEGIN}\n\nold\n\n{report.END}\n\nafter\n")
-    results = report.Results(report.describe_host({"crun": "1.2"}), {}, {}, {}, {"together": 12.0, "sandboxes": 9.0})
+    idle = {"together": 12.0, "sandboxes": 9.0}
+    results = report.Results(report.describe_host({"crun": "1.2"}), {}, {}, {}, idle, {})
     report.publish(results, page)
     once = page.read_text()
     report.publish(results, page)
@@ -142,3 +171,28 @@ def test_publishing_replaces_the_old_results_only(tmp_path: Path, monkeypatch: p
     assert once.endswith("\nafter\n")
     assert "old" not in once
     assert "12.0" in once
+
+
+def test_the_next_run_removes_what_a_killed_one_has_left() -> None:
+    # Its container goes on, in its cgroups: that is what a bare runtime leaves.
+    killed = (
+        "import os, signal\n"
+        "from benchmarks.bare import Bare\n"
+        "with Bare() as bare, bare.running('crun') as container:\n"
+        "    print(container, flush=True)\n"
+        "    os.killpg(0, signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", killed], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, check=False, process_group=0
+    )
+    container = done.stdout.strip()
+    assert done.returncode == -signal.SIGKILL
+    assert left_of(container)
+    with Bare():
+        assert left_of(container) == []
+
+
+def left_of(container: str) -> list[str]:
+    """Its cgroups with somebody in them."""
+    found = (Path(mount.directory).glob(container) for mount in read_mounts())
+    return [str(path) for paths in found for path in paths if populated(str(path))]

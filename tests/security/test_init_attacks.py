@@ -19,7 +19,7 @@ import anyio
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.init_container import ATTACKER, Container, closing, make_request, text, until
+from tests.init_container import ATTACKER, Container, closing, make_request, status_of, text, until
 
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
 from unisandbox.host.init import ExecFailed, Started, binary_path, ended, protocol, spawn
@@ -141,7 +141,7 @@ async def test_a_process_is_out_of_reach_between_its_start_and_its_exec(containe
             timeout=20,
         )
         async with closing(process):
-            assert await ended(process.life) == 0
+            assert await status_of(process.life) == 0
     finally:
         os.close(null)
     assert worked == [set()]
@@ -183,7 +183,7 @@ async def test_a_process_killed_from_inside_before_exec_is_told_exactly(containe
             timeout=20,
         )
         async with closing(process):
-            assert await ended(process.life) == signal.SIGKILL
+            assert await status_of(process.life) == signal.SIGKILL
     finally:
         os.close(null)
 
@@ -196,7 +196,7 @@ async def test_limits_lowered_from_inside_harm_that_container_alone_and_are_type
     assert await container.status("python3", "-c", lower, "6", "6") == 0
     with pytest.raises(BackendError, match="refused"):
         await container.start("/bin/true")
-    assert container.processes() == {container.pid: "S"}
+    await until(lambda: container.processes() == {container.pid: "S"})
 
 
 async def test_init_whose_limits_allow_nothing_ends_with_its_container_and_does_not_spin(container: Container) -> None:
@@ -204,7 +204,7 @@ async def test_init_whose_limits_allow_nothing_ends_with_its_container_and_does_
         lower = "import resource as r; r.prlimit(1, r.RLIMIT_NOFILE, (0, 0))"
         assert await container.status("python3", "-c", lower) == 0
         with anyio.fail_after(10):
-            assert await ended(sleeper.life) is None, "its end was never told, and is not made up"
+            assert await status_of(sleeper.life) is None, "its end was never told, and is not made up"
     assert container.finish() == 0
     with pytest.raises(UnavailableError):
         await container.start("/bin/true")
@@ -230,7 +230,7 @@ async def test_a_fork_bomb_of_orphans_does_not_keep_the_host_waiting(container: 
         for _ in range(20):
             assert await container.status("/bin/true", timeout=5) == 0
         signal.pidfd_send_signal(bomb.pidfd, signal.SIGKILL)
-        assert await ended(bomb.life) == signal.SIGKILL
+        assert await status_of(bomb.life) == signal.SIGKILL
     await until(lambda: list(container.processes()) == [container.pid])
 
 
@@ -430,6 +430,7 @@ _LIES: dict[str, tuple[_Lie, type[Exception]]] = {
     "garbage on go": (_then(_GOOD, lambda request, container: request.go.send(b"?")), BackendError),
     "a start on go": (_then(_GOOD, _on_go(protocol.STARTED, 1)), BackendError),
     "a wrong failure on go": (_then(_GOOD, _on_go(protocol.FAILED, 0, 0)), BackendError),
+    "a place that nobody waits for": (_then(_GOOD, _on_go(protocol.PLACED)), BackendError),
     "no terminal": (_GOOD, BackendError),
     "a file for a terminal": (_then(_GOOD, _on_go(protocol.TTY, device="/dev/null")), BackendError),
     "a terminal without one": (_then(_GOOD, _on_go(protocol.TTY)), BackendError),

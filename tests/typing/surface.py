@@ -90,6 +90,7 @@ async def results(sb: Sandbox, process: Process) -> None:
 
 async def mistakes(sb: Sandbox, engine: Engine) -> None:
     """What a type checker must not let through."""
+    str(unisandbox.Sandbux)  # type: ignore[attr-defined]  # pyright: ignore
     Sandbox.create(memory="1G")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     Sandbox.create(userns="none")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     engine.create(rootfs=1)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

@@ -123,6 +123,7 @@ def test_every_error_has_a_status_of_its_own() -> None:
         "DEADLINE_EXCEEDED": 4,
         "NOT_FOUND": 5,
         "ALREADY_EXISTS": 6,
+        "RESOURCE_EXHAUSTED": 8,
         "FAILED_PRECONDITION": 9,
         "ABORTED": 10,
         "UNIMPLEMENTED": 12,
@@ -168,3 +169,61 @@ def test_a_kill_for_memory_is_told_from_others() -> None:
         (137, 9, "signaled"),
     ]
     assert api.Exit.lost(exited_at=1.0).code == 255
+
+
+VALUES: tuple[Any, ...] = (
+    api.Exit(code=137, signal=9, reason="oom", exited_at=1.5, oom_kills=1),
+    api.Completed(("true",), api.Exit(code=0, signal=None, reason="exited", exited_at=1.0), stdout=b"x" * 100),
+    api.Rootfs.host(),
+    api.Mount.tmpfs("/t"),
+    api.Resources(),
+    api.FileInfo("a", "file", 1, 0o644, 1.0),
+    api.Terminal(24, 80),
+)
+
+
+def twin(value: Any) -> Any:
+    """The same value of a class for which attrs has generated all methods."""
+    fields = {field.name: attrs.field(repr=field.repr) for field in attrs.fields(type(value))}
+    made = attrs.make_class(type(value).__qualname__, fields, frozen=True)
+    return made(**attrs.asdict(value, recurse=False))
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_values_are_shown_compared_and_hashed_as_attrs_would(value: Any) -> None:
+    assert repr(value) == repr(twin(value))
+    again = attrs.evolve(value)
+    assert again is not value
+    assert again == value
+    assert hash(again) == hash(value)
+    assert value != twin(value)  # of another class
+    assert not value == object()  # noqa: SIM201 (the operator itself)
+
+
+def test_values_differ_by_each_of_their_fields() -> None:
+    first = api.Exit(code=0, signal=None, reason="exited", exited_at=1.0, oom_kills=0)
+    for change in ({"code": 1}, {"signal": 9}, {"reason": "lost"}, {"exited_at": 2.0}, {"oom_kills": 1}):
+        other = attrs.evolve(first, **change)
+        assert other != first
+        assert hash(other) != hash(first)
+
+
+def test_a_value_that_holds_a_mapping_has_no_hash() -> None:
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(api.SandboxSpec(env={"A": "1"}))
+
+
+def test_every_class_of_the_contracts_is_a_frozen_value_with_slots() -> None:
+    for name in api.__all__:
+        kind = getattr(api, name)
+        if isinstance(kind, type) and attrs.has(kind):
+            assert "__slots__" in vars(kind), name
+            assert kind.__setattr__ is not object.__setattr__, name
+            assert kind.__eq__ is api.Exit.__eq__, f"{name}: attrs has compiled methods for it; write @by_fields"
+
+
+def test_every_name_of_the_contracts_can_be_imported() -> None:
+    for name in api.__all__:
+        assert getattr(api, name) is not None
+    with pytest.raises(AttributeError, match="'NoSuchName'"):
+        _ = api.NoSuchName  # type: ignore[attr-defined]

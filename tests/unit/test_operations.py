@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import attrs
 import pytest
 
 from unisandbox.api import (
@@ -42,7 +41,7 @@ def test_asking_again_tells_what_it_came_to(tmp_path: Path, durable: bool) -> No
     log.finish("op-1", "s1")
     # Another engine, later:
     again = OperationLog(str(tmp_path / "operations"), durable=durable).begin("op-1", "create", "web", "d")
-    assert again == attrs.evolve(known, state="finished", result="s1")
+    assert again == known._replace(state="finished", result="s1")
     assert not again.in_progress
     assert log.unfinished() == []
     assert os.listdir(tmp_path / "operations") == ["op-1.json"]
@@ -187,8 +186,8 @@ def test_after_a_restart_of_the_machine_nothing_is_in_progress(log: OperationLog
     log.begin("op-1", "create", "web", "d")
     (operation,) = log.unfinished()
     assert operation.in_progress
-    assert not attrs.evolve(operation, boot_id="another").in_progress
-    assert not attrs.evolve(operation, owner=(operation.owner[0], operation.owner[1] + 1)).in_progress
+    assert not operation._replace(boot_id="another").in_progress
+    assert not operation._replace(owner=(operation.owner[0], operation.owner[1] + 1)).in_progress
 
 
 def test_what_is_damaged_is_never_taken_for_undone(tmp_path: Path, log: OperationLog) -> None:

@@ -12,7 +12,8 @@ import pytest
 import unisandbox
 
 SOURCE = Path(next(iter(unisandbox.__path__)))
-ROOMS = sorted(path.parent for path in SOURCE.rglob("__init__.py"))
+GENERATED = SOURCE / "api" / "proto"
+ROOMS = sorted(path.parent for path in SOURCE.rglob("__init__.py") if GENERATED not in path.parent.parents)
 
 
 def _modules_after(statement: str, *options: str) -> set[str]:
@@ -49,6 +50,10 @@ def test_plain_import_loads_no_backend_and_no_face_but_the_sdk() -> None:
     rooms = {name.split(".")[1] for name in loaded if name.startswith("unisandbox.")}
     assert not rooms & {"backends", "cli", "serve", "jupyter", "integrations", "conformance"}
     assert not loaded & {"click", "rich", "trio", "pytest", "grpclib", "betterproto2"}
+
+
+def test_ttrpc_needs_nothing_of_the_extra_serve() -> None:
+    assert not _modules_after("import unisandbox.wire.ttrpc") & {"betterproto2", "grpclib", "google.protobuf"}
 
 
 @pytest.mark.parametrize("room", ROOMS, ids=lambda path: str(path.relative_to(SOURCE.parent)))

@@ -3,9 +3,12 @@
 May know: attrs, typing-extensions and the standard library.
 Must not know: anything else of unisandbox. No input or output happens here.
 Names and meanings are containerd's (Sandbox API, Task v2/v3) and OCI's.
+
+All but the errors is imported when it is first used: processes that only run a guest need no more.
 """
 
-from unisandbox.api.capabilities import Capabilities, Probe
+from __future__ import annotations
+
 from unisandbox.api.errors import (
     AlreadyExistsError,
     BackendError,
@@ -20,36 +23,48 @@ from unisandbox.api.errors import (
     UnsupportedError,
     grpc_status,
 )
-from unisandbox.api.events import Event, EventKind
-from unisandbox.api.exits import Completed, Exit, ExitReason
-from unisandbox.api.names import check_id, check_name, short_name
-from unisandbox.api.recovery import DamagedRecord, RecoveryAction, RecoveryReport, SandboxRecovered
-from unisandbox.api.sandboxer import CreateSandbox, RecoverSandbox, Sandboxer, StartedSandbox
-from unisandbox.api.spec import (
-    DEFAULT_CAPABILITIES,
-    ContainerSpec,
-    Dns,
-    Mount,
-    Network,
-    ProcessSpec,
-    Resources,
-    Rootfs,
-    SandboxSpec,
-    Security,
-    Terminal,
-)
-from unisandbox.api.status import ContainerStatus, FileInfo, Metrics, SandboxStatus
-from unisandbox.api.task import (
-    CreateTask,
-    ExecTask,
-    StartedTask,
-    Stdio,
-    SupportsCheckpoint,
-    SupportsPause,
-    SupportsUpdate,
-    TaskService,
-    TaskState,
-)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from unisandbox.api.capabilities import Capabilities, Probe
+    from unisandbox.api.events import Event, EventKind
+    from unisandbox.api.exits import Completed, Exit, ExitReason
+    from unisandbox.api.names import check_id, check_name, short_name
+    from unisandbox.api.recovery import DamagedRecord, RecoveryAction, RecoveryReport, SandboxRecovered
+    from unisandbox.api.sandboxer import (
+        CreateSandbox,
+        RecoverSandbox,
+        Sandboxer,
+        StartedSandbox,
+        SupportsGrace,
+        SupportsPrefetch,
+    )
+    from unisandbox.api.spec import (
+        DEFAULT_CAPABILITIES,
+        ContainerSpec,
+        Dns,
+        Mount,
+        Network,
+        ProcessSpec,
+        Resources,
+        Rootfs,
+        SandboxSpec,
+        Security,
+        Terminal,
+    )
+    from unisandbox.api.status import ContainerStatus, FileInfo, Metrics, SandboxStatus
+    from unisandbox.api.task import (
+        CreateTask,
+        ExecTask,
+        RootMount,
+        StartedTask,
+        Stdio,
+        SupportsCheckpoint,
+        SupportsPause,
+        SupportsUpdate,
+        TaskService,
+        TaskState,
+    )
 
 __all__ = [
     "DEFAULT_CAPABILITIES",
@@ -84,6 +99,7 @@ __all__ = [
     "RecoveryAction",
     "RecoveryReport",
     "Resources",
+    "RootMount",
     "Rootfs",
     "SandboxError",
     "SandboxRecovered",
@@ -95,7 +111,9 @@ __all__ = [
     "StartedTask",
     "Stdio",
     "SupportsCheckpoint",
+    "SupportsGrace",
     "SupportsPause",
+    "SupportsPrefetch",
     "SupportsUpdate",
     "TaskService",
     "TaskState",
@@ -107,3 +125,33 @@ __all__ = [
     "grpc_status",
     "short_name",
 ]
+
+_HOME = {
+    name: module
+    for module, names in {
+        "capabilities": "Capabilities Probe",
+        "events": "Event EventKind",
+        "exits": "Completed Exit ExitReason",
+        "names": "check_id check_name short_name",
+        "recovery": "DamagedRecord RecoveryAction RecoveryReport SandboxRecovered",
+        "sandboxer": "CreateSandbox RecoverSandbox Sandboxer StartedSandbox SupportsGrace SupportsPrefetch",
+        "spec": "DEFAULT_CAPABILITIES ContainerSpec Dns Mount Network ProcessSpec Resources Rootfs SandboxSpec"
+        " Security Terminal",
+        "status": "ContainerStatus FileInfo Metrics SandboxStatus",
+        "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsPause SupportsUpdate"
+        " TaskService TaskState",
+    }.items()
+    for name in names.split()
+}
+
+
+if not TYPE_CHECKING:  # to them the module would have every name
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value: object = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
+
 
 @attrs.frozen
+@by_fields
 class Capabilities:
     """What a backend can do. What it cannot raises UnsupportedError before any side effect.
 
@@ -17,14 +20,21 @@ class Capabilities:
         networks: kinds of networks: "none", "host", "namespace".
         containers: more than one container in a sandbox.
         exec: more processes in a running container.
+        processes: programs of this machine: a shell, fork, signals, /proc.
+        attach: another process that attaches to the engine can use the sandboxes; without it they live in the process
+            that made them.
         tty: a terminal for a process, with resize.
         files: reading and writing the sandbox's files from outside.
         userns: a user namespace of its own.
         userns_host: running without one, by explicit word.
+        seccomp: a filter of system calls; without it only seccomp="unconfined" is taken, which users have to say.
         shared_pid: containers that see each other's processes.
         host_mounts: directories and files of the host inside.
+        host_devices: devices of the host beyond the usual ones (`Security.devices`).
+        cgroup_parent: a place for the sandbox's cgroup that its user chooses.
         pause: stopping all processes and going on.
         update: changing limits while it runs.
+        cpu_seconds: ending a process that has used so much processor time (`Resources.cpu_seconds`).
         checkpoint: writing the state of a container to disk.
         network_update: changing the network while it runs.
         ttl: ending a sandbox after a time also when nobody is attached.
@@ -32,6 +42,7 @@ class Capabilities:
         survives_host_crash: sandboxes outlive the caller's process under the keeper's policy "keep".
         host_exceptions: names of what the backend leaves in the caller's process ("wasmtime runtime threads").
         start_seconds: what one start costs about; test counts scale by it.
+        notes: what else its users have to know, one sentence each.
     """
 
     isolation: str
@@ -39,14 +50,20 @@ class Capabilities:
     networks: frozenset[str] = frozenset({"none"})
     containers: bool = False
     exec: bool = False
+    processes: bool = True
+    attach: bool = True
     tty: bool = False
     files: bool = False
     userns: bool = False
     userns_host: bool = False
+    seccomp: bool = False
     shared_pid: bool = False
     host_mounts: bool = False
+    host_devices: bool = False
+    cgroup_parent: bool = False
     pause: bool = False
     update: bool = False
+    cpu_seconds: bool = False
     checkpoint: bool = False
     network_update: bool = False
     ttl: bool = False
@@ -54,9 +71,11 @@ class Capabilities:
     survives_host_crash: bool = False
     host_exceptions: tuple[str, ...] = ()
     start_seconds: float = 0.02
+    notes: tuple[str, ...] = ()
 
 
 @attrs.frozen
+@by_fields
 class Probe:
     """Whether a backend can run on this host.
 

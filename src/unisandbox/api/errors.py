@@ -117,13 +117,14 @@ class ProcessFailedError(SandboxError):
 
 
 class GrpcStatus(enum.IntEnum):
-    """The gRPC status codes that the error tree maps to. Source: grpc/doc/statuscodes.md."""
+    """The gRPC status codes that the error tree or a protocol maps to. Source: grpc/doc/statuscodes.md."""
 
     UNKNOWN = 2
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     ABORTED = 10
     UNIMPLEMENTED = 12

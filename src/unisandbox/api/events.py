@@ -7,6 +7,7 @@ from typing import Literal
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.exits import Exit
 
 EventKind = Literal[
@@ -28,6 +29,7 @@ EventKind = Literal[
 
 
 @attrs.frozen
+@by_fields
 class Event:
     """One thing that happened.
 

@@ -6,10 +6,13 @@ from typing import Literal
 
 import attrs
 
-ExitReason = Literal["exited", "signaled", "oom", "lost"]
+from unisandbox.api.by_fields import by_fields
+
+ExitReason = Literal["exited", "signaled", "oom", "trap", "cpu", "fuel", "lost"]
 
 
 @attrs.frozen
+@by_fields
 class Exit:
     """How a process ended.
 
@@ -17,9 +20,13 @@ class Exit:
         code: 0-255; 128 + n for signal n, as shells say it. 255 when `reason` is "lost".
         signal: the number of the signal that ended it, or None.
         reason: "exited" (it returned a code), "signaled", "oom" (a SIGKILL that we did not send while the OOM
-            counter of its own cgroup rose), "lost" (it is gone and its status could not be learned; never guessed).
+            counter of its own cgroup rose; a Wasm guest that ended itself after it was refused memory), "trap" (a Wasm
+            guest did what Wasm forbids), "cpu" (its `Resources.cpu_seconds` are used up), "fuel" (a Wasm guest's
+            instructions are), "lost" (it is gone and its status could not be learned; never guessed).
         oom_kills: processes that the kernel killed for memory in the process's own cgroup, its children included.
-        exited_at: seconds since the epoch when the end was seen.
+        exited_at: seconds since the epoch when it ended, whenever one asks. When `reason` is "lost" that may be when
+            the end was noticed.
+        detail: of a trap its name and where in the program it was; empty otherwise.
     """
 
     code: int
@@ -27,6 +34,7 @@ class Exit:
     reason: ExitReason = "exited"
     oom_kills: int = 0
     exited_at: float = 0.0
+    detail: str = ""
 
     @classmethod
     def lost(cls, *, exited_at: float) -> Exit:
@@ -53,6 +61,7 @@ class Exit:
 
 
 @attrs.frozen
+@by_fields
 class Completed:
     """A finished `run`.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
+import functools
 import re
 from typing import Final
 
@@ -67,15 +67,25 @@ def check_name(name: str, what: str = "name") -> str:
     return name
 
 
+def check_isolation(name: str) -> str:
+    """The same for the name of a backend, which may say that it is two in one: "wasm+process"."""
+    for part in name.split("+") if isinstance(name, str) else [name]:
+        check_name(part, "isolation")
+    return name
+
+
 def check_id(identity: str) -> str:
     """The same for ids that come from outside (containerd's)."""
     return check_name(identity, "id")
 
 
+@functools.lru_cache(maxsize=256)  # asked for by every part of a sandbox
 def short_name(engine_id: str, identity: str) -> str:
     """10 base32 characters of a hash of engine id + id, for what the kernel limits.
 
     Network interface names end at 15 characters, unix socket paths at 107, host names at 64.
     """
+    import hashlib  # brings OpenSSL, 4 MB, which nobody needs who has no sandbox yet
+
     digest = hashlib.sha256(f"{engine_id}/{identity}".encode()).digest()
     return base64.b32encode(digest[:8]).decode().lower()[:10]

@@ -43,6 +43,8 @@ _PARTS: Final[Mapping[type, Mapping[str, type[attrs.AttrsInstance]]]] = {
     ProcessSpec: {"terminal": Terminal},
 }
 _LISTS: Final = frozenset({"mounts"})
+# Most values by far: to ask each whether it is a Mapping would cost more than all the rest.
+_SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 
 
 def plain(spec: Spec) -> dict[str, object]:
@@ -75,6 +77,8 @@ def process_spec_of(data: Mapping[str, object]) -> ProcessSpec:
 
 def _plain(value: object) -> object:
     kind = type(value)
+    if kind in _SCALARS:
+        return value
     if attrs.has(kind):
         return {field.name: _plain(getattr(value, field.name)) for field in attrs.fields(kind)}
     if isinstance(value, frozenset):

@@ -6,10 +6,13 @@ from typing import Literal
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
+
 RecoveryAction = Literal["adopted", "removed", "left", "failed"]
 
 
 @attrs.frozen
+@by_fields
 class SandboxRecovered:
     """What became of one sandbox that a former engine had left.
 
@@ -30,6 +33,7 @@ class SandboxRecovered:
 
 
 @attrs.frozen
+@by_fields
 class DamagedRecord:
     """A record that could not be read.
 
@@ -45,6 +49,7 @@ class DamagedRecord:
 
 
 @attrs.frozen
+@by_fields
 class RecoveryReport:
     """What `Engine.open` found and did.
 

@@ -10,8 +10,9 @@ from typing import Any, Final, Literal
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.errors import InvalidArgumentError
-from unisandbox.api.names import CAPABILITIES, check_name
+from unisandbox.api.names import CAPABILITIES, check_isolation, check_name
 from unisandbox.api.units import GIB, MIB, parse_size
 
 DEFAULT_CAPABILITIES: Final[frozenset[str]] = frozenset(
@@ -138,6 +139,7 @@ def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], Any], None]
 
 
 @attrs.frozen
+@by_fields
 class Resources:
     """Limits of a sandbox or of one container in it. None means: not limited.
 
@@ -145,6 +147,8 @@ class Resources:
         memory: bytes of memory, or "512M". Page cache and files in tmpfs count.
         swap: bytes of swap beyond `memory`, where the host counts swap; 0 is none.
         cpu: cores; 0.5 is half of one.
+        cpu_seconds: seconds of processor time that one process may use, however long that takes; then it is ended with
+            reason "cpu".
         pids: processes and threads at one time.
         disk: bytes that the writable layer may hold; 0, the default: half of the memory, at most 1 GiB (`disk_limit`).
             Up to half of the memory it is a tmpfs (charged to `memory`), above that a sparse file system image. It is
@@ -160,6 +164,7 @@ class Resources:
     disk: int | None = attrs.field(default=0, converter=_disk_size, validator=_at_least(LEAST_DISK))
     nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
     core: int | None = attrs.field(default=0, validator=_whole)
+    cpu_seconds: float | None = attrs.field(default=None, validator=_positive)
 
     @property
     def disk_limit(self) -> int | None:
@@ -173,10 +178,11 @@ class Resources:
     @classmethod
     def unlimited(cls) -> Resources:
         """No limit at all: only for what you trust, or for hosts that cannot limit."""
-        return cls(memory=None, swap=None, cpu=None, pids=None, disk=None, nofile=None, core=None)
+        return cls(memory=None, swap=None, cpu=None, pids=None, disk=None, nofile=None, core=None, cpu_seconds=None)
 
 
 @attrs.frozen
+@by_fields
 class Rootfs:
     """What a container sees as its files. Make it by `host()`, `dir()` or `image()`.
 
@@ -238,6 +244,7 @@ class Rootfs:
 
 
 @attrs.frozen
+@by_fields
 class Network:
     """How a sandbox is connected.
 
@@ -301,6 +308,7 @@ def _target(value: str) -> str:
 
 
 @attrs.frozen
+@by_fields
 class Mount:
     """A directory or file of the host, or a private tmpfs, inside. Always nosuid and nodev.
 
@@ -338,6 +346,7 @@ class Mount:
 
 
 @attrs.frozen
+@by_fields
 class Dns:
     """What /etc/resolv.conf says. Source: resolv.conf(5)."""
 
@@ -352,6 +361,8 @@ class Dns:
 
 
 def _capabilities(names: Iterable[str]) -> frozenset[str]:
+    if names is DEFAULT_CAPABILITIES:
+        return DEFAULT_CAPABILITIES  # of every sandbox that does not say otherwise
     upper = [_text(name, "capability").upper() for name in _several(names, "capabilities")]
     wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in upper)
     for name in wanted:
@@ -361,6 +372,7 @@ def _capabilities(names: Iterable[str]) -> frozenset[str]:
 
 
 @attrs.frozen
+@by_fields
 class Security:
     """What holds processes inside, beyond the namespaces.
 
@@ -368,6 +380,8 @@ class Security:
         capabilities: the bounding set of every process; root inside has all of them, other users none.
         seccomp: "default" (our profile) or "unconfined".
         no_new_privileges: set-uid programs and file capabilities give nothing.
+        devices: which may be opened: "usual" (null, zero, random, terminals and the like) or "all" of the host's, for
+            what is trusted as the host itself.
     """
 
     capabilities: frozenset[str] = attrs.field(default=DEFAULT_CAPABILITIES, converter=_capabilities)
@@ -375,6 +389,7 @@ class Security:
         default="default", validator=_one_of("default", "unconfined")
     )
     no_new_privileges: bool = attrs.field(default=True, validator=_is(bool))
+    devices: Literal["usual", "all"] = attrs.field(default="usual", validator=_one_of("usual", "all"))
 
 
 def _environment(value: Mapping[str, str]) -> dict[str, str]:
@@ -418,6 +433,7 @@ def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 
 @attrs.frozen
+@by_fields
 class Terminal:
     """A terminal's size in characters."""
 
@@ -426,6 +442,7 @@ class Terminal:
 
 
 @attrs.frozen
+@by_fields
 class ProcessSpec:
     """A program to run.
 
@@ -449,6 +466,7 @@ def _container_name(_: object, __: attrs.Attribute[Any], value: Any) -> None:
 
 
 @attrs.frozen
+@by_fields
 class ContainerSpec:
     """A container: a root file system and one main process; None as `process` is a container that only takes exec.
 
@@ -458,7 +476,8 @@ class ContainerSpec:
         rootfs: None shares the sandbox's own root file system.
         resources: limits of this container below the sandbox's; None: only the sandbox's count.
         mounts: beside the sandbox's.
-        env, cwd, user: for every process in it that does not say otherwise.
+        own_mounts_only: with a rootfs of its own: without the sandbox's mounts.
+        env, cwd, user: for every process in it that does not say otherwise; None is the sandbox's.
     """
 
     name: str = attrs.field(validator=_container_name)
@@ -467,14 +486,32 @@ class ContainerSpec:
     resources: Resources | None = attrs.field(default=None, validator=_is(Resources, optional=True))
     mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
-    cwd: str = attrs.field(default="/", validator=_cwd)
+    cwd: str | None = attrs.field(default=None, validator=attrs.validators.optional(_cwd))
     user: str | None = attrs.field(default=None, converter=_user)
+    own_mounts_only: bool = attrs.field(default=False, validator=_is(bool))
+
+    def __attrs_post_init__(self) -> None:
+        if self.own_mounts_only and self.rootfs is None:
+            raise InvalidArgumentError(
+                f"container {self.name!r} has the sandbox's files, and its mounts are among them",
+                hint="Give it a rootfs of its own, or leave own_mounts_only= out.",
+            )
 
 
 def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     # 64 bytes: __NEW_UTS_LEN of the kernel.
     if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", _text(value, "hostname")):
         raise InvalidArgumentError(f"hostname {value!r} is not valid", hint="Letters, digits, '-' and '.', at most 64.")
+
+
+def _cgroup_parent(_: object, __: attrs.Attribute[Any], value: Any) -> None:
+    # No part may be "." or "..": it becomes a part of paths.
+    part = r"/[A-Za-z0-9_][A-Za-z0-9_.:@\\-]{0,199}"
+    if value != "" and not _matches(f"({part})+", value):
+        raise InvalidArgumentError(
+            f"cgroup_parent {value!r} is not valid",
+            hint="An absolute path in the cgroup file system, such as '/pods/a'.",
+        )
 
 
 def _labels(value: Mapping[str, str]) -> dict[str, str]:
@@ -488,6 +525,7 @@ def _labels(value: Mapping[str, str]) -> dict[str, str]:
 
 
 @attrs.frozen
+@by_fields
 class SandboxSpec:
     """What a sandbox shall be like.
 
@@ -509,6 +547,8 @@ class SandboxSpec:
         ttl: seconds after which it is removed.
         labels: the user's own words, searchable.
         annotations: for backends.
+        cgroup_parent: the cgroup below which the sandbox's own is made, from the top of each hierarchy, as
+            "/kubepods/pod1"; empty: the engine's own place. It is made when it is missing, and stays.
     """
 
     isolation: str = "auto"
@@ -530,9 +570,10 @@ class SandboxSpec:
     ttl: float | None = attrs.field(default=None, validator=_positive)
     labels: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     annotations: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
+    cgroup_parent: str = attrs.field(default="", validator=_cgroup_parent)
 
     def __attrs_post_init__(self) -> None:
-        check_name(self.isolation, "isolation")
+        check_isolation(self.isolation)
         if self.name is not None:
             check_name(self.name)
         for field, given in (("sysctls", self.sysctls), ("hosts", self.hosts)):

@@ -7,6 +7,7 @@ from typing import Literal
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.exits import Exit
 
 SandboxState = Literal["created", "ready", "stopped"]
@@ -15,6 +16,7 @@ FileKind = Literal["file", "directory", "symlink", "fifo", "socket", "device"]
 
 
 @attrs.frozen
+@by_fields
 class ContainerStatus:
     """One container.
 
@@ -32,6 +34,7 @@ class ContainerStatus:
 
 
 @attrs.frozen
+@by_fields
 class SandboxStatus:
     """One sandbox.
 
@@ -66,6 +69,7 @@ class SandboxStatus:
 
 
 @attrs.frozen
+@by_fields
 class Metrics:
     """What a sandbox or container uses now. None: the host does not count it.
 
@@ -91,6 +95,7 @@ class Metrics:
 
 
 @attrs.frozen
+@by_fields
 class FileInfo:
     """One file in a sandbox.
 

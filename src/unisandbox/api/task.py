@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
+from unisandbox.api.errors import UnsupportedError
 from unisandbox.api.exits import Exit
 from unisandbox.api.spec import ContainerSpec, ProcessSpec, Resources, Terminal
 from unisandbox.api.status import ContainerState, Metrics
 
 
 @attrs.frozen
+@by_fields
 class Stdio:
     """File descriptors of the caller that become a process's standard streams; None is /dev/null.
 
@@ -25,6 +28,30 @@ class Stdio:
 
 
 @attrs.frozen
+@by_fields
+class RootMount:
+    """What an engine (containerd) says is to be mounted as a container's root file system.
+
+    Attributes:
+        type: "overlay" or "bind".
+        source: a directory of the host, for "bind".
+        options: as for mount(8).
+    """
+
+    type: str
+    source: str = ""
+    options: tuple[str, ...] = ()
+
+
+SANDBOX_NAMESPACES: Final = "/proc/0/ns/"
+"""How the path of a namespace in `CreateTask.config` begins that is the sandbox's own; its kind follows, as in proc(5).
+
+It is what containerd writes for a sandbox whose process id is 0, and no path that there is.
+"""
+
+
+@attrs.frozen
+@by_fields
 class CreateTask:
     """Allocate a container. Exactly one of `container` and `bundle` is given.
 
@@ -34,6 +61,12 @@ class CreateTask:
         container_id: its id; for `container` the name is the id.
         terminal: of the main process of a `bundle`.
         stdio: of the main process.
+        config: with `bundle`: the text of an OCI config.json that counts instead of the bundle's, where nothing is
+            written. The sandbox adds what is its own: the namespaces that `SANDBOX_NAMESPACES` stands for, a cgroup
+            with the limits of `linux.resources`, the runtime's version, /etc/hosts, /etc/hostname and /etc/resolv.conf
+            where the config mounts none, and /dev/shm where it would be a private one. Sources of mounts are opened
+            once, by the caller's process.
+        rootfs: with `config`: what to mount as its root file system; empty: the directory that `root.path` names.
     """
 
     container_id: str
@@ -41,32 +74,55 @@ class CreateTask:
     bundle: str = ""
     terminal: bool = False
     stdio: Stdio = attrs.field(factory=Stdio)
+    config: str = attrs.field(default="", repr=False)
+    rootfs: tuple[RootMount, ...] = ()
 
 
 @attrs.frozen
+@by_fields
 class ExecTask:
-    """Allocate one more process in a running container; `start` starts it."""
+    """Allocate one more process in a running container; `start` starts it.
+
+    Attributes:
+        container_id, exec_id: in which, and what it is called from now on.
+        process: what to run; None with `oci_process`.
+        stdio: its streams.
+        oci_process: the text of an OCI process object, for a container that was made from a `bundle`.
+    """
 
     container_id: str
     exec_id: str
-    process: ProcessSpec
+    process: ProcessSpec | None = None
     stdio: Stdio = attrs.field(factory=Stdio)
+    oci_process: str = attrs.field(default="", repr=False)
+
+    def given(self, backend: str) -> ProcessSpec:
+        """`process`, for a backend that knows nothing else.
+
+        Raises:
+            UnsupportedError: it is an OCI process object.
+        """
+        if self.process is None:
+            raise UnsupportedError("exec of an OCI process object", backend)
+        return self.process
 
 
 @attrs.frozen
+@by_fields
 class StartedTask:
     """A process runs.
 
     Attributes:
-        pid: its id on the host.
+        pid: its id on the host; None: it is no process of its own (a guest that is a thread of this one).
         terminal: the master side of its terminal, now the caller's to close; None without a terminal.
     """
 
-    pid: int
+    pid: int | None
     terminal: int | None = None
 
 
 @attrs.frozen
+@by_fields
 class TaskState:
     """What is known of a container or process at this moment."""
 

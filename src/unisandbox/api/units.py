@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
 from typing import Final
 
 from unisandbox.api.errors import InvalidArgumentError
@@ -12,7 +11,7 @@ KIB: Final = 1 << 10
 MIB: Final = 1 << 20
 GIB: Final = 1 << 30
 
-_SIZE: Final = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _FACTOR: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _LIMIT: Final = 1 << 62
 
@@ -29,7 +28,8 @@ def parse_size(value: int | str, what: str = "size") -> int:
         match = _SIZE.fullmatch(value.strip())
         if match is None:
             raise InvalidArgumentError(f"{what} must be bytes or a string like '512M', got {value!r}")
-        value = int(Decimal(match[1]) * _FACTOR[match[2].upper()])
+        whole, fraction = match[1], match[2] or ""
+        value = int(int(whole + fraction) * _FACTOR[match[3].upper()] // 10 ** len(fraction))
     if not 0 < value <= _LIMIT:
         raise InvalidArgumentError(f"{what} must be > 0 and at most 2**62 bytes, got {value}")
     return value

@@ -1,7 +1,8 @@
-"""The command line `unisandbox`: run a program in a sandbox, say what this host can do, measure.
+"""The command line `unisandbox`: run programs in sandboxes, look after those that live on, say what this host can do.
 
-Lives here: `app` (options, and how errors are shown), `run`, `local` (the caller's own terminal and streams), `doctor`,
-`bench`. May know: the SDK, the engine's registry, the contracts. Nothing imports it. It needs the extra `cli`.
+Lives here: `app` and `commands` (what can be said to it), `run`, `local` (the caller's own terminal and streams),
+`state` (the directory that the commands share), `sandboxes` (what is done with those in it), `doctor`, `bench`. May
+know: the SDK, the engine's parts, the contracts. Nothing imports it. It needs the extra `cli`.
 """
 
 from __future__ import annotations

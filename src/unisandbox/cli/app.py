@@ -1,27 +1,26 @@
-"""The options of the command line, and how errors are shown: one line, and a hint."""
+"""The command line as a whole, and the commands that need no sandbox to be there: run, doctor, bench."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+import attrs
 import click
+from click.core import ParameterSource
 
 from unisandbox import __version__
-from unisandbox.api import InvalidArgumentError, Mount, Resources, SandboxError
+from unisandbox.api import InvalidArgumentError, Mount, Resources, UnavailableError
 from unisandbox.api.units import parse_size
+from unisandbox.cli.commands import COMMANDS, STATE, launch_detached
+from unisandbox.cli.errors import complain, with_json_errors
+from unisandbox.cli.options import LARGEST_OUTPUT, attend, own_terminal, pairs, process_options
 
 if TYPE_CHECKING:
-    from unisandbox.cli.run import Ended
     from unisandbox.sandbox.sandbox import SandboxOptions
-
-OWN_ERROR: Final = 125
-"""The exit code for our own errors, as docker run's; 126 and 127 are for programs that cannot be started."""
 
 _INTERRUPTED: Final = 130
 _STDOUT_GONE: Final = 141  # 128 + SIGPIPE: what a shell says of a program whose reader has left
@@ -43,38 +42,11 @@ def run_app(args: Sequence[str]) -> int:
     except click.exceptions.Abort:
         return _INTERRUPTED
     except click.ClickException as error:
-        return _complain(error, error.format_message().rstrip("."), _help_hint(error), debug=False)
+        return complain(error, error.format_message().rstrip("."), _help_hint(error), debug=False)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)  # what is buffered cannot be written at exit either
         return _STDOUT_GONE
     return code if isinstance(code, int) else 0
-
-
-def _explain(error: Exception, *, debug: bool) -> int:
-    if isinstance(error, SandboxError):
-        code = OWN_ERROR
-        if isinstance(error, InvalidArgumentError) and error.exit_code is not None:
-            code = error.exit_code
-        hint = error.hint
-        if getattr(error, "log", "") and not debug:
-            hint = f"{hint} --debug shows the backend's log.".strip()
-        _complain(error, error.message, hint, debug=debug)
-        return code
-    text = f"unexpected {type(error).__name__}: {error}"
-    return _complain(error, text, "This is a bug in unisandbox; --debug shows where it happened.", debug=debug)
-
-
-def _complain(error: Exception, message: str, hint: str, *, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
-    print(f"unisandbox: {_one_line(message)}", file=sys.stderr)
-    if hint:
-        print(f"hint: {_one_line(hint)}", file=sys.stderr)
-    return OWN_ERROR
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def _help_hint(error: click.ClickException) -> str:
@@ -82,33 +54,10 @@ def _help_hint(error: click.ClickException) -> str:
     return f"see {context.command_path if context else 'unisandbox'} --help"
 
 
-def _the_one(error: Exception) -> Exception:
-    """What is in a group of one: the task groups below wrap what goes wrong in them."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
-
-
 @click.group(context_settings=_SETTINGS)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Run programs in sandboxes on this machine: no daemon, nothing is left behind."""
-
-
-def _pairs(values: Sequence[str]) -> dict[str, str]:
-    """Of -e: NAME=VALUE, or NAME for the caller's value; one that the caller does not have is left out."""
-    env: dict[str, str] = {}
-    for value in values:
-        name, sign, text = value.partition("=")
-        if not name:
-            raise InvalidArgumentError(
-                f"-e {value!r} has no name", hint="Write NAME=VALUE, or NAME for your own value."
-            )
-        if sign:
-            env[name] = text
-        elif name in os.environ:
-            env[name] = os.environ[name]
-    return env
 
 
 def _mount(value: str) -> Mount:
@@ -130,8 +79,7 @@ def _resources(
         **{name: number for name, number in (("cpu", cpus), ("pids", pids)) if number is not None},
     }
     if unlimited:
-        nothing: dict[str, Any] = dict.fromkeys(("memory", "swap", "cpu", "pids", "disk", "nofile", "core"))
-        given = nothing | given
+        return attrs.evolve(Resources.unlimited(), **given)
     return Resources(**given)
 
 
@@ -142,11 +90,8 @@ def _resources(
     epilog="Exit code: the program's own; 128 + n when signal n ended it; 124 after --timeout; 127 when there is no "
     "such program, 126 when it cannot be executed; 125 for an error of unisandbox.",
 )
-@click.option("-i", "--interactive", is_flag=True, help="Pass standard input on; otherwise the program has none.")
-@click.option("-t", "--tty", is_flag=True, help="Give the program a terminal.")
-@click.option("-e", "--env", multiple=True, metavar="NAME[=VALUE]", help="A variable; NAME alone takes your own value.")
-@click.option("-w", "--workdir", metavar="DIR", help="Working directory inside.")
-@click.option("-u", "--user", metavar="USER[:GROUP]", help="Names or numbers inside.  [default: root inside]")
+@click.option("-d", "--detach", is_flag=True, help="Leave it running, and print its name or id.")
+@process_options
 @click.option(
     "-v", "--volume", multiple=True, metavar="SOURCE:TARGET[:ro|rw]", help="Show a file or directory of this host."
 )
@@ -170,11 +115,16 @@ def _resources(
     help="host: root inside is this host's root.",
 )
 @click.option("--timeout", type=float, metavar="SECONDS", help="Kill the program after that long; exit code 124.")
+@click.option("--ttl", type=float, metavar="SECONDS", help="With -d: remove the sandbox after that long.")
+@STATE
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object at the end, with the output in it.")
 @click.option("--debug", is_flag=True, help="Show a traceback and the backend's log with an error.")
 @click.argument("argv", nargs=-1, required=True, metavar="PROGRAM [ARGUMENT]...", type=click.UNPROCESSED)
+@click.pass_context
 def run_command(
+    context: click.Context,
     argv: tuple[str, ...],
+    detach: bool,
     interactive: bool,
     tty: bool,
     env: tuple[str, ...],
@@ -193,10 +143,14 @@ def run_command(
     name: str | None,
     userns: str,
     timeout: float | None,
+    ttl: float | None,
+    state: str | None,
     as_json: bool,
     debug: bool,
 ) -> int:
     """Run PROGRAM in a new sandbox, which is removed at its end. Output, exit code and signals pass through.
+
+    With -d it runs on when this command has ended: see ps, logs, exec, stop and rm.
 
     The program sees this host's /usr and nothing of your files, has no network and limited memory, processes and disk;
     the options below change that. Its files are /tmp, /run and /home, or with --rootfs DIR a private layer over DIR.
@@ -205,15 +159,12 @@ def run_command(
     def work() -> int:
         import anyio
 
-        from unisandbox.cli.run import Request, run
+        from unisandbox.cli.run import NewSandbox, Request
+        from unisandbox.cli.sandboxes import Program
 
-        if tty and as_json:
-            raise InvalidArgumentError("-t and --json cannot be used together", hint="Leave out one of them.")
+        variables = own_terminal(pairs(env), tty=tty, as_json=as_json)
         if timeout is not None and not timeout > 0:
             raise InvalidArgumentError(f"--timeout must be > 0 seconds, got {timeout:g}")
-        variables = _pairs(env)
-        if tty:
-            variables = {"TERM": os.environ.get("TERM", "xterm")} | variables
         options: SandboxOptions = {
             "rootfs": rootfs,
             "isolation": isolation,
@@ -224,85 +175,49 @@ def run_command(
             "userns": "host" if userns == "host" else "private",
             "hostname": hostname,
         }
-        request = Request(
-            argv=argv,
-            sandbox=options,
-            env=variables,
-            cwd=workdir,
-            user=user,
-            interactive=interactive,
-            tty=tty,
-            timeout=timeout,
-            collect=_LARGEST_OUTPUT if as_json else None,
+        if detach:
+            _refuse("-d", {"-i": interactive, "-t": tty, "--timeout": timeout is not None}, "--ttl ends it in time.")
+            if ttl is not None and not ttl > 0:
+                raise InvalidArgumentError(f"--ttl must be > 0 seconds, got {ttl:g}")
+            program = Program(argv, variables, workdir, user)
+            return anyio.run(launch_detached(state, {**options, "ttl": ttl}, program, as_json=as_json))
+        # The environment's word is for the commands that use it.
+        told = context.get_parameter_source("state") is ParameterSource.COMMANDLINE
+        _refuse("run without -d", {"--ttl": ttl is not None, "--state": told}, "Leave it out, or give -d.")
+        return attend(
+            Request(
+                argv=argv,
+                place=NewSandbox(options),
+                env=variables,
+                cwd=workdir,
+                user=user,
+                interactive=interactive,
+                tty=tty,
+                timeout=timeout,
+                collect=LARGEST_OUTPUT if as_json else None,
+            )
         )
-        ended = anyio.run(run, request)
-        if as_json:
-            print(json.dumps(_as_json(argv, ended)))
-        elif ended.timed_out:
-            print(f"unisandbox: {argv[0]!r} did not end within {timeout:g} s; it was killed", file=sys.stderr)
-        elif ended.exit is not None and ended.exit.reason == "oom":
-            print(f"unisandbox: {argv[0]!r} was killed: it reached the memory limit", file=sys.stderr)
-            print("hint: give it more with --memory", file=sys.stderr)
-        elif ended.exit is not None and ended.exit.reason == "lost":
-            print(f"unisandbox: {argv[0]!r} is gone, and how it ended could not be learned", file=sys.stderr)
-        return ended.code
 
-    return _with_json_errors(work, as_json=as_json, debug=debug)
+    return with_json_errors(work, as_json=as_json, debug=debug)
 
 
-_LARGEST_OUTPUT: Final = 16 << 20  # as of `Sandbox.run`
-
-
-def _with_json_errors(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
-    """Also an error is one JSON object then, beside the line on standard error."""
-    try:
-        return work()
-    except BrokenPipeError:  # our own standard output: whoever read it has left
-        raise
-    except Exception as raised:
-        error = _the_one(raised)
-        code = _explain(error, debug=debug)
-        if as_json:
-            message = error.message if isinstance(error, SandboxError) else str(error)
-            hint = error.hint if isinstance(error, SandboxError) else ""
-            kind = type(error).__name__
-            print(json.dumps({"exit_code": code, "error": {"type": kind, "message": message, "hint": hint}}))
-        return code
-
-
-def _as_json(argv: Sequence[str], ended: Ended) -> dict[str, object]:
-    end = ended.exit
-    return {
-        "argv": list(argv),
-        "exit_code": ended.code,
-        "code": end.code if end else None,
-        "signal": end.signal if end else ended.signal,
-        "reason": end.reason if end else "interrupted",
-        "oom_kills": end.oom_kills if end else 0,
-        "timed_out": ended.timed_out,
-        "duration": round(ended.duration, 6),
-        "truncated": ended.truncated,
-        **_text("stdout", ended.stdout),
-        **_text("stderr", ended.stderr),
-    }
-
-
-def _text(name: str, data: bytes) -> dict[str, str]:
-    """As text where it is UTF-8, else as base64; `*_encoding` says which."""
-    try:
-        return {name: data.decode(), f"{name}_encoding": "utf-8"}
-    except UnicodeDecodeError:
-        return {name: base64.b64encode(data).decode(), f"{name}_encoding": "base64"}
+def _refuse(what: str, options: Mapping[str, bool], hint: str) -> None:
+    for name, given in options.items():
+        if given:
+            raise InvalidArgumentError(f"{name} cannot be used with {what}", hint=hint)
 
 
 @cli.command(short_help="Say what can run on this host, and what to do where something cannot.")
 @click.option("--deep", is_flag=True, help="Run something for real, instead of only looking.")
+@click.option("--fix", is_flag=True, help="Remove what crashes have left over.")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON object.")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-def doctor(deep: bool, as_json: bool, debug: bool) -> int:
+def doctor(deep: bool, fix: bool, as_json: bool, debug: bool) -> int:
     """Say what this host is, which backends can run on it, and what to do where one cannot.
 
-    Exit code: 0 when at least one backend can run, else 1.
+    Also what crashes have left over: what has the mark of an engine that does not live any more. With --fix that is
+    removed, and never anything else. Exit code: 0 when at least one backend can run and nothing that --fix was to
+    remove is left, else 1.
     """
 
     def work() -> int:
@@ -311,13 +226,13 @@ def doctor(deep: bool, as_json: bool, debug: bool) -> int:
         from unisandbox.cli.doctor import examine
 
         async def main() -> int:
-            report = await examine(deep=deep)
+            report = await examine(deep=deep, fix=fix)
             click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report.lines()))
             return report.code
 
         return anyio.run(main)
 
-    return _with_json_errors(work, as_json=as_json, debug=debug)
+    return with_json_errors(work, as_json=as_json, debug=debug)
 
 
 @cli.command(short_help="Measure sandboxes on this host against plain processes.")
@@ -340,4 +255,36 @@ def bench(rounds: int, isolation: str, as_json: bool, debug: bool) -> int:
         anyio.run(main)
         return 0
 
-    return _with_json_errors(work, as_json=as_json, debug=debug)
+    return with_json_errors(work, as_json=as_json, debug=debug)
+
+
+@cli.command(short_help="Serve pods to containerd and iSulad.")
+@click.option("--root", metavar="DIR", help="State of the pods.  [default: /var/lib/unisandbox/serve]")
+@click.option("--socket", metavar="PATH", help="Of the controller.  [default: /run/unisandbox/serve/sandboxer.sock]")
+@click.option("--config", metavar="FILE", help="TOML; the options above count more.")
+@click.option("--debug", is_flag=True, help="Show a traceback with an error.")
+def serve(root: str | None, socket: str | None, config: str | None, debug: bool) -> int:
+    """Serve the Sandbox API to container engines on unix sockets, until SIGTERM. The pods live on after that.
+
+    Works as a systemd service (Type=notify), also with socket activation. See docs/serve.md.
+    """
+
+    def work() -> int:
+        from importlib import import_module
+
+        # Another face, which needs packages of its own and is nothing that this one builds on.
+        try:
+            daemon, settings = import_module("unisandbox.serve.daemon"), import_module("unisandbox.serve.config")
+        except ModuleNotFoundError as error:
+            raise UnavailableError(
+                f"serving needs {error.name}, which is missing", hint="pip install 'unisandbox[cli,serve]'"
+            ) from error
+        given = {name: value for name, value in (("root", root), ("socket", socket)) if value is not None}
+        daemon.main(attrs.evolve(settings.read(config) if config else settings.ServeConfig(), **given))
+        return 0
+
+    return with_json_errors(work, as_json=False, debug=debug)
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)

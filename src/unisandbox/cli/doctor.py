@@ -1,4 +1,4 @@
-"""`unisandbox doctor`: what this host is, what can run on it, and what to do where something cannot."""
+"""`unisandbox doctor`: what this host is, what can run on it, and what crashes have left on it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import attrs
 import click
 
 from unisandbox import __version__
-from unisandbox.api import Probe
+from unisandbox.api import BackendError, Probe, SandboxError
+from unisandbox.cli.state import opened
+from unisandbox.engine import leftovers
 from unisandbox.engine.choice import probe_all
+from unisandbox.engine.leftovers import Leftover
 from unisandbox.engine.registry import Registry
 from unisandbox.host.cgroups.hierarchy import read_mounts
 
+# What an engine cleans up that is opened on the state directory: records of sandboxes, a keeper without an owner.
+_BY_AN_ENGINE: Final = frozenset({"state", "keeper"})
 # Settings that keep ordinary users from making user namespaces; root is not touched by them.
 _USERNS_SWITCHES: Final = ("kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns")
 
@@ -28,19 +33,31 @@ class Report:
     Attributes:
         host: facts by name.
         probes: what every installed backend says.
+        leftovers: what crashes have left on this host.
+        removed: those that were removed now.
+        failures: why others could not be, by what they are.
     """
 
     host: Mapping[str, str]
     probes: Sequence[Probe]
+    leftovers: Sequence[Leftover] = ()
+    removed: Sequence[Leftover] = ()
+    failures: Mapping[str, str] = attrs.field(factory=dict)
 
     @property
     def code(self) -> int:
-        """0 when something can run here, else 1."""
-        return 0 if any(probe.available for probe in self.probes) else 1
+        """0 when something can run here, and all that was to be removed is; else 1."""
+        return 0 if any(probe.available for probe in self.probes) and not self.failures else 1
 
     def as_json(self) -> dict[str, object]:
         """For `--json`."""
-        return {"host": dict(self.host), "backends": [attrs.asdict(probe) for probe in self.probes]}
+        return {
+            "host": dict(self.host),
+            "backends": [attrs.asdict(probe) for probe in self.probes],
+            "leftovers": [attrs.asdict(leftover) for leftover in self.leftovers],
+            "removed": [attrs.asdict(leftover) for leftover in self.removed],
+            "failures": dict(self.failures),
+        }
 
     def lines(self) -> list[str]:
         """For people; styled, which click.echo takes away where there is no terminal."""
@@ -65,12 +82,60 @@ class Report:
             lines += [f"  {name}: {value}" for name, value in probe.facts.items() if name not in self.host]
         if not self.probes:
             lines += ["", "no backend is installed. Remedy: pip install --force-reinstall unisandbox"]
+        return [*lines, *self._leftover_lines()]
+
+    def _leftover_lines(self) -> list[str]:
+        removed = {(leftover.kind, leftover.what) for leftover in self.removed}
+        lines = ["", "left over from crashes:"] if self.leftovers else []
+        for leftover in self.leftovers:
+            what = f"{leftover.kind} {leftover.what}"
+            if (leftover.kind, leftover.what) in removed:
+                lines.append(f"  {what}: {click.style('removed', fg='green')}")
+            elif what in self.failures:
+                lines.append(f"  {what}: {click.style('not removed', fg='red')}: {self.failures[what]}")
+            else:
+                lines.append(f"  {what}: {leftover.why}")
+        if any(_is_fixable(leftover) for leftover in self.leftovers) and not self.removed and not self.failures:
+            lines.append("  remedy: unisandbox doctor --fix removes what can be removed safely")
         return lines
 
 
-async def examine(*, deep: bool) -> Report:
-    """Look at this host; with `deep` every backend runs something for real."""
-    return Report(host_facts(), await probe_all(Registry(), deep=deep))
+async def examine(*, deep: bool, fix: bool = False) -> Report:
+    """Look at this host.
+
+    Args:
+        deep: every backend runs something for real.
+        fix: remove what is left over; nothing that is in use, nor anything of which that is in doubt.
+    """
+    probes = await probe_all(Registry(), deep=deep)
+    found = leftovers.find()
+    removed: list[Leftover] = []
+    failures: dict[str, str] = {}
+    for leftover in found if fix else ():
+        if not _is_fixable(leftover):
+            continue
+        try:
+            await _remove(leftover)
+            removed.append(leftover)
+        except SandboxError as error:
+            failures[f"{leftover.kind} {leftover.what}"] = error.message
+    return Report(host_facts(), probes, found, removed, failures)
+
+
+def _is_fixable(leftover: Leftover) -> bool:
+    return leftover.removable or leftover.kind in _BY_AN_ENGINE
+
+
+async def _remove(leftover: Leftover) -> None:
+    if leftover.kind not in _BY_AN_ENGINE:
+        leftovers.remove(leftover)
+        return
+    # As the other commands do: a keeper that runs by now is only attached to (and left, which ends one that nobody
+    # needs); what lives under one that has come in between is taken over, and lives on.
+    async with opened(leftover.state_dir, create=False) as engine:
+        failed = [found for found in engine.recovery.sandboxes if found.action == "failed"] if engine else []
+    if failed:
+        raise BackendError(f"sandbox {failed[0].name or failed[0].sandbox_id!r}: {failed[0].reason}")
 
 
 def host_facts() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""`unisandbox run`: one program in one new sandbox, with the caller's streams, terminal and signals."""
+"""`unisandbox run` and `exec`: one program in a new or a known sandbox, with the caller's streams and signals."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, nullcontext
-from typing import Final
+from contextlib import AsyncExitStack, nullcontext, suppress
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.abc
-import attrs
 
-from unisandbox.api import Exit, FailedPreconditionError, Terminal
+from unisandbox.api import Exit, FailedPreconditionError, NotFoundError, Terminal
 from unisandbox.cli.local import STDERR, STDIN, STDOUT, LocalInput, LocalOutput, raw_terminal, terminal_size
+from unisandbox.cli.sandboxes import find, running
+from unisandbox.cli.state import opened
 from unisandbox.sandbox import Engine, Process, Sandbox
 from unisandbox.sandbox.sandbox import SandboxOptions
+from unisandbox.sandbox.streams import ReceiveStream
 
 TIMEOUT_CODE: Final = 124
 """What `unisandbox run --timeout` ends with when the time was over; as timeout(1) does."""
@@ -24,17 +26,59 @@ TIMEOUT_CODE: Final = 124
 _FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _STOPPING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 # Output of a process that has ended is in its pipes already; whoever still holds them is a background process, and
-# that ends with the sandbox.
+# that ends with the sandbox, or is not waited for.
 _LAST_OUTPUT_SECONDS: Final = 0.05
+# Of what is in a pipe then; more than a pipe holds was written later. Source: pipe(7), /proc/sys/fs/pipe-max-size.
+_LAST_OUTPUT_BYTES: Final = 1 << 20
 
 
-@attrs.frozen
-class Request:
+class NewSandbox(NamedTuple):
+    """A sandbox of an engine of our own: both are gone when the program has ended.
+
+    Attributes:
+        options: of the sandbox.
+    """
+
+    options: SandboxOptions
+
+    async def enter(self, stack: AsyncExitStack) -> Sandbox:
+        """Create it."""
+        engine = await stack.enter_async_context(Engine.open())
+        return await stack.enter_async_context(engine.create(**self.options))
+
+    async def end_background(self, sandbox: Sandbox) -> None:
+        """The program has ended: nothing else has a reason to be."""
+        await sandbox.kill()
+
+
+class KnownSandbox(NamedTuple):
+    """A sandbox that lives on.
+
+    Attributes:
+        state: the state directory; None: the default.
+        ref: its name or id, or the beginning of it.
+    """
+
+    state: str | None
+    ref: str
+
+    async def enter(self, stack: AsyncExitStack) -> Sandbox:
+        """Find it, and see that something can be run in it."""
+        engine = await stack.enter_async_context(opened(self.state, create=False))
+        sandbox = await find(engine, self.ref)
+        await running(sandbox, self.ref, or_idle=True)
+        return sandbox
+
+    async def end_background(self, sandbox: Sandbox) -> None:
+        """What the program has left in the background goes on."""
+
+
+class Request(NamedTuple):
     """What to run, and with which of the caller's streams.
 
     Attributes:
         argv, env, cwd, user: as of `Sandbox.exec`.
-        sandbox: the options of the sandbox.
+        place: the sandbox.
         interactive: the caller's standard input goes to the program; otherwise it has none.
         tty: the program gets a terminal.
         timeout: seconds from the program's start, then it is killed.
@@ -42,7 +86,7 @@ class Request:
     """
 
     argv: tuple[str, ...]
-    sandbox: SandboxOptions
+    place: NewSandbox | KnownSandbox
     env: Mapping[str, str]
     cwd: str | None = None
     user: str | None = None
@@ -52,8 +96,7 @@ class Request:
     collect: int | None = None
 
 
-@attrs.frozen
-class Ended:
+class Ended(NamedTuple):
     """How it went.
 
     Attributes:
@@ -98,7 +141,7 @@ class _Collected:
 
 
 async def run(request: Request) -> Ended:
-    """Run it; the sandbox is gone when this returns or raises.
+    """Run it; a sandbox of its own is gone when this returns or raises.
 
     SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 go to the program, a second SIGINT kills it. Before the
     program runs they end everything.
@@ -106,7 +149,7 @@ async def run(request: Request) -> Ended:
     Raises:
         InvalidArgumentError: a wrong option; or the program cannot be started, with its `exit_code`.
         FailedPreconditionError: there is no terminal, or the caller's output cannot be written.
-        SandboxError: as of `Sandbox.create`.
+        SandboxError: the sandbox cannot be created, or there is none.
     """
     if request.tty and request.interactive and not os.isatty(STDIN):
         raise FailedPreconditionError(
@@ -158,12 +201,14 @@ class _Session:
                     self._starting.cancel()
             else:
                 self._interrupts += number == signal.SIGINT
-                await self._process.signal(signal.SIGKILL if self._interrupts > 1 else number)
+                with suppress(NotFoundError):  # its sandbox is being removed, which ends it too
+                    await self._process.signal(signal.SIGKILL if self._interrupts > 1 else number)
 
     async def _resize(self) -> None:
         size = terminal_size()
         if self._request.tty and self._process is not None and not self._ended and size is not None:
-            await self._process.resize(size.rows, size.columns)
+            with suppress(NotFoundError):  # as in `_forward`
+                await self._process.resize(size.rows, size.columns)
 
     async def _run(self) -> Ended:
         request = self._request
@@ -180,8 +225,7 @@ class _Session:
 
     async def _start(self, stack: AsyncExitStack) -> tuple[Sandbox, Process]:
         request = self._request
-        engine = await stack.enter_async_context(Engine.open())
-        sandbox = await stack.enter_async_context(engine.create(**request.sandbox))
+        sandbox = await request.place.enter(stack)
         process = await stack.enter_async_context(
             sandbox.exec(
                 request.argv,
@@ -202,7 +246,7 @@ class _Session:
         sinks: list[_Collected | LocalOutput] = (
             [LocalOutput(STDOUT), LocalOutput(STDERR)] if limit is None else [_Collected(limit), _Collected(limit)]
         )
-        sources = [process.stdout] if request.tty else [process.stdout, process.stderr]
+        sources = [_Source(process.stdout)] + ([] if request.tty else [_Source(process.stderr)])
         shown = [anyio.Event() for _ in sources]
         problems: list[OSError] = []
         exit: Exit | None = None
@@ -222,7 +266,9 @@ class _Session:
                     for done in shown:
                         await done.wait()
                 if not all(done.is_set() for done in shown):
-                    await sandbox.kill()
+                    await request.place.end_background(sandbox)
+                    for source in sources:
+                        source.finish()
         if problems:
             raise FailedPreconditionError(f"cannot write the program's output: {problems[0].strerror}") from problems[0]
         collected = [sink for sink in sinks if isinstance(sink, _Collected)] or [_Collected(0), _Collected(0)]
@@ -241,15 +287,46 @@ class _Session:
         return await process.kill(), True
 
 
+class _Source:
+    """A stream of the program, up to its end or to what is in it when the program has ended."""
+
+    def __init__(self, stream: anyio.abc.ByteReceiveStream) -> None:
+        self._stream = stream
+        self._waiting = anyio.CancelScope()
+        self._left: int | None = None
+
+    async def read(self) -> bytes:
+        """The next bytes; b"" at the end."""
+        if self._left is None:
+            with anyio.CancelScope() as self._waiting:
+                try:
+                    return await self._stream.receive()
+                except anyio.EndOfStream:
+                    return b""
+        assert isinstance(self._stream, ReceiveStream) and self._left is not None  # noqa: S101, PT018 (it was read)
+        data = self._stream.receive_nowait() if self._left > 0 else b""
+        self._left -= len(data or b"")
+        return data or b""
+
+    def finish(self) -> None:
+        """Do not wait any more for what others may write."""
+        self._left = _LAST_OUTPUT_BYTES
+        self._waiting.cancel()
+
+    async def aclose(self) -> None:
+        """Nobody reads it any more."""
+        await self._stream.aclose()
+
+
 async def _show(
-    source: anyio.abc.ByteReceiveStream,
+    source: _Source,
     write: Callable[[bytes], Awaitable[None]],
     done: anyio.Event,
     problems: list[OSError],
 ) -> None:
     """Pass on a stream to its end. When nobody reads ours any more, the program learns it by SIGPIPE, as in a shell."""
     try:
-        async for data in source:
+        while data := await source.read():
             await write(data)
     except BrokenPipeError:
         await source.aclose()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Protocol
 
+import anyio
 import pytest
 from typing_extensions import Unpack
 
-from unisandbox import Engine, Opening, Sandbox
+from unisandbox import Engine, Opening, Sandbox, SandboxError, UnavailableError
 from unisandbox.api import Capabilities
 from unisandbox.conformance import selection
-from unisandbox.conformance.inventory import RUN_PREFIX, leaves_nothing_behind, own_cgroups
+from unisandbox.conformance.hosts import Hosts, keeper_pid
+from unisandbox.conformance.inventory import RUN_PREFIX, leaves_nothing_behind, own_cgroups, tolerating
+from unisandbox.conformance.programs import GuestPrograms, Programs
 from unisandbox.conformance.scope import run_cgroup
 from unisandbox.conformance.waiting import bound
 from unisandbox.sandbox import SandboxOptions
@@ -29,6 +34,13 @@ class Create(Protocol):
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     selection.parametrize(metafunc)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    spared = selection.spare(config, items)
+    if spared:
+        config.hook.pytest_deselected(items=spared)
+    selection.note(items)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -52,13 +64,44 @@ def _conformance_cgroup() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def guest_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The root file system for backends that do not run this machine's programs."""
+    path = tmp_path_factory.mktemp("guest")
+    GuestPrograms().make_root(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _used_once(_conformance_cgroup: None, pytestconfig: pytest.Config, guest_root: str) -> None:
+    """What a backend is known to leave in this process, once and for all, is there before the first listing."""
+    for candidate in selection.candidates(pytestconfig):
+        if not candidate.why_not and candidate.backend is not None and candidate.backend.capabilities.host_exceptions:
+            rootfs = selection.rootfs(pytestconfig, candidate, guest_root)
+            # Should this fail, tests will say so, and better.
+            with contextlib.suppress(SandboxError):
+                anyio.run(_use, candidate, rootfs)
+
+
+async def _use(candidate: selection.Candidate, rootfs: str) -> None:
+    async with Engine.open() as engine, engine.create(**selection.options(candidate, rootfs)) as sandbox:
+        programs = selection.programs(candidate)
+        # With a file written and one read: what does the work with files may be made at the first need.
+        await sandbox.run(programs.stores("/tmp/once", "line"))
+        await sandbox.run(programs.shows("/tmp/once"))
+
+
 @pytest.fixture(autouse=True)
-def _leaves_nothing_behind(_conformance_cgroup: None) -> Iterator[None]:
+def _leaves_nothing_behind(_used_once: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a process, mount, cgroup, fd, thread, file or changed state behind; none can forget it.
 
-    It is set up before every other fixture of the test and torn down after them.
+    It is set up before every other fixture of the test and torn down after them. Only the threads that the backend
+    names in its `host_exceptions` ("thread NAME") may stay.
     """
-    with leaves_nothing_behind():
+    candidate = selection.of(request.node)
+    exceptions = candidate.backend.capabilities.host_exceptions if candidate and candidate.backend else ()
+    threads = [name.removeprefix("thread ") for name in exceptions if name.startswith("thread ")]
+    with tolerating(threads), leaves_nothing_behind():
         yield
 
 
@@ -85,9 +128,15 @@ def count(
 
 
 @pytest.fixture
-def rootfs(pytestconfig: pytest.Config) -> str:
-    """The root file system of this run."""
-    return str(pytestconfig.getoption("unisandbox_rootfs", default="host"))
+def programs(backend: selection.Candidate) -> Programs:
+    """The programs that sandboxes of the backend under test run."""
+    return selection.programs(backend)
+
+
+@pytest.fixture
+def rootfs(pytestconfig: pytest.Config, backend: selection.Candidate, guest_root: str) -> str:
+    """The root file system of this run: the one that was asked for, or one in which the programs are."""
+    return selection.rootfs(pytestconfig, backend, guest_root)
 
 
 @pytest.fixture
@@ -103,10 +152,30 @@ def create(engine: Engine, backend: selection.Candidate, rootfs: str) -> Create:
 
     def create(**options: Unpack[SandboxOptions]) -> Opening[Sandbox]:
         # The user's own words come last.
-        given: SandboxOptions = {"isolation": backend.name, "rootfs": rootfs, **options}
+        given: SandboxOptions = {**selection.options(backend, rootfs), **options}
         return engine.create(**given)
 
     return create
+
+
+@pytest.fixture
+def hosts(backend: selection.Candidate, rootfs: str, anyio_backend: str) -> Hosts:
+    """Host processes of their own, which may be killed."""
+    return Hosts(backend, rootfs, anyio_backend)
+
+
+@pytest.fixture
+async def state(tmp_path: Path, anyio_backend: str) -> AsyncIterator[Path]:
+    """The state directory of the engines of one test, which has to end them all."""
+    directory = tmp_path / "state"
+    yield directory
+    try:
+        await keeper_pid(directory)
+    except UnavailableError:
+        return  # no engine is left there, as it should be
+    async with Engine.open(directory, on_recover="stop"):
+        pass
+    pytest.fail("the test has left an engine with policy 'keep' behind, which was ended now")
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 RUN_PREFIX: Final = "unisandbox-tests-"
 """The name of a test run's own cgroup begins so; the rest is the process id of the run."""
@@ -307,9 +307,31 @@ def _namespaces() -> set[str]:
 def _threads() -> Iterator[str]:
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
     for tid in os.listdir("/proc/self/task"):
-        name = names.get(int(tid), "without a Python name")
+        name = names.get(int(tid))
+        if name is None:
+            try:
+                name = _read(f"/proc/self/task/{tid}/comm").decode(errors="replace").strip()
+            except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+                continue
+            if name.startswith(_tolerated):
+                continue
+            name += " (without a Python name)"
         if not name.startswith(_THREADS_OF_OTHERS):
             yield f"{tid} {name}"
+
+
+@contextmanager
+def tolerating(threads: Iterable[str]) -> Iterator[None]:
+    """Within the block threads without a Python name, whose name for the kernel begins so, are not listed."""
+    global _tolerated  # noqa: PLW0603 - tests come one after the other, and list in many places
+    before, _tolerated = _tolerated, tuple(threads)
+    try:
+        yield
+    finally:
+        _tolerated = before
+
+
+_tolerated: tuple[str, ...] = ()
 
 
 def _descriptors() -> Iterator[str]:
@@ -347,7 +369,14 @@ def _process_state() -> Iterator[str]:
 
 
 def _files() -> Iterator[str]:
-    for place in {"/run", "/dev/shm", "/var/lib", tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR", "/run")}:
+    for place in {
+        "/run",
+        "/dev/shm",
+        "/var/lib",
+        "/var/tmp",
+        tempfile.gettempdir(),
+        os.environ.get("XDG_RUNTIME_DIR", "/run"),
+    }:
         try:
             with os.scandir(place) as entries:
                 found = [entry for entry in entries if entry.name.startswith(_NAME)]

@@ -4,16 +4,18 @@
 
 Without `--backend` every installed backend is tested. What a backend's `Capabilities` do not claim is a skip that
 says so, and so is a backend that cannot run on this host. The root file system that is used (`--rootfs`) needs a
-POSIX shell, coreutils and python3.
+POSIX shell, coreutils and python3, or, for a backend that does not claim `processes`, the tool guest in its /bin.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
-from unisandbox.conformance.selection import COUNTS
+from unisandbox.conformance.selection import COUNTS, LACKING, SPARED, TESTED
 
 _NEEDS = (
     "needs(*names): what the backend's Capabilities must claim: a field's name, or 'networks:host' for one of a set"
@@ -33,8 +35,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--rootfs",
         dest="unisandbox_rootfs",
         metavar="ROOTFS",
-        default="host",
-        help="root file system of the sandboxes, as for Sandbox.create(); default: host",
+        default=None,
+        help="root file system of the sandboxes, as for Sandbox.create(); default: host, or a directory with the Wasm "
+        "programs of the tests for a backend that runs none of this machine's",
     )
 
 
@@ -52,12 +55,35 @@ def add_long(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _NEEDS)
+    config.addinivalue_line("markers", "root: needs root on this host")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say how often the counted tests ran, so that a short run is not taken for a long one."""
+    """Say how often the counted tests ran, what was tested of each backend and what it lacks: nothing goes unsaid."""
     counts = config.stash.get(COUNTS, {})
     if counts:
         terminalreporter.section("counts of the conformance tests")
         for (test, full), count in sorted(counts.items()):
             terminalreporter.write_line(f"{test}: {count} of {full}")
+    for name, count in config.stash.get(SPARED, {}).items():
+        terminalreporter.write_line(f"{name} starts slowly: each test on one event loop, {count} not run (--long: all)")
+    if lines := [*_by_backend(terminalreporter.stats)]:
+        terminalreporter.section("conformance by backend")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+def _by_backend(stats: Mapping[str, Sequence[object]]) -> Iterator[str]:
+    """A line for each backend, and one for each capability that tests needed and it does not claim."""
+    outcomes: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    lacks: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
+        for report in stats.get(outcome, ()):
+            properties = getattr(report, "user_properties", ())
+            for name in (value for key, value in properties if key == TESTED):
+                outcomes[name][outcome] += 1
+                lacks[name].update(value for key, value in properties if key == LACKING)
+    for name, counted in sorted(outcomes.items()):
+        yield f"{name}: {', '.join(f'{number} {outcome}' for outcome, number in counted.items())}"
+        for lacking, number in sorted(lacks[name].items()):
+            yield f"  does not claim {lacking}: {number} not run"

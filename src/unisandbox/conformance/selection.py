@@ -10,11 +10,15 @@ import attrs
 import pytest
 from _pytest.mark import ParameterSet
 
-from unisandbox.api import Capabilities, Probe, SandboxError
+from unisandbox.api import Capabilities, Probe, SandboxError, Security
+from unisandbox.conformance.programs import GuestPrograms, MachinePrograms, Programs
 from unisandbox.engine.registry import Backend, Registry
+from unisandbox.sandbox import SandboxOptions
 
 # Counts are written for a backend that starts in this time; slower ones get fewer, in proportion.
 _REFERENCE_START_SECONDS = 0.02
+# One that takes longer has each test on one of the event loops, by turns: what they differ in is not the backend.
+_SLOW_START_SECONDS = 0.1
 
 
 @attrs.frozen
@@ -32,7 +36,10 @@ class Candidate:
     why_not: str = ""
 
 
+TESTED = "unisandbox backend"
+LACKING = "not claimed"
 _CANDIDATES: pytest.StashKey[list[Candidate]] = pytest.StashKey()
+SPARED: pytest.StashKey[dict[str, int]] = pytest.StashKey()
 COUNTS: pytest.StashKey[dict[tuple[str, int], int]] = pytest.StashKey()
 
 
@@ -59,24 +66,73 @@ def _probed(wanted: Iterable[str] | None) -> Iterable[Candidate]:
         yield Candidate(name, backend, why_not)
 
 
+def programs(candidate: Candidate) -> Programs:
+    """The programs that sandboxes of this backend run."""
+    assert candidate.backend is not None
+    return MachinePrograms() if candidate.backend.capabilities.processes else GuestPrograms()
+
+
+def rootfs(config: pytest.Config, candidate: Candidate, guest_root: str) -> str:
+    """The root file system that was asked for, or else one in which the programs are."""
+    assert candidate.backend is not None
+    usual = "host" if candidate.backend.capabilities.processes else guest_root
+    return str(config.getoption("unisandbox_rootfs", default=None) or usual)
+
+
+def options(candidate: Candidate, rootfs: str) -> SandboxOptions:
+    """What a sandbox of this backend is asked for at least: what it lacks of the defaults is done without by name."""
+    assert candidate.backend is not None
+    given: SandboxOptions = {"isolation": candidate.name, "rootfs": rootfs}
+    if not candidate.backend.capabilities.seccomp:
+        given["security"] = Security(seccomp="unconfined")
+    return given
+
+
+def options_in_source(candidate: Candidate, rootfs: str) -> str:
+    """The same as arguments in the text of a program, which has imported `Security`."""
+    given = options(candidate, rootfs)
+    source = f"isolation={candidate.name!r}, rootfs={rootfs!r}"
+    return source + (", security=Security(seccomp='unconfined')" if "security" in given else "")
+
+
 def parametrize(metafunc: pytest.Metafunc) -> None:
     """Multiply a test that uses a backend by the backends of this run; skip what they do not claim."""
     if "backend" not in metafunc.fixturenames:
         return
     found = candidates(metafunc.config)
-    needs = [name for mark in metafunc.definition.iter_markers("needs") for name in mark.args]
     params = []
     for candidate in found:
         why_not = f"{candidate.name}: {candidate.why_not}" if candidate.why_not else ""
-        if not why_not and candidate.backend is not None:
-            lacking = [name for name in needs if not claims(candidate.backend.capabilities, name)]
-            if lacking:
-                why_not = f"{candidate.name} does not claim {', '.join(lacking)}"
+        if lacks := lacking(candidate, metafunc.definition):
+            why_not = f"{candidate.name} does not claim {', '.join(lacks)}"
         marks = [pytest.mark.skip(reason=why_not)] if why_not else []
         params.append(pytest.param(candidate, id=candidate.name, marks=marks))
     if not params:
         params.append(pytest.param(None, id="none", marks=pytest.mark.skip(reason="no backend is installed")))
     metafunc.parametrize("backend", params, indirect=True)
+
+
+def lacking(candidate: Candidate, test: pytest.Item) -> list[str]:
+    """What the test needs and the backend does not claim."""
+    if candidate.why_not or candidate.backend is None:
+        return []
+    needs = dict.fromkeys(name for mark in test.iter_markers("needs") for name in mark.args)
+    return [name for name in needs if not claims(candidate.backend.capabilities, name)]
+
+
+def of(test: pytest.Item) -> Candidate | None:
+    """The backend that this test is of, if it is of one."""
+    callspec = getattr(test, "callspec", None)
+    candidate = None if callspec is None else callspec.params.get("backend")
+    return candidate if isinstance(candidate, Candidate) else None
+
+
+def note(tests: Iterable[pytest.Item]) -> None:
+    """Write down of every test which backend it is of and what that lacks for it, for the summary."""
+    for test in tests:
+        if candidate := of(test):
+            test.user_properties.append((TESTED, candidate.name))
+            test.user_properties += [(LACKING, name) for name in lacking(candidate, test)]
 
 
 def claims(capabilities: Capabilities, need: str) -> bool:
@@ -93,6 +149,31 @@ def event_loops() -> list[ParameterSet]:
         pytest.param("asyncio"),
         pytest.param("trio", marks=pytest.mark.skip(reason="trio is not installed") if missing else ()),
     ]
+
+
+def spare(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
+    """Take out, and return, the half of the tests of backends that start slowly; none with --long."""
+    if config.getoption("long", default=False) or importlib.util.find_spec("trio") is None:
+        return []
+    turns: dict[object, int] = {}
+    spared = []
+    for item in items:
+        candidate = of(item)
+        if candidate is None or candidate.backend is None:
+            continue
+        callspec = item.callspec  # type: ignore[attr-defined]
+        loop = callspec.params.get("anyio_backend")
+        if loop is None or candidate.backend.capabilities.start_seconds <= _SLOW_START_SECONDS:
+            continue
+        others = tuple((name, index) for name, index in sorted(callspec.indices.items()) if name != "anyio_backend")
+        turn = turns.setdefault((item.nodeid.partition("[")[0], others), len(turns) % 2)
+        if loop != ("asyncio", "trio")[turn]:
+            spared.append(item)
+            counts = config.stash.setdefault(SPARED, {})
+            counts[candidate.name] = counts.get(candidate.name, 0) + 1
+    out = set(spared)
+    items[:] = [item for item in items if item not in out]
+    return spared
 
 
 def scaled(config: pytest.Config, candidate: Candidate, full: int, test: str = "") -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from unisandbox import Engine, Event, InvalidArgumentError, Resources, UnsupportedError
+from unisandbox import Engine, Event, InvalidArgumentError, Mount, Resources, Sandbox, Security, UnsupportedError
 from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
-from unisandbox.conformance.selection import Candidate
+from unisandbox.conformance.programs import Programs
+from unisandbox.conformance.selection import Candidate, options
 from unisandbox.sandbox import SandboxOptions
 
 pytestmark: pytest.MarkDecorator = pytest.mark.anyio
@@ -22,6 +23,8 @@ ASKED: dict[str, SandboxOptions] = {
     "rootfs:host": {"rootfs": "host"},
     "networks:host": {"network": "host"},
     "userns_host": {"userns": "host"},
+    "seccomp": {"security": Security()},
+    "host_mounts": {"mounts": [Mount.bind("/usr", "/mnt")]},
     "shared_pid": {"share_pid": True},
     "ttl": {"ttl": 60.0},
 }
@@ -48,6 +51,40 @@ async def test_what_is_not_claimed_is_refused_and_what_is_claimed_works(
     assert [event async for event in _so_far(engine)] == []
 
 
+async def test_what_a_process_or_container_cannot_have_is_refused(
+    sandbox: Sandbox, capabilities: Capabilities, rootfs: str, programs: Programs
+) -> None:
+    await sandbox.run(programs.nothing())
+    asked: dict[str, Callable[[], Awaitable[object]]] = {
+        "tty": lambda: sandbox.exec(programs.nothing(), tty=True),
+        "containers": lambda: sandbox.containers.add(argv=programs.nothing(), name="second", rootfs=rootfs),
+        "pause": sandbox.pause,
+    }
+    for need, ask in asked.items():
+        if not _claims(capabilities, need):
+            with pytest.raises(UnsupportedError):
+                await ask()
+    # And nothing has changed by that.
+    assert [status.name for status in (await sandbox.status()).containers] == ["main"]
+    assert await sandbox.processes() == []
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
+
+
+async def test_a_sandbox_of_another_process_is_used_or_refused(
+    state: Path, backend: Candidate, rootfs: str, capabilities: Capabilities, programs: Programs
+) -> None:
+    async with Engine.open(state) as owner, Engine.attach(state) as other:
+        sandbox = await owner.create(**(options(backend, rootfs) | {"name": "w"}))
+        assert [status.id for status in await other.list()] == [sandbox.id]
+        if capabilities.attach:
+            assert (await (await other.get("w")).run(programs.exits(3))).exit_code == 3
+        else:
+            with pytest.raises(UnsupportedError):
+                await (await other.get("w")).run(programs.exits(3))
+        # Whatever the other one tried, the owner's is as it was.
+        assert (await sandbox.run(programs.exits(4))).exit_code == 4
+
+
 async def _so_far(engine: Engine) -> AsyncIterator[Event]:
     await engine.close()
     async for event in engine.events():
@@ -67,7 +104,7 @@ def network_namespace() -> Iterator[str]:
         child.kill()
 
 
-@pytest.mark.needs("networks:namespace")
+@pytest.mark.needs("networks:namespace", "processes")
 async def test_a_given_network_is_joined(create: Create, network_namespace: str) -> None:
     async with create(network=network_namespace) as sandbox:
         inside = (await sandbox.run(["readlink", "/proc/self/ns/net"])).text.strip()

@@ -9,11 +9,15 @@ from pathlib import Path
 import anyio
 import pytest
 
-from unisandbox import AlreadyExistsError, InvalidArgumentError, Mount, NotFoundError, Resources, Sandbox
+from unisandbox import AlreadyExistsError, InvalidArgumentError, NotFoundError, Resources, Sandbox
+from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.programs import Programs
 from unisandbox.conformance.waiting import until
 
 pytestmark: list[pytest.MarkDecorator] = [pytest.mark.anyio, pytest.mark.needs("containers")]
+
+of_processes: pytest.MarkDecorator = pytest.mark.needs("processes")
 
 _SERVER = (
     "import socket\ns = socket.create_server(('127.0.0.1', 8080))\nprint('ready', flush=True)\n"
@@ -22,6 +26,7 @@ _SERVER = (
 _CLIENT = "import socket; print(socket.create_connection(('localhost', 8080), 10).recv(100).decode())"
 
 
+@of_processes
 async def test_two_containers_talk_over_localhost(sandbox: Sandbox, rootfs: str) -> None:
     server = await sandbox.containers.add(rootfs=rootfs, argv=["python3", "-u", "-c", _SERVER])
 
@@ -36,6 +41,28 @@ async def test_two_containers_talk_over_localhost(sandbox: Sandbox, rootfs: str)
     assert (await server.wait()).code == 0
 
 
+async def test_the_endings_of_a_container_may_race_with_all_else(
+    sandbox: Sandbox, rootfs: str, programs: Programs
+) -> None:
+    for _ in range(3):
+        added = await sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60))
+        async with anyio.create_task_group() as group:
+            for end in (added.remove, added.remove, added.kill):
+                group.start_soon(end)
+            group.start_soon(sandbox.run, programs.nothing())
+    assert [container.name for container in await sandbox.containers.list()] == ["main"]
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
+
+
+async def test_a_launched_program_that_was_removed_leaves_room_for_the_next(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    async with await sandbox.launch(programs.sleeps(60)):
+        pass
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
+
+
+@of_processes
 async def test_they_share_memory_hostname_and_network_but_not_files(create: Create, rootfs: str) -> None:
     async with create(hostname="pod") as sandbox:
         await sandbox.sh("echo shared > /dev/shm/x; echo own > /tmp/x", check=True)
@@ -50,7 +77,7 @@ async def test_they_share_memory_hostname_and_network_but_not_files(create: Crea
         assert await sandbox.files.read("/tmp/x") == b"own\n"
 
 
-@pytest.mark.needs("shared_pid")
+@pytest.mark.needs("shared_pid", "processes")
 @pytest.mark.parametrize("shared", [False, True])
 async def test_they_see_each_other_when_that_was_asked_for(create: Create, rootfs: str, shared: bool) -> None:
     async with create(share_pid=shared) as sandbox:
@@ -60,7 +87,7 @@ async def test_they_see_each_other_when_that_was_asked_for(create: Create, rootf
         assert ("sleep 4242" in seen.text) is shared
 
 
-@pytest.mark.needs("shared_pid")
+@pytest.mark.needs("shared_pid", "processes")
 async def test_a_shared_view_of_processes_does_not_show_the_hosts_files(
     create: Create, rootfs: str, tmp_path: Path
 ) -> None:
@@ -72,30 +99,35 @@ async def test_a_shared_view_of_processes_does_not_show_the_hosts_files(
         assert b"of the host only" not in done.stdout
 
 
-async def test_exits_are_exact(sandbox: Sandbox, rootfs: str) -> None:
+async def test_exits_are_exact(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
+    for code in (0, 1, 137, 255):
+        end = await (await sandbox.containers.add(rootfs=rootfs, argv=programs.exits(code))).wait()
+        assert (end.code, end.signal, end.reason) == (code, None, "exited")
+    end = await (await sandbox.containers.add(rootfs=rootfs, argv=programs.aborts())).wait()
+    assert (end.code, end.reason != "exited") == (134, True)
+
+
+@of_processes
+async def test_deadly_signals_are_exact(sandbox: Sandbox, rootfs: str) -> None:
     async def add(*argv: str) -> tuple[int, int | None, str]:
         end = await (await sandbox.containers.add(rootfs=rootfs, argv=argv)).wait()
         return end.code, end.signal, end.reason
 
-    assert await add("sh", "-c", "exit 0") == (0, None, "exited")
-    assert await add("sh", "-c", "exit 255") == (255, None, "exited")
     assert await add("sh", "-c", "kill -9 $$") == (137, 9, "signaled")
     assert await add("python3", "-c", "import os; os.abort()") == (134, signal.SIGABRT, "signaled")
 
 
-async def test_memory_of_its_own_is_limited_and_told(create: Create, rootfs: str) -> None:
-    eat = ["python3", "-c", "data = bytearray()\nwhile True: data += bytes(1 << 20)"]
+async def test_memory_of_its_own_is_limited_and_told(create: Create, rootfs: str, programs: Programs) -> None:
     async with create(resources=Resources(memory="512M")) as sandbox:
-        greedy = await sandbox.containers.add(rootfs=rootfs, argv=eat, resources=Resources(memory="64M"))
+        greedy = await sandbox.containers.add(rootfs=rootfs, argv=programs.eats(), resources=Resources(memory="64M"))
         with anyio.fail_after(60):
             end = await greedy.wait()
-        assert (end.reason, end.signal) == ("oom", 9)
-        assert (await sandbox.run(["true"])).exit.oom_kills == 0
+        assert (end.reason, end.code) == ("oom", 137)
+        assert (await sandbox.run(programs.nothing())).exit.oom_kills == 0
 
 
-async def test_logs_keep_both_streams_and_the_last_of_them(sandbox: Sandbox, rootfs: str) -> None:
-    script = "import sys\nfor n in range(300000): print(n)\nprint('error', file=sys.stderr)"
-    noisy = await sandbox.containers.add(rootfs=rootfs, argv=["python3", "-c", script])
+async def test_logs_keep_both_streams_and_the_last_of_them(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
+    noisy = await sandbox.containers.add(rootfs=rootfs, argv=programs.counts(300_000))
     with anyio.fail_after(60):
         assert (await noisy.wait()).code == 0
 
@@ -106,15 +138,15 @@ async def test_logs_keep_both_streams_and_the_last_of_them(sandbox: Sandbox, roo
     assert len(await noisy.logs()) <= 1 << 20
 
 
-async def test_signals_kill_and_remove(sandbox: Sandbox, rootfs: str) -> None:
-    one = await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="one")
+async def test_signals_kill_and_remove(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
+    one = await sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60), name="one")
     assert (await one.status()).state == "running"
     await one.signal(signal.SIGTERM)
     assert (await one.wait()).signal == signal.SIGTERM
     assert (await one.status()).state == "stopped"
     await one.signal(signal.SIGTERM)
 
-    two = await sandbox.containers.add(rootfs=rootfs, argv=["sh", "-c", "trap '' TERM; sleep 60 & sleep 60"])
+    two = await sandbox.containers.add(rootfs=rootfs, argv=programs.stubborn())
     assert (await two.kill()).signal == signal.SIGKILL
     assert (await two.kill()).signal == signal.SIGKILL
     await two.remove()
@@ -127,6 +159,7 @@ async def test_signals_kill_and_remove(sandbox: Sandbox, rootfs: str) -> None:
         await one.status()
 
 
+@of_processes
 async def test_with_its_main_process_everything_in_it_ends(sandbox: Sandbox, rootfs: str) -> None:
     async with sandbox.containers.add(
         rootfs=rootfs, argv=["sh", "-c", "setsid sleep 4242 & echo $!; exit 0"], name="left"
@@ -144,38 +177,60 @@ def _cmdline(pid: str) -> bytes:
         return b""
 
 
-async def test_names_are_unique_and_never_in_the_way(sandbox: Sandbox, rootfs: str) -> None:
-    async with sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="c1"):
+async def test_names_are_unique_and_never_in_the_way(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
+    async with sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60), name="c1"):
         with pytest.raises(AlreadyExistsError):
-            await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="c1")
-        async with sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"]) as unnamed:
+            await sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60), name="c1")
+        async with sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60)) as unnamed:
             assert unnamed.name != "c1"
-    async with sandbox.containers.add(rootfs=rootfs, argv=["true"], name="c1") as again:
+    async with sandbox.containers.add(rootfs=rootfs, argv=programs.nothing(), name="c1") as again:
         assert (await again.wait()).code == 0
 
 
-async def test_the_name_of_the_main_container_is_taken(sandbox: Sandbox, rootfs: str) -> None:
+async def test_the_name_of_the_main_container_is_taken(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
     # Also before `run` has made it.
     with pytest.raises((AlreadyExistsError, InvalidArgumentError)):
-        await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"], name="main")
-    assert (await sandbox.run(["true"])).exit_code == 0
+        await sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60), name="main")
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "a b", "a" * 77])
-async def test_a_name_that_could_be_a_path_is_refused(sandbox: Sandbox, rootfs: str, name: str) -> None:
+async def test_a_name_that_could_be_a_path_is_refused(
+    sandbox: Sandbox, rootfs: str, programs: Programs, name: str
+) -> None:
     with pytest.raises(InvalidArgumentError):
-        await sandbox.containers.add(rootfs=rootfs, argv=["true"], name=name)
+        await sandbox.containers.add(rootfs=rootfs, argv=programs.nothing(), name=name)
 
 
-async def test_a_program_that_cannot_be_started_leaves_nothing(sandbox: Sandbox, rootfs: str) -> None:
+async def test_a_program_that_cannot_be_started_leaves_nothing(
+    sandbox: Sandbox, rootfs: str, programs: Programs
+) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         await sandbox.containers.add(rootfs=rootfs, argv=["/no/such/program"], name="x")
     assert caught.value.exit_code == 127
     assert await sandbox.containers.list() == []
-    async with sandbox.containers.add(rootfs=rootfs, argv=["true"], name="x") as again:
+    async with sandbox.containers.add(rootfs=rootfs, argv=programs.nothing(), name="x") as again:
         assert (await again.wait()).code == 0
 
 
+async def test_environment_and_directory_are_its_own(sandbox: Sandbox, rootfs: str, programs: Programs) -> None:
+    c = await sandbox.containers.add(
+        rootfs=rootfs, argv=programs.variable_and_directory("WORD"), env={"WORD": "x"}, cwd="/tmp"
+    )
+    assert (await c.wait()).code == 0
+
+    assert (await c.logs()).decode().split() == ["x", "/tmp"]
+
+
+async def test_its_directory_is_the_sandboxs_unless_it_has_one(create: Create, rootfs: str, programs: Programs) -> None:
+    async with create(cwd="/tmp") as sandbox:
+        for given, there in ((None, "/tmp"), ("/", "/")):
+            c = await sandbox.containers.add(rootfs=rootfs, argv=programs.variable_and_directory("PATH"), cwd=given)
+            assert (await c.wait()).code == 0
+            assert (await c.logs()).decode().splitlines()[-1] == there
+
+
+@of_processes
 async def test_environment_directory_and_user_are_its_own(sandbox: Sandbox, rootfs: str) -> None:
     c = await sandbox.containers.add(
         rootfs=rootfs,
@@ -190,32 +245,23 @@ async def test_environment_directory_and_user_are_its_own(sandbox: Sandbox, root
 
 
 @pytest.mark.needs("rootfs:dir", "host_mounts")
-async def test_a_root_of_its_own(sandbox: Sandbox, rootfs: str, tmp_path: Path) -> None:
-    if rootfs != "host":
+async def test_a_root_of_its_own(
+    sandbox: Sandbox, programs: Programs, capabilities: Capabilities, rootfs: str, tmp_path: Path
+) -> None:
+    if capabilities.processes and rootfs != "host":
         pytest.skip("the programs of this test come from the host's /usr")
-    _make_root(tmp_path)
+    mounts = programs.make_root(tmp_path)
+    (tmp_path / "mark").write_text("mine")
 
-    c = await sandbox.containers.add(
-        rootfs=tmp_path,
-        argv=["sh", "-c", "cat /mark; echo y > /mark && cat /mark"],
-        mounts=[Mount.bind("/usr", "/usr")],
-    )
+    c = await sandbox.containers.add(rootfs=tmp_path, argv=programs.replaces("/mark", "y"), mounts=mounts)
     assert (await c.wait()).code == 0, await c.logs("stderr")
     assert await c.logs() == b"miney\n"
     assert (tmp_path / "mark").read_text() == "mine"
 
 
-def _make_root(path: Path) -> None:
-    for name in ("bin", "lib", "lib64", "sbin"):
-        if os.path.islink(f"/{name}"):
-            os.symlink(os.readlink(f"/{name}"), path / name)
-    (path / "mark").write_text("mine")
-    (path / "usr").mkdir()
-
-
-async def test_all_end_with_the_sandbox(create: Create, rootfs: str) -> None:
+async def test_all_end_with_the_sandbox(create: Create, rootfs: str, programs: Programs) -> None:
     sandbox = await create()
-    added = [await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"]) for _ in range(3)]
+    added = [await sandbox.containers.add(rootfs=rootfs, argv=programs.sleeps(60)) for _ in range(3)]
     await sandbox.stop(grace=0)
     assert not [status for status in (await sandbox.status()).containers if status.state == "running"]
     await sandbox.remove()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from unisandbox import InvalidArgumentError, ProcessFailedError, Resources, Sandbox
+from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.programs import Programs
 from unisandbox.conformance.waiting import until
 
 pytestmark: pytest.MarkDecorator = pytest.mark.anyio
+of_processes: pytest.MarkDecorator = pytest.mark.needs("processes")
 
 # What a process cannot be ended by: its default is to be ignored or to stop. Source: signal(7).
 _HARMLESS = {signal.SIGCHLD, signal.SIGCONT, signal.SIGURG, signal.SIGWINCH}
@@ -22,13 +26,14 @@ _KILL_ITSELF = "import os, sys; os.kill(os.getpid(), int(sys.argv[1]))"
 _EAT = "data = bytearray()\nwhile True: data += bytes(1 << 20)"
 
 
-async def test_every_exit_code_is_exact(sandbox: Sandbox) -> None:
-    got = [(await sandbox.run(["sh", "-c", f"exit {code}"])).exit for code in range(256)]
+async def test_every_exit_code_is_exact(sandbox: Sandbox, programs: Programs) -> None:
+    got = [(await sandbox.run(programs.exits(code))).exit for code in range(256)]
 
     assert [end.code for end in got] == list(range(256))
     assert {(end.reason, end.signal) for end in got} == {("exited", None)}
 
 
+@of_processes
 async def test_every_deadly_signal_is_exact(sandbox: Sandbox) -> None:
     # The children of one Python are faster than a Python each; each execs into a shell that the signal ends.
     for number in DEADLY:
@@ -38,32 +43,62 @@ async def test_every_deadly_signal_is_exact(sandbox: Sandbox) -> None:
         assert (end.signal, end.code, end.reason) == (number, 128 + number, "signaled"), f"signal {number}"
 
 
-async def test_a_signal_from_outside_is_exact(sandbox: Sandbox) -> None:
+async def test_a_signal_from_outside_is_exact(sandbox: Sandbox, programs: Programs) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGKILL, signal.SIGRTMIN + 2):
-        async with sandbox.exec(["sleep", "60"]) as process:
+        async with sandbox.exec(programs.sleeps(60)) as process:
             await process.signal(number)
             end = await process.wait()
         assert (end.signal, end.code, end.reason) == (int(number), 128 + number, "signaled")
 
 
-async def test_abort_is_a_signal_and_no_code(sandbox: Sandbox) -> None:
-    end = (await sandbox.run(["python3", "-c", "import os; os.abort()"])).exit
+async def test_an_abort_is_no_code(sandbox: Sandbox, programs: Programs, capabilities: Capabilities) -> None:
+    end = (await sandbox.run(programs.aborts())).exit
 
-    assert (end.signal, end.code, end.reason) == (signal.SIGABRT, 134, "signaled")
+    # A process ends by the signal; a guest, which has none, by a trap.
+    how = (signal.SIGABRT, "signaled") if capabilities.processes else (None, "trap")
+    assert (end.signal, end.reason, end.code) == (*how, 134)
 
 
-async def test_a_code_above_128_is_no_signal(sandbox: Sandbox) -> None:
-    end = (await sandbox.run(["sh", "-c", "exit 137"])).exit
+async def test_a_code_above_128_is_no_signal(sandbox: Sandbox, programs: Programs) -> None:
+    end = (await sandbox.run(programs.exits(137))).exit
 
     assert (end.signal, end.code, end.reason) == (None, 137, "exited")
 
 
+async def test_the_time_of_an_end_does_not_depend_on_who_asks_when(sandbox: Sandbox, programs: Programs) -> None:
+    begun = time.time()
+    process = await sandbox.exec(programs.exits(3))
+    async for _ in process:
+        pass  # until nobody can write any more
+    over = time.time()
+    await sandbox.run(programs.sleeps(1.0))
+    end = await process.wait()
+
+    assert end.code == 3
+    assert begun <= end.exited_at < over + 0.9
+
+
+@of_processes
 async def test_a_process_that_kills_itself_was_not_killed_for_memory(sandbox: Sandbox) -> None:
     end = (await sandbox.run(["sh", "-c", "kill -9 $$"])).exit
 
     assert (end.signal, end.reason, end.oom_kills) == (9, "signaled", 0)
 
 
+async def test_memory_is_the_reason_of_an_end_for_it_and_of_no_other(create: Create, programs: Programs) -> None:
+    async with create(resources=Resources(memory="64M")) as sandbox:
+        end = (await sandbox.run(programs.eats(), timeout=60)).exit
+
+        assert (end.code, end.reason) == (137, "oom")
+        # It is not blamed on whoever comes next.
+        assert (await sandbox.run(programs.nothing())).exit.oom_kills == 0
+        later = (await sandbox.run(programs.exits(137))).exit
+        assert (later.reason, later.oom_kills) == ("exited", 0)
+        aborted = (await sandbox.run(programs.aborts())).exit
+        assert (aborted.reason, aborted.oom_kills) != ("oom", 0)
+
+
+@of_processes
 async def test_memory_is_the_reason_when_the_kernel_killed_for_it(create: Create) -> None:
     async with create(resources=Resources(memory="64M")) as sandbox:
         end = (await sandbox.run(["python3", "-c", _EAT], timeout=60)).exit
@@ -77,6 +112,7 @@ async def test_memory_is_the_reason_when_the_kernel_killed_for_it(create: Create
         assert (later.reason, later.oom_kills) == ("signaled", 0)
 
 
+@of_processes
 async def test_a_child_killed_for_memory_is_counted_but_is_no_reason(create: Create) -> None:
     script = 'import subprocess, sys\nsubprocess.run([sys.executable, "-c", sys.argv[1]])\nsys.exit(3)'
     async with create(resources=Resources(memory="64M")) as sandbox:
@@ -86,6 +122,7 @@ async def test_a_child_killed_for_memory_is_counted_but_is_no_reason(create: Cre
         assert end.oom_kills >= 1
 
 
+@of_processes
 async def test_what_we_killed_was_not_killed_for_memory(create: Create) -> None:
     # A child of it was killed for memory before we killed the process itself: the counter alone would mislead.
     script = (
@@ -101,6 +138,7 @@ async def test_what_we_killed_was_not_killed_for_memory(create: Create) -> None:
         assert end.oom_kills >= 1
 
 
+@of_processes
 async def test_what_a_run_leaves_in_the_background_goes_on(sandbox: Sandbox) -> None:
     script = "(while [ ! -e /tmp/go ]; do sleep 0.01; done; echo done > /tmp/done) & echo started"
 
@@ -111,6 +149,18 @@ async def test_what_a_run_leaves_in_the_background_goes_on(sandbox: Sandbox) -> 
     await until(lambda: sandbox.files.exists("/tmp/done"), "the background process has done its work")
 
 
+async def test_a_timeout_ends_the_run_and_only_that(sandbox: Sandbox, programs: Programs) -> None:
+    async with sandbox.exec(programs.copies(), stdin="pipe") as other:
+        with pytest.raises(Exception, match="did not end within") as caught:
+            await sandbox.run(programs.announces("so far"), timeout=0.5)
+
+        assert caught.value.completed.stdout == b"so far\n"  # type: ignore[attr-defined]
+        assert caught.value.completed.exit.signal == 9  # type: ignore[attr-defined]
+        await other.stdin.send(b"alive")
+        assert await other.stdout.receive() == b"alive"
+
+
+@of_processes
 async def test_a_timeout_ends_all_that_the_run_started_and_only_that(sandbox: Sandbox) -> None:
     async with sandbox.exec(["sleep", "60"]) as other:
         with pytest.raises(Exception, match="did not end within") as caught:
@@ -125,9 +175,9 @@ async def test_a_timeout_ends_all_that_the_run_started_and_only_that(sandbox: Sa
         assert other.exit is None
 
 
-async def test_check_raises_with_all_that_there_was(sandbox: Sandbox) -> None:
+async def test_check_raises_with_all_that_there_was(sandbox: Sandbox, programs: Programs) -> None:
     with pytest.raises(ProcessFailedError) as caught:
-        await sandbox.sh("echo out; echo err >&2; exit 7", check=True)
+        await sandbox.run(programs.says(("stdout", "out\n"), ("stderr", "err\n"), code=7), check=True)
 
     assert caught.value.completed.exit_code == 7
     assert caught.value.completed.stdout == b"out\n"
@@ -141,25 +191,32 @@ async def test_check_raises_with_all_that_there_was(sandbox: Sandbox) -> None:
         (["no-such-program"], None, 127),
         (["/usr"], None, 126),
         (["/etc/passwd"], None, 126),
-        (["true"], "/no/such/directory", 126),
+        ([], "/no/such/directory", 126),
     ],
 )
 async def test_a_program_that_cannot_be_started_says_why(
-    sandbox: Sandbox, argv: list[str], cwd: str | None, code: int
+    sandbox: Sandbox, programs: Programs, argv: list[str], cwd: str | None, code: int
 ) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        await sandbox.run(argv, cwd=cwd)
+        await sandbox.run(argv or programs.nothing(), cwd=cwd)
 
     assert caught.value.exit_code == code
     assert (cwd or argv[0]) in str(caught.value)
-    assert (await sandbox.run(["true"])).exit_code == 0
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
 
 
-async def test_the_end_can_be_asked_for_again_and_by_many(sandbox: Sandbox) -> None:
+async def test_arguments_and_directory_arrive_as_they_are(sandbox: Sandbox, programs: Programs) -> None:
+    words = ["", "a b", "-n", "grüße", "line\n", "$HOME", "*", "'\"\\", "x" * 4000]
+
+    assert (await sandbox.run(programs.arguments(*words))).text.split("\0") == [*words, ""]
+    assert (await sandbox.run(programs.directory(), cwd="/tmp")).text == "/tmp\n"
+
+
+async def test_the_end_can_be_asked_for_again_and_by_many(sandbox: Sandbox, programs: Programs) -> None:
     import anyio
 
     ends = []
-    async with sandbox.exec(["sh", "-c", "read line; exit 42"], stdin="pipe") as process:
+    async with sandbox.exec(programs.asks(42), stdin="pipe") as process:
 
         async def wait() -> None:
             ends.append(await process.wait())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import anyio
 import pytest
@@ -19,9 +20,13 @@ from unisandbox import (
     Sandbox,
     SandboxError,
 )
+from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.programs import Programs
 
 pytestmark: list[pytest.MarkDecorator] = [pytest.mark.anyio, pytest.mark.needs("files")]
+
+of_processes: pytest.MarkDecorator = pytest.mark.needs("processes")
 
 # Of the host, and nothing that a sandbox could have.
 SECRET = b"of the host only"
@@ -45,15 +50,38 @@ def secret(tmp_path: Path) -> Path:
     return path
 
 
-async def test_what_is_written_is_read_back_here_and_there(sandbox: Sandbox) -> None:
+class Link(Protocol):
+    """Makes a symbolic link in a sandbox, as whoever is inside would, in the place of one that is there."""
+
+    async def __call__(self, target: str, path: str) -> None: ...
+
+
+@pytest.fixture
+def link(sandbox: Sandbox, capabilities: Capabilities, tmp_path_factory: pytest.TempPathFactory) -> Link:
+    """By a program inside, or by upload: WASI refuses to make absolute links, which are the worse ones."""
+    place = tmp_path_factory.mktemp("links")
+
+    async def by_program(target: str, path: str) -> None:
+        await sandbox.run(["ln", "-sfn", target, path], check=True)
+
+    async def by_upload(target: str, path: str) -> None:
+        local = place / "link"
+        local.unlink(missing_ok=True)
+        local.symlink_to(target)
+        await sandbox.files.upload(local, path)
+
+    return by_program if capabilities.processes else by_upload
+
+
+async def test_what_is_written_is_read_back_here_and_there(sandbox: Sandbox, programs: Programs) -> None:
     data = bytes(range(256)) * 8192
     await sandbox.files.write("/tmp/a", data)
     await sandbox.files.write("/tmp/text", "grüße")
 
     assert await sandbox.files.read("/tmp/a") == data
-    assert (await sandbox.run(["cat", "/tmp/a"])).stdout == data
-    assert (await sandbox.run(["cat", "/tmp/text"])).text == "grüße"
-    await sandbox.sh("echo inside > /tmp/b")
+    assert (await sandbox.run(programs.shows("/tmp/a"))).stdout == data
+    assert (await sandbox.run(programs.shows("/tmp/text"))).text == "grüße"
+    await sandbox.run(programs.stores("/tmp/b", "inside"), check=True)
     assert await sandbox.files.read("/tmp/b") == b"inside\n"
 
 
@@ -68,6 +96,7 @@ async def test_nothing_needs_to_run(sandbox: Sandbox) -> None:
     assert (await sandbox.status()).containers == ()
 
 
+@of_processes
 async def test_owners_and_modes_are_those_of_inside(sandbox: Sandbox) -> None:
     await sandbox.files.write("/tmp/made", b"", mode=0o640)
     await sandbox.files.mkdir("/tmp/dir", mode=0o700)
@@ -80,6 +109,7 @@ async def test_owners_and_modes_are_those_of_inside(sandbox: Sandbox) -> None:
     assert (info.uid, info.gid, info.mode, info.size, info.kind, info.name) == (1000, 1001, 0o604, 11, "file", "his")
 
 
+@of_processes
 async def test_listing_says_what_is_there(sandbox: Sandbox) -> None:
     await sandbox.sh("cd /tmp; mkdir d; mkfifo p; ln -s /etc/passwd l; echo 12345 > f; python3 -c 'import socket; "
                      "socket.socket(socket.AF_UNIX).bind(\"/tmp/s\")'", check=True)  # fmt: skip
@@ -101,34 +131,44 @@ async def test_listing_says_what_is_there(sandbox: Sandbox) -> None:
     }
 
 
-async def test_a_directory_that_changes_can_be_listed(sandbox: Sandbox, count: Callable[[int], int]) -> None:
-    script = (
-        "import os\nprint('go', flush=True)\n"
-        "while True:\n for n in range(50): os.close(os.open(f'/tmp/x{n}', os.O_CREAT))\n"
-        " for n in range(50): os.unlink(f'/tmp/x{n}')"
-    )
-    async with sandbox.exec(["python3", "-c", script]) as process:
+async def test_listing_tells_files_directories_and_links_apart(
+    sandbox: Sandbox, programs: Programs, link: Link
+) -> None:
+    await sandbox.files.mkdir("/tmp/d")
+    await sandbox.run(programs.stores("/tmp/f", "12345"), check=True)
+    await link("/etc/passwd", "/tmp/l")
+
+    found = {info.name: info for info in await sandbox.files.list("/tmp")}
+
+    assert {name: info.kind for name, info in found.items()} == {"d": "directory", "l": "symlink", "f": "file"}
+    assert (found["l"].target, found["f"].size) == ("/etc/passwd", 6)
+
+
+async def test_a_directory_that_changes_can_be_listed(
+    sandbox: Sandbox, programs: Programs, count: Callable[[int], int]
+) -> None:
+    async with sandbox.exec(programs.churns("/tmp")) as process:
         await process.stdout.receive()
         for _ in range(count(2000)):
             assert all(info.name.startswith("x") for info in await sandbox.files.list("/tmp"))
 
 
-@pytest.mark.parametrize("link", ["/tmp/l", "/tmp/dir/l", "/home/l"])
-async def test_no_link_leads_out(sandbox: Sandbox, secret: Path, link: str) -> None:
+@pytest.mark.parametrize("path", ["/tmp/l", "/tmp/dir/l", "/home/l"])
+async def test_no_link_leads_out(sandbox: Sandbox, secret: Path, link: Link, path: str) -> None:
     files = sandbox.files
     await files.mkdir("/tmp/dir")
     for target in (str(secret), "../" * 40 + str(secret)[1:], f"/proc/self/root{secret}", f"/proc/1/root{secret}"):
-        await sandbox.run(["ln", "-sfn", target, link], check=True)
+        await link(target, path)
         with pytest.raises(SandboxError):
-            await files.read(link)
+            await files.read(path)
         # A link in the last place is replaced, not followed.
-        await files.write(link, b"mine")
+        await files.write(path, b"mine")
         assert content(secret) == SECRET
-        assert await files.read(link) == b"mine"
-        await files.remove(link)
+        assert await files.read(path) == b"mine"
+        await files.remove(path)
 
 
-async def test_no_link_on_the_way_leads_out(sandbox: Sandbox, secret: Path) -> None:
+async def test_no_link_on_the_way_leads_out(sandbox: Sandbox, secret: Path, link: Link) -> None:
     files = sandbox.files
     for target in (
         str(secret.parent),
@@ -136,7 +176,7 @@ async def test_no_link_on_the_way_leads_out(sandbox: Sandbox, secret: Path) -> N
         f"/proc/1/root{secret.parent}",
         "/proc/1/cwd",
     ):
-        await sandbox.run(["ln", "-sfn", target, "/tmp/way"], check=True)
+        await link(target, "/tmp/way")
         for attempt in (
             lambda: files.read("/tmp/way/secret"),
             lambda: files.write("/tmp/way/secret", b"overwritten"),
@@ -159,22 +199,24 @@ async def test_dots_do_not_lead_out(sandbox: Sandbox, secret: Path) -> None:
             await sandbox.files.read(path)
 
 
-async def test_links_inside_are_followed_inside(sandbox: Sandbox) -> None:
-    await sandbox.sh("echo here > /tmp/t; ln -s /tmp/t /tmp/absolute; ln -s ../tmp/t /tmp/relative", check=True)
+async def test_links_inside_are_followed_inside(sandbox: Sandbox, programs: Programs, link: Link) -> None:
+    await sandbox.run(programs.stores("/tmp/t", "here"), check=True)
+    await link("/tmp/t", "/tmp/absolute")
+    await link("../tmp/t", "/tmp/relative")
 
     assert await sandbox.files.read("/tmp/absolute") == b"here\n"
     assert await sandbox.files.read("/tmp/relative") == b"here\n"
 
 
-async def test_no_race_of_a_link_leads_out(sandbox: Sandbox, secret: Path, count: Callable[[int], int]) -> None:
+async def test_no_race_of_a_link_leads_out(
+    sandbox: Sandbox, programs: Programs, secret: Path, link: Link, count: Callable[[int], int]
+) -> None:
     # The attacker swaps a directory for a link to the host's directory, as quickly as he can.
-    script = (
-        "import os, sys\nos.mkdir('/tmp/good'); open('/tmp/good/secret', 'w').write('inside')\n"
-        f"os.symlink({str(secret.parent)!r}, '/tmp/bad')\n"
-        "os.symlink('/tmp/good', '/tmp/way')\nprint('go', flush=True)\n"
-        "while True:\n for t in ('bad', 'good'): os.symlink('/tmp/' + t, '/tmp/n'); os.rename('/tmp/n', '/tmp/way')"
-    )
-    async with sandbox.exec(["python3", "-c", script]) as process:
+    await sandbox.files.mkdir("/tmp/good")
+    await sandbox.files.write("/tmp/good/secret", b"inside")
+    await link(str(secret.parent), "/tmp/bad")
+    await link("good", "/tmp/way")
+    async with sandbox.exec(programs.swaps("bad", "good", "/tmp/way")) as process:
         await process.stdout.receive()
         for _ in range(count(2000)):
             try:
@@ -184,6 +226,15 @@ async def test_no_race_of_a_link_leads_out(sandbox: Sandbox, secret: Path, count
     assert content(secret) == SECRET
 
 
+async def test_a_directory_is_no_file(sandbox: Sandbox) -> None:
+    await sandbox.files.mkdir("/tmp/dir")
+    with pytest.raises(InvalidArgumentError):
+        await sandbox.files.read("/tmp/dir")
+    with pytest.raises(InvalidArgumentError):
+        await sandbox.files.write("/tmp/dir", b"")
+
+
+@of_processes
 async def test_what_is_no_file_is_refused_and_does_not_hang(sandbox: Sandbox) -> None:
     await sandbox.sh("mkfifo /tmp/fifo; mkdir /tmp/dir", check=True)
     with anyio.fail_after(20):
@@ -231,15 +282,11 @@ async def test_every_name_that_the_kernel_takes_can_be_used(sandbox: Sandbox, na
 
 
 async def test_a_reader_sees_the_old_or_the_new_and_nothing_between(
-    sandbox: Sandbox, count: Callable[[int], int]
+    sandbox: Sandbox, programs: Programs, count: Callable[[int], int]
 ) -> None:
     size = 3 << 20
-    script = (
-        "import sys\nprint('go', flush=True)\n"
-        f"while True:\n d = open('/tmp/f', 'rb').read()\n if len(d) != {size} or d.count(d[:1]) != len(d): sys.exit(1)"
-    )
     await sandbox.files.write("/tmp/f", b"0" * size)
-    async with sandbox.exec(["python3", "-c", script]) as process:
+    async with sandbox.exec(programs.finds_whole("/tmp/f", size)) as process:
         assert await process.stdout.receive() == b"go\n"
         for number in range(count(200)):
             await sandbox.files.write("/tmp/f", b"%d" % (number % 10) * size)
@@ -260,14 +307,14 @@ async def test_a_write_that_finds_no_room_leaves_the_old_file(create: Create) ->
         await sandbox.files.write("/tmp/g", bytes(1 << 20))
 
 
-async def test_a_read_is_bounded(sandbox: Sandbox) -> None:
+async def test_a_read_is_bounded(sandbox: Sandbox, programs: Programs) -> None:
     await sandbox.files.write("/tmp/f", bytes(1000))
 
     assert len(await sandbox.files.read("/tmp/f", limit=1000)) == 1000
     with pytest.raises(InvalidArgumentError):
         await sandbox.files.read("/tmp/f", limit=999)
     # A file that pretends to be small, and one that grows for ever.
-    await sandbox.sh("truncate -s 1P /tmp/big || truncate -s 1T /tmp/big || truncate -s 1G /tmp/big")
+    await sandbox.run(programs.pretends("/tmp/big"), check=True)
     with pytest.raises(InvalidArgumentError), anyio.fail_after(20):
         await sandbox.files.read("/tmp/big", limit=1 << 20)
 
@@ -292,36 +339,42 @@ async def test_directories_are_made_moved_and_removed(sandbox: Sandbox) -> None:
         await files.mkdir("/tmp/file/below")
 
 
-async def test_removing_a_link_leaves_what_it_points_to(sandbox: Sandbox) -> None:
-    await sandbox.sh("mkdir /tmp/d; echo x > /tmp/d/f; ln -s /tmp/d /tmp/l; mkdir /tmp/e; ln -s /tmp/d /tmp/e/l")
+async def test_removing_a_link_leaves_what_it_points_to(sandbox: Sandbox, link: Link) -> None:
+    for directory in ("/tmp/d", "/tmp/e"):
+        await sandbox.files.mkdir(directory)
+    await sandbox.files.write("/tmp/d/f", b"x\n")
+    for path in ("/tmp/l", "/tmp/e/l"):
+        await link("/tmp/d", path)
     await sandbox.files.remove("/tmp/l", recursive=True)
     await sandbox.files.remove("/tmp/e", recursive=True)
 
     assert await sandbox.files.read("/tmp/d/f") == b"x\n"
 
 
-async def test_a_tree_deeper_than_any_stack_can_be_removed(sandbox: Sandbox) -> None:
+async def test_a_tree_deeper_than_any_stack_can_be_removed(sandbox: Sandbox, programs: Programs) -> None:
     # 3,000 levels: more than Python recurses, more than a path may be long.
-    script = "import os\nos.chdir('/tmp')\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')"
-    await sandbox.run(["python3", "-c", script], check=True)
+    await sandbox.run(programs.nests("/tmp", 3000), check=True)
 
     await sandbox.files.remove("/tmp/d", recursive=True)
 
     assert await sandbox.files.list("/tmp") == []
 
 
-async def test_a_tree_goes_in_and_comes_out_the_same(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_tree_goes_in_and_comes_out_the_same(
+    sandbox: Sandbox, programs: Programs, capabilities: Capabilities, tmp_path: Path
+) -> None:
     source = tmp_path / "source"
     (source / "sub" / "empty").mkdir(parents=True)
-    (source / "program").write_text("#!/bin/sh\necho ran\n")
-    (source / "program").chmod(0o755)
+    (source / "out").write_bytes(programs.program())
+    (source / "out").chmod(0o755)
     (source / "sub" / "data").write_bytes(bytes(range(256)) * 10000)
     (source / "link").symlink_to("sub/data")
     (source / "dangling").symlink_to("/nowhere/at/all")
 
     await sandbox.files.upload(source, "/tmp/tree")
-    assert (await sandbox.run(["/tmp/tree/program"])).stdout == b"ran\n"
-    assert (await sandbox.sh("find /tmp/tree ! -user 0")).stdout == b""
+    assert (await sandbox.run(["/tmp/tree/out", "ran\n"])).stdout == b"ran\n"
+    if capabilities.processes:
+        assert (await sandbox.sh("find /tmp/tree ! -user 0")).stdout == b""
     await sandbox.files.download("/tmp/tree", tmp_path / "back")
 
     def shape(root: Path) -> dict[str, object]:
@@ -335,19 +388,25 @@ async def test_a_tree_goes_in_and_comes_out_the_same(sandbox: Sandbox, tmp_path:
     assert shape(tmp_path / "back") == shape(source)
 
 
-async def test_a_download_follows_no_link_of_the_sandbox(sandbox: Sandbox, tmp_path: Path) -> None:
+async def test_a_download_follows_no_link_of_the_sandbox(
+    sandbox: Sandbox, programs: Programs, link: Link, tmp_path: Path
+) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "file").write_bytes(SECRET)
     out = tmp_path / "out"
-    await sandbox.run(["mkdir", "/tmp/tree"], check=True)
-    await sandbox.run(["ln", "-s", str(victim), "/tmp/tree/d"], check=True)
-    await sandbox.run(["ln", "-s", str(victim / "file"), "/tmp/tree/f"], check=True)
+    await sandbox.files.mkdir("/tmp/tree")
+    await link(str(victim), "/tmp/tree/d")
+    await link(str(victim / "file"), "/tmp/tree/f")
 
     await sandbox.files.download("/tmp/tree", out)
     assert os.readlink(out / "d") == str(victim)
     # Now the link of the first download is where the second one would write through.
-    await sandbox.sh("cd /tmp/tree; rm d f; mkdir d; echo overwritten > d/file; echo overwritten > f", check=True)
+    for path in ("/tmp/tree/d", "/tmp/tree/f"):
+        await sandbox.files.remove(path)
+    await sandbox.files.mkdir("/tmp/tree/d")
+    for path in ("/tmp/tree/d/file", "/tmp/tree/f"):
+        await sandbox.run(programs.stores(path, "overwritten"), check=True)
     try:
         await sandbox.files.download("/tmp/tree", out)
     except SandboxError:
@@ -359,6 +418,7 @@ async def test_a_download_follows_no_link_of_the_sandbox(sandbox: Sandbox, tmp_p
     assert names(victim) == ["file"]
 
 
+@of_processes
 async def test_a_download_of_devices_and_fifos_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
     await sandbox.sh("mkdir /tmp/t; mkfifo /tmp/t/p", check=True)
     with pytest.raises(InvalidArgumentError), anyio.fail_after(20):

@@ -14,9 +14,11 @@ import anyio
 import pytest
 
 from unisandbox import Engine, Sandbox
+from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.inventory import Inventory, settle
-from unisandbox.conformance.selection import Candidate
+from unisandbox.conformance.programs import Programs
+from unisandbox.conformance.selection import Candidate, options, options_in_source
 
 # Kinds of what may differ while an engine is open: its keeper, its socket, its directories.
 _OPEN = (
@@ -30,22 +32,24 @@ _OPEN = (
 
 @pytest.mark.anyio
 async def test_an_open_engine_changes_nothing_of_the_process(
-    anyio_backend: str, backend: Candidate, rootfs: str
+    anyio_backend: str, backend: Candidate, rootfs: str, programs: Programs, capabilities: Capabilities
 ) -> None:
     before = Inventory.take()
-    async with Engine.open() as engine, engine.create(isolation=backend.name, rootfs=rootfs) as sandbox:
-        await sandbox.run(["true"])
-        async with sandbox.exec(["cat"], stdin="pipe"):
+    async with Engine.open() as engine, engine.create(**options(backend, rootfs)) as sandbox:
+        await sandbox.run(programs.nothing())
+        async with sandbox.exec(programs.copies(), stdin="pipe"):
             changes = before.diff(Inventory.take())
 
-    assert [change for change in changes if not change.startswith(_OPEN)] == []
+    # What runs, and is no process, is a thread.
+    running = _OPEN if capabilities.processes else (*_OPEN, "left behind: thread")
+    assert [change for change in changes if not change.startswith(running)] == []
     assert settle(before) == []
 
 
 @pytest.mark.anyio
-async def test_children_of_the_host_process_stay_its_own(sandbox: Sandbox) -> None:
+async def test_children_of_the_host_process_stay_its_own(sandbox: Sandbox, programs: Programs) -> None:
     child = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])  # noqa: ASYNC220
-    done = await sandbox.run(["sh", "-c", "exit 3"])
+    done = await sandbox.run(programs.exits(3))
 
     assert done.exit_code == 3
     # Nobody else has reaped it.
@@ -54,8 +58,8 @@ async def test_children_of_the_host_process_stay_its_own(sandbox: Sandbox) -> No
 
 
 @pytest.mark.anyio
-async def test_a_child_of_the_host_process_inherits_nothing(sandbox: Sandbox) -> None:
-    async with sandbox.exec(["cat"], stdin="pipe"):
+async def test_a_child_of_the_host_process_inherits_nothing(sandbox: Sandbox, programs: Programs) -> None:
+    async with sandbox.exec(programs.copies(), stdin="pipe"):
         listing = subprocess.run(  # noqa: ASYNC221
             ["ls", "/proc/self/fd"],
             stdin=subprocess.DEVNULL,
@@ -78,14 +82,14 @@ def _inheritable(fd: int) -> bool:
 
 
 @pytest.mark.anyio
-async def test_create_in_one_task_and_remove_in_another(create: Create) -> None:
+async def test_create_in_one_task_and_remove_in_another(create: Create, programs: Programs) -> None:
     made: list[Sandbox] = []
 
     async def first() -> None:
         made.append(await create())
 
     async def second() -> None:
-        assert (await made[0].run(["true"])).exit_code == 0
+        assert (await made[0].run(programs.nothing())).exit_code == 0
         await made[0].remove()
 
     for step in (first, second):
@@ -93,10 +97,12 @@ async def test_create_in_one_task_and_remove_in_another(create: Create) -> None:
             group.start_soon(step)
 
 
-def test_two_event_loops_in_a_row_each_have_their_own_engine(backend: Candidate, rootfs: str) -> None:
+def test_two_event_loops_in_a_row_each_have_their_own_engine(
+    backend: Candidate, rootfs: str, programs: Programs
+) -> None:
     async def one() -> str:
-        async with Sandbox.create(isolation=backend.name, rootfs=rootfs) as sandbox:
-            return (await sandbox.run(["echo", "x"])).text
+        async with Sandbox.create(**options(backend, rootfs)) as sandbox:
+            return (await sandbox.run(programs.echo("x"))).text
 
     before = Inventory.take()
     assert [asyncio.run(one()) for _ in range(2)] == ["x\n", "x\n"]
@@ -104,10 +110,12 @@ def test_two_event_loops_in_a_row_each_have_their_own_engine(backend: Candidate,
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-def test_a_loop_that_ends_takes_what_was_not_removed(backend: Candidate, rootfs: str, loop: str) -> None:
+def test_a_loop_that_ends_takes_what_was_not_removed(
+    backend: Candidate, rootfs: str, programs: Programs, loop: str
+) -> None:
     async def forget() -> None:
-        sandbox = await Sandbox.create(isolation=backend.name, rootfs=rootfs)
-        process = await sandbox.exec(["sleep", "600"])
+        sandbox = await Sandbox.create(**options(backend, rootfs))
+        process = await sandbox.exec(programs.sleeps(600))
         assert process.exit is None
 
     before = Inventory.take()
@@ -116,10 +124,12 @@ def test_a_loop_that_ends_takes_what_was_not_removed(backend: Candidate, rootfs:
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-def test_a_loop_that_ends_by_an_error_takes_what_was_not_removed(backend: Candidate, rootfs: str, loop: str) -> None:
+def test_a_loop_that_ends_by_an_error_takes_what_was_not_removed(
+    backend: Candidate, rootfs: str, programs: Programs, loop: str
+) -> None:
     async def fail() -> None:
-        sandbox = await Sandbox.create(isolation=backend.name, rootfs=rootfs)
-        await sandbox.exec(["sleep", "600"])
+        sandbox = await Sandbox.create(**options(backend, rootfs))
+        await sandbox.exec(programs.sleeps(600))
         raise ZeroDivisionError
 
     before = Inventory.take()
@@ -128,15 +138,15 @@ def test_a_loop_that_ends_by_an_error_takes_what_was_not_removed(backend: Candid
     assert settle(before) == []
 
 
-def test_inside_a_running_loop_as_in_a_notebook(backend: Candidate, rootfs: str) -> None:
+def test_inside_a_running_loop_as_in_a_notebook(backend: Candidate, rootfs: str, programs: Programs) -> None:
     """A notebook's loop runs for ever; each cell is a task of its own."""
     found: list[Sandbox] = []
 
     async def cell_1() -> None:
-        found.append(await Sandbox.create(isolation=backend.name, rootfs=rootfs))
+        found.append(await Sandbox.create(**options(backend, rootfs)))
 
     async def cell_2() -> None:
-        assert (await found[0].run(["echo", "x"])).text == "x\n"
+        assert (await found[0].run(programs.echo("x"))).text == "x\n"
 
     async def cell_3() -> None:
         await found[0].remove()
@@ -155,13 +165,16 @@ def test_inside_a_running_loop_as_in_a_notebook(backend: Candidate, rootfs: str)
 _PROGRAM = """
     import os, signal, subprocess, sys
     import anyio
-    from unisandbox import Engine, Sandbox
+    from unisandbox import Engine, Sandbox, Security
 
     async def main():
-        async with Sandbox.create(isolation={name!r}, rootfs={rootfs!r}) as sb:
-            assert (await sb.run(["sh", "-c", "exit 7"])).exit_code == 7
-            assert (await sb.run(["sh", "-c", "kill -9 $$"])).exit.signal == 9
-            await sb.exec(["sleep", "600"])
+        async with Sandbox.create({options}) as sb:
+            assert (await sb.run({exits})).exit_code == 7
+            if {processes}:
+                assert (await sb.run(["sh", "-c", "kill -9 $$"])).exit.signal == 9
+            process = await sb.exec({sleeps})
+            assert (await process.kill()).signal == 9
+            await sb.exec({sleeps})
         print("pid", os.getpid())
 
     anyio.run(main, backend={loop!r})
@@ -172,9 +185,23 @@ _PROGRAM = """
 @pytest.mark.root
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a pid namespace is made")
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
-def test_the_host_process_may_be_pid_1(backend: Candidate, rootfs: str, loop: str, tmp_path: Path) -> None:
+def test_the_host_process_may_be_pid_1(
+    backend: Candidate,
+    rootfs: str,
+    programs: Programs,
+    capabilities: Capabilities,
+    loop: str,
+    tmp_path: Path,
+) -> None:
+    source = _PROGRAM.format(
+        options=options_in_source(backend, rootfs),
+        loop=loop,
+        exits=programs.exits(7),
+        sleeps=programs.sleeps(600),
+        processes=capabilities.processes,
+    )
     program = tmp_path / "program.py"
-    program.write_text(textwrap.dedent(_PROGRAM.format(name=backend.name, rootfs=rootfs, loop=loop)))
+    program.write_text(textwrap.dedent(source))
 
     done = subprocess.run(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, str(program)],
@@ -190,7 +217,7 @@ def test_the_host_process_may_be_pid_1(backend: Candidate, rootfs: str, loop: st
 @pytest.mark.parametrize("end", ["exit", "kill", "exception", "exit in a fork"])
 @pytest.mark.parametrize("loop", ["asyncio", "trio"])
 def test_however_the_host_process_ends_nothing_is_left(
-    backend: Candidate, rootfs: str, loop: str, end: str, tmp_path: Path
+    backend: Candidate, rootfs: str, programs: Programs, loop: str, end: str, tmp_path: Path
 ) -> None:
     ends = {
         "exit": "os._exit(5)",
@@ -202,12 +229,12 @@ def test_however_the_host_process_ends_nothing_is_left(
     source = f"""
         import os, sys
         import anyio
-        from unisandbox import Engine
+        from unisandbox import Engine, Security
 
         async def main():
             engine = await Engine.open()
-            sb = await engine.create(isolation={backend.name!r}, rootfs={rootfs!r})
-            await sb.exec(["sh", "-c", "trap '' TERM; sleep 600 & sleep 600"])
+            sb = await engine.create({options_in_source(backend, rootfs)})
+            await sb.exec({programs.stubborn()})
             print("ready", flush=True)
             {ends[end]}
 

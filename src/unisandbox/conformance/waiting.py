@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import anyio
 import pytest
 
 from unisandbox import Process
+from unisandbox.api import Exit
+
+# Linux 6.15 tells the end of a process whose parent is gone to whoever holds its pidfd (PIDFD_INFO_EXIT).
+_ENDS_STAY_READABLE: Final = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (6, 15)
+
+
+def killed(end: Exit) -> bool:
+    """Whether this is the end of a process that another one has killed, with all around it: exact where it can be."""
+    return end.signal == 9 or (end.reason == "lost" and not _ENDS_STAY_READABLE)
 
 
 async def until(ready: Callable[[], Awaitable[bool]], what: str, timeout: float = 20.0) -> None:

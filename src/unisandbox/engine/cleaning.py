@@ -1,4 +1,4 @@
-"""Cleaning that must not be lost: what a cancellation cuts is finished by the engine's next call.
+"""Cleaning that must not be lost: what a cancellation cuts is finished by the next call that concerns the same thing.
 
 A shield holds off anyio's cancellation, but not a second `task.cancel()` of asyncio, nor the end of the event loop. So
 an action is remembered before it begins, and forgotten when it is done. Actions may be run again from any point.
@@ -20,7 +20,7 @@ CLEANING_SECONDS: Final = 10.0
 
 
 class Cleaning:
-    """The unfinished actions of one engine."""
+    """The unfinished actions of one sandbox: what is stuck there is nobody else's business."""
 
     def __init__(self) -> None:
         self._pending: list[Action] = []
@@ -28,7 +28,22 @@ class Cleaning:
     async def run(self, action: Action, *, seconds: float = CLEANING_SECONDS) -> bool:
         """Run an action that may be repeated, shielded, for at most `seconds`; whether it was finished."""
         self._pending.append(action)
-        with anyio.CancelScope(shield=True), anyio.move_on_after(seconds) as scope:
+        return await self._attempt(action, seconds, shield=True)
+
+    async def catch_up(self, *, seconds: float = CLEANING_SECONDS) -> None:
+        """Try once to finish what was cut. Costs nothing when nothing was; may be cancelled.
+
+        Args:
+            seconds: for each action; one that takes longer is left for another time.
+        """
+        for action in reversed(self._pending.copy()):
+            try:
+                await self._attempt(action, seconds, shield=False)
+            except SandboxError:
+                continue  # its own caller was told what matters; see `_attempt`
+
+    async def _attempt(self, action: Action, seconds: float, *, shield: bool) -> bool:
+        with anyio.move_on_after(seconds, shield=shield) as scope:
             try:
                 await action()
             except SandboxError:
@@ -37,15 +52,6 @@ class Cleaning:
                 raise
             self._forget(action)
         return not scope.cancelled_caught
-
-    async def catch_up(self) -> None:
-        """Finish what was cut. Costs nothing when nothing was."""
-        while self._pending:
-            action = self._pending.pop()
-            try:
-                await self.run(action)
-            except SandboxError:
-                continue  # its own caller was told what matters; see above
 
     def _forget(self, action: Action) -> None:
         if action in self._pending:

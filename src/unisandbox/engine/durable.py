@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from typing import Final
+
+from unisandbox.host.boundary import reached
 
 TEMPORARY: Final = ".tmp"
 """How the names of temporary files end; what a killed writer has left is recognised by it."""
@@ -28,6 +29,13 @@ class TooLargeError(Exception):
     """The file is larger than anything that we write."""
 
 
+def checksum(text: str) -> str:
+    """By which is seen whether a file is whole: SHA-256, in hex."""
+    import hashlib  # see `api.names.short_name`
+
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def replace(path: str, data: bytes, *, durable: bool) -> None:
     """Make this the content of the file, whether it is there or not. Its directory is made when it is missing.
 
@@ -35,11 +43,13 @@ def replace(path: str, data: bytes, *, durable: bool) -> None:
         OSError: the old content is still there, unless it was the disk's word (fsync) that failed at the end.
     """
     temporary = _written(path, data, durable=durable)
+    reached("before file.rename", path)
     try:
         os.rename(temporary, path)
     except BaseException:
         _discard(temporary)
         raise
+    reached("after file.rename", path)
     _sync(os.path.dirname(path), durable=durable)
 
 
@@ -51,8 +61,10 @@ def create(path: str, data: bytes, *, durable: bool, at: int) -> bool:
         at: nanoseconds since the epoch, kept as the file's time of change.
     """
     temporary = _written(path, data, durable=durable, at=at)
+    reached("before file.link", path)
     try:
         os.link(temporary, path)
+        reached("after file.link", path)
     except FileExistsError:
         return False
     finally:
@@ -63,10 +75,12 @@ def create(path: str, data: bytes, *, durable: bool, at: int) -> bool:
 
 def remove(path: str, *, durable: bool) -> None:
     """Remove the file; missing is fine."""
+    reached("before file.unlink", path)
     try:
         os.unlink(path)
     except FileNotFoundError:
         return
+    reached("after file.unlink", path)
     _sync(os.path.dirname(path), durable=durable)
 
 
@@ -119,8 +133,10 @@ def set_aside(path: str, directory: str, *, of: tuple[int, int] | None, durable:
         if not stat.S_ISDIR(os.lstat(directory).st_mode):
             raise
     name = os.fsdecode(os.fsencode(os.path.basename(path))[:200])  # a name has at most 255 bytes
-    aside = os.path.join(directory, f"{name}.{secrets.token_hex(8)}")
+    aside = os.path.join(directory, f"{name}.{os.urandom(8).hex()}")
+    reached("before file.set_aside", path)
     os.rename(path, aside)
+    reached("after file.set_aside", path)
     status = os.lstat(aside)
     if of is not None and (status.st_dev, status.st_ino) != of:
         # Not overwriting: if there is a still newer one, this one is old.
@@ -137,15 +153,18 @@ def remove_temporary(path: str) -> None:
     """Remove what a killed writer has left, if it is a regular file; anything else stays."""
     try:
         if stat.S_ISREG(os.lstat(path).st_mode):
+            reached("before file.clean", path)
             os.unlink(path)
+            reached("after file.clean", path)
     except FileNotFoundError:
         return
 
 
 def _written(path: str, data: bytes, *, durable: bool, at: int = 0) -> str:
     """A temporary file beside `path` with this content; its path."""
-    temporary = f"{path}.{secrets.token_hex(4)}{TEMPORARY}"
+    temporary = f"{path}.{os.urandom(4).hex()}{TEMPORARY}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    reached("before file.write", path)
     try:
         fd = os.open(temporary, flags, 0o600)
     except FileNotFoundError:
@@ -158,6 +177,7 @@ def _written(path: str, data: bytes, *, durable: bool, at: int = 0) -> str:
                 left = left[file.write(left) :]
         if at:
             os.utime(fd, ns=(at, at))
+        reached("after file.write", path)
         if durable:
             os.fsync(fd)
     except BaseException:
@@ -174,7 +194,9 @@ def _discard(path: str) -> None:
 
 
 def _make_directory(path: str, *, durable: bool) -> None:
+    reached("before file.mkdir", path)
     os.makedirs(path, mode=0o700, exist_ok=True)
+    reached("after file.mkdir", path)
     _sync(os.path.dirname(path), durable=durable)
 
 

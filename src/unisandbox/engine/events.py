@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Final
 
 import anyio
@@ -13,11 +13,20 @@ import anyio.lowlevel
 import attrs
 
 from unisandbox.api import Event, EventKind, Exit, FailedPreconditionError, UnavailableError
-from unisandbox.host.keeper import Keeper
+from unisandbox.host.ends import KILLED_PACKETS, HeldEnd, exit_of
+from unisandbox.host.keeper import EndEvent, EndNotice, Keeper
+from unisandbox.host.latest import Latest
 
 _KEPT: Final = 4096
 # How long one request for the next event stays with the keeper.
 _WAIT_SECONDS: Final = 60.0
+# So many are fetched at a time, and so many kept for whoever reads on: enough for a few readers at different places.
+_PAGE: Final = 64
+_PAGES_KEPT: Final = 256
+# What happens once to a sandbox or process, and may be seen by several at once.
+_ONCE: Final = frozenset({"sandbox.removed", "process.exited", "process.oom"})
+# The same of each of what has an identity.
+_ONCE_EACH: Final = frozenset({"container.exited", "sandbox.recovered"})
 
 
 class EventLog:
@@ -38,6 +47,8 @@ class EventLog:
         exec_id: str = "",
         exit: Exit | None = None,
         detail: Mapping[str, str] | None = None,
+        identity: str = "",
+        end: HeldEnd | None = None,
     ) -> None:
         """Number the event and keep it; readers are woken, nobody is waited for."""
         event = Event(
@@ -98,6 +109,7 @@ class SharedEventLog:
         self._closed = False
         self._readers: weakref.WeakSet[EventReader] = weakref.WeakSet()
         self._rest: EventLog | None = None
+        self._fetched: Latest[int, Mapping[str, object]] = Latest(_PAGES_KEPT)
 
     def emit(
         self,
@@ -108,28 +120,36 @@ class SharedEventLog:
         exec_id: str = "",
         exit: Exit | None = None,
         detail: Mapping[str, str] | None = None,
+        identity: str = "",
+        end: HeldEnd | None = None,
     ) -> None:
-        """Tell the keeper; nobody is waited for."""
+        """Tell the keeper; nobody is waited for.
+
+        Args:
+            kind, sandbox_id, container_id, exec_id, exit, detail: as in `Event`.
+            identity: what tells the container from a later one of the same name, or one recovery from another: it is
+                told once. Empty: this is not known, and it is told as often as this is called.
+            end: where the keeper sees the end of the process that this event tells the begin of; it tells that then.
+                Of several events with the same one, the first is told.
+        """
         if self._closed:
             return
-        self._keeper.publish_now(
-            {
-                "at": time.time(),
-                "kind": kind,
-                "sandbox_id": sandbox_id,
-                "container_id": container_id,
-                "exec_id": exec_id,
-                "exit": None if exit is None else attrs.asdict(exit),
-                "detail": dict(detail or {}),
-            }
-        )
+        about = {"kind": kind, "sandbox_id": sandbox_id, "container_id": container_id, "exec_id": exec_id}
+        event = {
+            **about,
+            "at": time.time(),
+            "exit": None if exit is None else attrs.asdict(exit),
+            "detail": dict(detail or {}),
+        }
+        notice = None if end is None else _notice(end, about, identity)
+        self._keeper.events.publish(event, key=_key(kind, about, identity), end=notice)
 
     async def finish(self) -> None:
         """Fetch what readers of this process have not read yet: the keeper may end."""
         if self._readers:
             after = min(reader.after for reader in self._readers)
             self._rest = EventLog(after=after)
-            while page := (await self._keeper.events_after(after)).events:
+            while page := (await self._keeper.events.after(after)).events:
                 for number, event in page:
                     self._rest.add(_event_of(number, event))
                 after = page[-1][0]
@@ -153,8 +173,12 @@ class SharedEventLog:
                 return await self._rest.next_after(after)
             if self._closed:
                 return None
+            if after + 1 in self._fetched:
+                found = _event_of(after + 1, self._fetched[after + 1])
+                await anyio.lowlevel.checkpoint()
+                return found
             try:
-                page = await self._keeper.events_after(after, wait=_WAIT_SECONDS, limit=1)
+                page = await self._keeper.events.after(after, wait=_WAIT_SECONDS, limit=_PAGE)
             except (UnavailableError, FailedPreconditionError):
                 if self._rest is None:
                     return None  # the keeper has ended, or the engine was closed without an event loop
@@ -162,12 +186,41 @@ class SharedEventLog:
             if page.first > after + 1 and page.last > after:
                 return Event(seq=page.first - 1, at=time.time(), kind="gap")
             if page.events:
+                for number, event in page.events:
+                    self._fetched[number] = event
                 return _event_of(*page.events[0])
 
 
+def _key(kind: EventKind, about: Mapping[str, str], identity: str) -> str:
+    """What only one event may have; empty for what may be told again."""
+    if kind in _ONCE_EACH and identity:
+        return f"{about['sandbox_id']}/{about['container_id']}/{identity}/{kind}"
+    return f"{about['sandbox_id']}/{about['exec_id']}/{kind}" if kind in _ONCE else ""
+
+
+def _notice(end: HeldEnd, about: Mapping[str, str], identity: str) -> EndNotice:
+    """What the keeper shall tell at the end of a process."""
+
+    def said(kind: EventKind, packets: Sequence[str] = ()) -> EndEvent:
+        event: dict[str, object] = {**about, "kind": kind, "exit": None, "detail": {}, "is_init": end.is_init}
+        return EndEvent(event, _key(kind, about, identity), packets)
+
+    events = [said("container.exited")]
+    if about["exec_id"]:
+        events = [said("process.oom", KILLED_PACKETS), said("process.exited")]
+    counter, line = end.counter or ("", "")
+    return EndNotice(end.name, end.noted, events, counter, line, end.late, at_once=end.is_init)
+
+
 def _event_of(number: int, data: Mapping[str, object]) -> Event:
-    exit = data["exit"]
-    fields = {**data, "exit": Exit(**exit) if isinstance(exit, dict) else None}
+    fields = dict(data)
+    exit, seen = data["exit"], fields.pop("end", None)
+    if fields.pop("is_init", False):
+        return Event(seq=number, **fields)  # type: ignore[arg-type]
+    if isinstance(seen, dict):
+        fields["exit"] = exit_of(seen)
+    elif isinstance(exit, dict):
+        fields["exit"] = Exit(**exit)
     return Event(seq=number, **fields)  # type: ignore[arg-type]
 
 

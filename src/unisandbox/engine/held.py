@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
-import attrs
+import anyio
 
 from unisandbox.api.plain import plain, process_spec_of
 from unisandbox.api.spec import ProcessSpec
@@ -22,8 +22,7 @@ SPOOL_BYTES: Final = 1 << 20
 """So much of each stream is kept while nobody reads it."""
 
 
-@attrs.frozen
-class HeldProcess:
+class HeldProcess(NamedTuple):
     """A process that the keeper knows of.
 
     Attributes:
@@ -69,7 +68,7 @@ class HeldProcesses:
         if self._host.shared and streams:
             fds = {self._stream(exec_id, stream): fd for stream, fd in streams.items()}
             spool = {self._stream(exec_id, stream): SPOOL_BYTES for stream in streams if stream != "stdin"}
-            await self._host.keeper.hold_now(fds, spool=spool)
+            await self._host.keeper.spools.hold_now(fds, spool=spool)
 
     def drop_stream(self, exec_id: str, stream: StreamName) -> None:
         """We have closed our end: the keeper's copy shall not keep it open."""
@@ -115,18 +114,31 @@ class HeldProcesses:
         connected = await self._host.keeper.clients()
         return [process for process in held if process.client not in connected]
 
-    async def take_over(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]]:
+    async def take_over(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]] | None:
         """Take the streams of an orphan: for each our end (-1: it has ended), what was kept, how many bytes were lost
-        before that, and whether nothing comes after it."""
+        before that, and whether nothing comes after it. None: another one was quicker."""
+        keeper, lock = self._host.keeper, f"{self._prefix}take"
+        await keeper.locks.lock(lock)
+        try:
+            taken = None
+            with anyio.CancelScope(shield=True):  # a few short answers: what was given out is not to be lost
+                if process in await self.orphans():
+                    taken = await self._take_streams(process)
+                    mine = process._replace(client=keeper.hello.client)
+                    await keeper.note(self._exec(process.exec_id), _text(mine))
+            return taken
+        finally:
+            keeper.locks.unlock(lock)
+
+    async def _take_streams(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]]:
         keeper = self._host.keeper
-        await keeper.note(self._exec(process.exec_id), _text(attrs.evolve(process, client=keeper.hello.client)))
         names = await keeper.held(f"{self._prefix}io/{process.exec_id}/")
         taken: dict[StreamName, tuple[int, bytes, int, bool]] = {}
         streams: tuple[StreamName, ...] = ("stdin", "stdout", "stderr", "terminal")
         for stream in streams:
             name = self._stream(process.exec_id, stream)
             if name in names:
-                got = await keeper.reclaim(name)
+                got = await keeper.spools.reclaim(name)
                 taken[stream] = (got.fd, got.data, got.lost, got.eof)
         return taken
 

@@ -51,7 +51,7 @@ class LogReader(AsyncIterator[bytes]):
             NotFoundError: nothing is kept.
         """
         try:
-            got = await self._keeper.ring_read(self._name, limit=LOG_BYTES)
+            got = await self._keeper.spools.ring_read(self._name, limit=LOG_BYTES)
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"no output of {self._whose} is kept",
@@ -68,7 +68,7 @@ class LogReader(AsyncIterator[bytes]):
             return data
         while not self._ended:
             try:
-                got = await self._keeper.ring_read(self._name, self._offset, limit=_PIECE, wait=_WAIT_SECONDS)
+                got = await self._keeper.spools.ring_read(self._name, self._offset, limit=_PIECE, wait=_WAIT_SECONDS)
             except FileNotFoundError:
                 break  # the container was removed
             self._go_on(got)

@@ -2,21 +2,20 @@
 
 One small file per operation. It is made before the work begins, with all its content and by one process only (link(2)
 refuses a second), and replaced when the work is done. What is in progress, and what a crash has cut, is told by the
-process that began it: it lives, or not.
+process that began it: it lives, or not. What was cut is taken over by one of those who ask again.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import fcntl
 import json
 import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping
-from typing import Final, Literal, get_args
-
-import attrs
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final, Literal, NamedTuple, get_args
 
 from unisandbox.api import (
     BackendError,
@@ -45,8 +44,7 @@ _PART: Final = 16
 _ABANDONED: Final = 3600.0
 
 
-@attrs.frozen
-class Operation:
+class Operation(NamedTuple):
     """What was asked for under an operation id.
 
     Attributes:
@@ -74,17 +72,12 @@ class Operation:
     @property
     def in_progress(self) -> bool:
         """It is not finished, and the process that began it still lives."""
-        if self.state == "finished" or self.boot_id != boot_id():
-            return False
-        try:
-            return pidfds.start_time(self.owner[0]) == self.owner[1]
-        except ProcessLookupError:
-            return False
+        return self.state == "begun" and self.boot_id == boot_id() and pidfds.lives(*self.owner)
 
 
 def digest_of(request: Mapping[str, object]) -> str:
     """A digest of plain data: equal data, equal digest, whatever the order of its fields."""
-    return hashlib.sha256(json.dumps(request, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return durable.checksum(json.dumps(request, sort_keys=True, separators=(",", ":")))
 
 
 class OperationLog:
@@ -114,7 +107,7 @@ class OperationLog:
 
         Returns:
             None: it is noted, and the caller's to do; `finish` or `forget` it. Otherwise what is known of it: it is
-            finished, in progress, or was cut by a crash.
+            finished, in progress, or was cut by a crash; then look for what it has come to, and `take_over` the rest.
 
         Raises:
             FailedPreconditionError: the id was used for something else.
@@ -143,6 +136,30 @@ class OperationLog:
                 raise self._cannot("note", operation_id, error) from error
             # Another process was quicker, or has already forgotten it again.
 
+    def take_over(self, known: Operation) -> bool:
+        """Go on with an operation that a crash has cut: of all who try, one gets it.
+
+        Ask whether it is in progress first, then look for what it may have made, then call this: in another order,
+        its former owner could have made something after the look.
+
+        Returns:
+            Whether it is the caller's to do from now on; otherwise another one has it, or it is finished.
+
+        Raises:
+            BackendError: it cannot be noted.
+        """
+        if known.state != "begun" or known.in_progress:
+            return False
+        ours = known._replace(owner=this_process(), boot_id=boot_id())
+        try:
+            with self._alone():
+                if self.find(known.operation_id) != known:
+                    return False
+                durable.replace(self._path(known.operation_id), _bytes_of(ours), durable=self._durable)
+        except OSError as error:
+            raise self._cannot("take over", known.operation_id, error) from error
+        return True
+
     def finish(self, operation_id: str, result: str) -> None:
         """Note what an operation came to. Again with the same result is harmless.
 
@@ -154,21 +171,21 @@ class OperationLog:
         """
         if len(result.encode(errors="surrogatepass")) > RESULT_LIMIT:
             raise InvalidArgumentError(f"the result of operation {operation_id!r} is longer than {RESULT_LIMIT} bytes")
-        known = self.find(operation_id)
-        if known is None:
-            raise NotFoundError(f"operation {operation_id!r} has not been begun, or is forgotten")
-        if known.state == "finished":
-            if known.result != result:
-                raise FailedPreconditionError(
-                    f"operation {operation_id!r} is finished already, as {known.result!r:.80} and not {result!r:.80}"
-                )
-            return
         try:
-            durable.replace(
-                self._path(operation_id),
-                _bytes_of(attrs.evolve(known, state="finished", result=result)),
-                durable=self._durable,
-            )
+            with self._alone():
+                known = self.find(operation_id)
+                if known is None:
+                    raise NotFoundError(f"operation {operation_id!r} has not been begun, or is forgotten")
+                if known.state == "begun":
+                    done = known._replace(state="finished", result=result)
+                    durable.replace(self._path(operation_id), _bytes_of(done), durable=self._durable)
+                elif known.result != result:
+                    raise FailedPreconditionError(
+                        f"operation {operation_id!r} is finished already, as {known.result!r:.80} and not"
+                        f" {result!r:.80}"
+                    )
+        except FileNotFoundError as error:
+            raise NotFoundError(f"operation {operation_id!r} has not been begun, or is forgotten") from error
         except OSError as error:
             raise self._cannot("finish", operation_id, error) from error
 
@@ -213,6 +230,19 @@ class OperationLog:
             if operation is not None and operation.state == "begun":
                 found.append(operation)
         return sorted(found, key=lambda operation: operation.begun_at)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is read in the block is still so when it is replaced there.
+
+        For the time of one small write; the kernel frees the lock of a process that dies. Source: flock(2).
+        """
+        fd = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
     def _path(self, operation_id: str) -> str:
         return os.path.join(self._directory, check_name(operation_id, "operation id") + _SUFFIX)
@@ -262,6 +292,14 @@ class OperationLog:
         )
 
 
+def in_progress_error(known: Operation) -> FailedPreconditionError:
+    """What to raise when somebody is at work on an operation."""
+    return FailedPreconditionError(
+        f"operation {known.operation_id!r} is in progress in another call (begun in process {known.owner[0]})",
+        hint="Ask again in a moment.",
+    )
+
+
 def _check_same(known: Operation, wanted: Operation) -> None:
     if (known.kind, known.target, known.digest) == (wanted.kind, wanted.target, wanted.digest):
         return
@@ -275,8 +313,8 @@ def _check_same(known: Operation, wanted: Operation) -> None:
 
 
 def _bytes_of(operation: Operation) -> bytes:
-    body = json.dumps(attrs.asdict(operation), sort_keys=True, separators=(",", ":"))
-    digest = hashlib.sha256(body.encode()).hexdigest()
+    body = json.dumps(operation._asdict(), sort_keys=True, separators=(",", ":"))
+    digest = durable.checksum(body)
     return f'{{"version": {_VERSION}, "sha256": "{digest}", "operation": {body}}}\n'.encode()
 
 

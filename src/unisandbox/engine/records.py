@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
+import functools
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Final, Literal, get_args
-
-import attrs
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 from unisandbox.api import BackendError, InvalidArgumentError, SandboxSpec, check_id, check_name
+from unisandbox.api.names import check_isolation
 from unisandbox.api.plain import plain, sandbox_spec_of
 from unisandbox.engine import durable
 from unisandbox.host import pidfd as pidfds
 
-RECORD_VERSION: Final = 2
+RECORD_VERSION: Final = 3
 RECORD_LIMIT: Final = 16 << 20
 """Bytes. The largest part is the environment, and a program's argv and environment together are limited to 6 MiB by
 the kernel (3/4 of _STK_LIM, fs/exec.c); as JSON they may double."""
@@ -38,8 +36,7 @@ _OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _LARGEST: Final = 1 << 62
 
 
-@attrs.frozen
-class Record:
+class Record(NamedTuple):
     """What is known of one sandbox beyond this process.
 
     Attributes:
@@ -47,7 +44,10 @@ class Record:
         phase: what was being done, or was reached.
         generation: rises with each engine that takes the sandbox over.
         boot_id: of the kernel that it lives on; another one means that nothing of it lives.
-        owner: pid and start time of the process that wrote this; (0, 0) for nobody, a start time of 0 is not known.
+        owner: pid and start time of the process that wrote this, as it sees itself; for messages. (0, 0) for nobody, a
+            start time of 0 is not known.
+        client: its number among the keeper's clients: it is at work as long as that one is connected, wherever its
+            process is. 0: none of this keeper's.
         spec: the request, as plain data; see `spec_of`.
         started_at, stopped_at: seconds since the epoch; None: not yet.
         expires_at: when its ttl is over, in seconds since the epoch; None: never.
@@ -62,15 +62,15 @@ class Record:
     generation: int = 1
     boot_id: str = ""
     owner: tuple[int, int] = (0, 0)
-    spec: Mapping[str, object] = attrs.field(factory=dict)
+    client: int = 0
+    spec: Mapping[str, object] = {}
     started_at: float | None = None
     stopped_at: float | None = None
     expires_at: float | None = None
     operation_id: str = ""
 
 
-@attrs.frozen
-class Damaged:
+class Damaged(NamedTuple):
     """A record that cannot be used.
 
     Attributes:
@@ -84,8 +84,7 @@ class Damaged:
     kept_as: str
 
 
-@attrs.frozen
-class Records:
+class Records(NamedTuple):
     """All that a store holds, by name of the files."""
 
     records: tuple[Record, ...]
@@ -94,12 +93,22 @@ class Records:
 
 def boot_id() -> str:
     """The id of this boot of the kernel. Source: random(4), /proc/sys/kernel/random/boot_id."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()
 
 
 def this_process() -> tuple[int, int]:
     """Pid and start time of this process; for `Record.owner`."""
-    return os.getpid(), pidfds.start_time(os.getpid())
+    return _process(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> tuple[int, int]:
+    return pid, pidfds.start_time(pid)
+
+
+# A child is another process, also where its pid is the same: as the first one of a pid namespace within another.
+os.register_at_fork(after_in_child=_process.cache_clear)
 
 
 def plain_spec(spec: SandboxSpec) -> dict[str, object]:
@@ -135,7 +144,8 @@ class RecordStore:
         # Inode and time of change of what was read or written last, by sandbox.
         self._seen: dict[str, tuple[int, int]] = {}
 
-    def _path(self, sandbox_id: str) -> str:
+    def path(self, sandbox_id: str) -> str:
+        """Where the record of a sandbox is, or would be."""
         return os.path.join(self._directory, check_id(sandbox_id) + _SUFFIX)
 
     def write(self, record: Record) -> None:
@@ -145,8 +155,8 @@ class RecordStore:
             BackendError: the disk is full or not writable; the old record is still there.
             InvalidArgumentError: it is larger than any that will be read.
         """
-        path = self._path(record.sandbox_id)
-        line = _line(RECORD_VERSION, attrs.asdict(record, recurse=False))
+        path = self.path(record.sandbox_id)
+        line = _line(RECORD_VERSION, record._asdict())
         if len(line) > RECORD_LIMIT:
             raise InvalidArgumentError(
                 f"the spec of sandbox {record.sandbox_id!r} needs {len(line)} bytes, at most {RECORD_LIMIT} are kept",
@@ -163,7 +173,7 @@ class RecordStore:
 
     def remove(self, sandbox_id: str) -> None:
         """Forget a sandbox. A record that is not there is no error."""
-        durable.remove(self._path(sandbox_id), durable=self._durable)
+        durable.remove(self.path(sandbox_id), durable=self._durable)
         self._seen.pop(sandbox_id, None)
 
     def read(self, sandbox_id: str) -> Record | None:
@@ -173,8 +183,12 @@ class RecordStore:
             BackendError: it is damaged; says how. `read_all` sets it aside.
         """
         self._note_seen(sandbox_id)  # before: a change in between is then seen twice, and never missed
+        return self.peek(sandbox_id)
+
+    def peek(self, sandbox_id: str) -> Record | None:
+        """The same, but for `changed` the record counts as seen as it did."""
         try:
-            found = self._read(sandbox_id + _SUFFIX, self._path(sandbox_id))
+            found = self._read(sandbox_id + _SUFFIX, self.path(sandbox_id))
         except FileNotFoundError:
             return None
         if isinstance(found, Record):
@@ -200,22 +214,14 @@ class RecordStore:
     def changed(self, sandbox_id: str) -> bool:
         """Whether the record is another one than this process has read or written last, or is gone. Cheap."""
         try:
-            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+            status = os.stat(self.path(sandbox_id), follow_symlinks=False)
         except FileNotFoundError:
             return True
         return self._seen.get(sandbox_id) != (status.st_ino, status.st_mtime_ns)
 
-    def generation(self, sandbox_id: str) -> int:
-        """That of the record on disk; 0 when there is none, or none that can be read."""
-        try:
-            record = self.read(sandbox_id)
-        except BackendError:
-            return 0
-        return 0 if record is None else record.generation
-
     def _note_seen(self, sandbox_id: str) -> None:
         try:
-            status = os.stat(self._path(sandbox_id), follow_symlinks=False)
+            status = os.stat(self.path(sandbox_id), follow_symlinks=False)
         except FileNotFoundError:
             self._seen.pop(sandbox_id, None)
         else:
@@ -295,12 +301,11 @@ class RecordStore:
             raise
         except OSError as error:
             reason = f"{damage.reason}; it could not be moved to {directory} ({error.strerror})"
-            return attrs.evolve(damage, reason=reason)
-        return attrs.evolve(damage, kept_as=kept_as)
+            return damage._replace(reason=reason)
+        return damage._replace(kept_as=kept_as)
 
 
-@attrs.frozen
-class _Unusable:
+class _Unusable(NamedTuple):
     """What is in the place of a record, and which file it was."""
 
     damage: Damaged
@@ -311,7 +316,7 @@ class _Unusable:
 def _line(version: int, body: Mapping[str, object]) -> bytes:
     """The bytes of a record. Version 1 had a checksum of the body alone."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256((text if version == 1 else f"{version}\n{text}").encode()).hexdigest()
+    digest = durable.checksum(text if version == 1 else f"{version}\n{text}")
     return (json.dumps({"version": version, "sha256": digest})[:-1] + f', "record": {text}}}\n').encode()
 
 
@@ -335,12 +340,13 @@ def _parse(raw: bytes) -> Record:
         raise ValueError("it is no record")
     if _line(version, body) != raw:
         raise ValueError("the checksum does not match")
-    return _record(_migrated(body) if version == 1 else body)
+    if version == 1:
+        body = _second(body)
+    return _record(body if version > 2 else {**body, "client": 0})
 
 
-def _migrated(body: Mapping[str, object]) -> dict[str, object]:
+def _second(body: Mapping[str, object]) -> dict[str, object]:
     """A body of version 1 as version 2 has it: the owner's start time was not noted, nor when it was started."""
-    body = dict(body)
     return {
         **{name: value for name, value in body.items() if name != "owner_pid"},
         "owner": [body.get("owner_pid"), 0],
@@ -352,7 +358,7 @@ def _migrated(body: Mapping[str, object]) -> dict[str, object]:
 
 
 def _record(body: Mapping[str, object]) -> Record:
-    names = {field.name for field in attrs.fields(Record)}
+    names = set(Record._fields)
     unknown, missing = sorted(set(body) - names), sorted(names - set(body))
     if unknown:
         raise ValueError(f"the field {unknown[0]!r:.80} is not known; a later unisandbox may have written it")
@@ -364,7 +370,7 @@ def _record(body: Mapping[str, object]) -> Record:
     checked: dict[str, Any] = {**body}
     checked["owner"] = tuple(checked["owner"])
     check_id(checked["sandbox_id"])
-    check_name(checked["backend"], "backend")
+    check_isolation(checked["backend"])
     if checked["name"] is not None:
         check_name(checked["name"])
     if checked["operation_id"]:
@@ -402,6 +408,7 @@ _CHECKS: Final[Mapping[str, tuple[Callable[[object], bool], str]]] = {
     "generation": (lambda value: _is_whole(value) and value != 0, "a whole number > 0"),
     "boot_id": (lambda value: type(value) is str and len(value) <= 64, "a boot id"),
     "owner": (_is_owner, "a pid and a start time"),
+    "client": (_is_whole, "a whole number"),
     "spec": (lambda value: type(value) is dict, "an object"),
     "started_at": (_is_time_or_none, f"{_TIME}, or null"),
     "stopped_at": (_is_time_or_none, f"{_TIME}, or null"),

@@ -6,10 +6,12 @@ is gone, by its policy, a crash or a reboot: then nothing lives that is of use, 
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
-import attrs
+import anyio
 
 from unisandbox.api import (
     DamagedRecord,
@@ -20,14 +22,19 @@ from unisandbox.api import (
     short_name,
 )
 from unisandbox.engine.records import Record, this_process
-from unisandbox.host import pidfd as pidfds
+from unisandbox.engine.telling import tell_recovered
+from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups, ending
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
 
+# Notes of the keeper: what an owner has found half made or half removed, and only reported, by id.
+_LEFT: Final = "engine/left/"
+_logger: Final = logging.getLogger("unisandbox.engine")
 _KILL_SECONDS = 2.0
 _REMOVE_SECONDS = 5.0
+_POLL = 0.005
 
 
 class Recovery:
@@ -53,23 +60,25 @@ class Recovery:
         """
         core = self._core
         repair = self._on_recover != "report"
-        # Looked at before the records: who makes a cgroup has written the record first.
+        # Looked at before the records: who makes one of these has written the record first.
         strays = set() if self._is_new else _children(core.host.cgroups)
+        images = self._images()
         records = core.records.read_all(repair=repair)
         if self._is_new and repair:
             self._end_all(former or core.host.cgroups)
         for record in sorted(records.records, key=lambda record: record.created_at):
             await self._recover(record)
-        if repair and not self._is_new:
+        if repair:
             known = {short_name(core.host.engine_id, record.sandbox_id) for record in records.records}
             for short in sorted(strays - known):
                 await self._free_stray(short)
-        if self._is_new and repair and records.damaged:
-            self._unlink_images()
+            lives = {short_name(core.host.engine_id, sandbox_id) for sandbox_id in core.records.ids()}
+            for short in sorted(images.keys() - lives):
+                self._unlink(images[short])
+            if not self._is_new:
+                await core.host.keeper.drop(prefix=_LEFT)
         for found in self._found:
-            core.events.emit(
-                "sandbox.recovered", found.sandbox_id, detail={"action": found.action, "reason": found.reason}
-            )
+            tell_recovered(core.events, found.sandbox_id, found.action, found.reason)
         return RecoveryReport(
             keeper="new" if self._is_new else "adopted",
             sandboxes=tuple(self._found),
@@ -86,26 +95,34 @@ class Recovery:
         core = self._core
         if self._on_recover == "report":
             core.left[record.sandbox_id] = record
+            if _is_halfway(record):
+                core.host.keeper.note_now(f"{_LEFT}{record.sandbox_id}", "")
             self._tell(record, "left", "it is only to be reported" + ("" if self._is_new else "; its keeper runs on"))
             return
         try:
-            entry = core.take_in(attrs.evolve(record, generation=record.generation + 1, owner=this_process()))
+            client = core.host.keeper.hello.client
+            entry = core.take_in(record._replace(generation=record.generation + 1, owner=this_process(), client=client))
         except SandboxError as error:
             core.left[record.sandbox_id] = record
             self._tell(record, "failed", error.message)
             return
         try:
-            lives = not self._is_new and await entry.adopt()
+            lives = not self._is_new and await entry.sharing.adopt()
             if lives and self._on_recover == "adopt":
                 self._tell(entry.record, "adopted", "its keeper ran on")
                 return
             reason = "it was to be stopped" if lives else self._why(record)
+            entry.recovered = reason
             await entry.remove()
             self._tell(entry.record, "removed", reason)
-        except SandboxError as error:
+        except Exception as error:  # whatever is wrong with this one, the others are recovered
             core.drop(entry)
             core.left[record.sandbox_id] = record
-            self._tell(record, "failed", error.message)
+            if isinstance(error, SandboxError):
+                self._tell(record, "failed", error.message)
+            else:
+                _logger.exception("sandbox %s could not be recovered", record.sandbox_id)
+                self._tell(record, "failed", f"{error!r}; the log says where")
 
     def _why(self, record: Record) -> str:
         """Why it cannot be adopted."""
@@ -129,22 +146,37 @@ class Recovery:
             ending.kill(there, _KILL_SECONDS)
             ending.remove(there, _REMOVE_SECONDS)
 
-    def _unlink_images(self) -> None:
-        """Disk images whose records cannot be read; those of others went with their sandboxes."""
+    def _images(self) -> dict[str, str]:
+        """Paths of disk images by short names of sandboxes: one has a name only until it is mounted, or for good when
+        that was cut."""
         host = self._core.host
-        mark = f"unisandbox-{host.engine_id}-"
-        for entry in list(os.scandir(host.disk_dir)):
-            if entry.name.startswith(mark) and entry.name.endswith(".img") and entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+        mark, suffix = f"unisandbox-{host.engine_id}-", ".img"
+        with os.scandir(host.disk_dir) as entries:
+            return {
+                entry.name[len(mark) : -len(suffix)]: entry.path
+                for entry in entries
+                if entry.name.startswith(mark) and entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False)
+            }
+
+    @staticmethod
+    def _unlink(image: str) -> None:
+        reached("before image.unlink", image)
+        with contextlib.suppress(FileNotFoundError):  # it went with its sandbox
+            os.unlink(image)
+        reached("after image.unlink", image)
 
     async def _free_stray(self, short: str) -> None:
         """Free what no record speaks of: one was damaged."""
         host = self._core.host
         dirs = [f"{place.parent}/{host.cgroups.name}/{short}" for place in host.cgroups.places]
         ending.kill(dirs, _KILL_SECONDS)
-        # The keeper knows by its guards what else there is.
+        # The keeper knows by its guards what else there is. Its numbers are free when all that had them is gone.
         await host.keeper.expire(f"{short}/", 0)
-        await host.keeper.drop([f"ids/{short}"])
+        with anyio.move_on_after(_REMOVE_SECONDS):
+            while f"{short}/" not in host.keeper.expirations:
+                await host.keeper.clients()  # with each answer comes what is new
+                await anyio.sleep(_POLL)
+            await host.keeper.drop([f"ids/{short}"])
         self._found.append(
             SandboxRecovered("", None, "", "removed", f"no readable record speaks of what was found as {short!r}")
         )
@@ -153,17 +185,26 @@ class Recovery:
 async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
     """Free what a process that is gone has left half made or half removed, while the keeper ran on.
 
-    For one that has attached: nobody who opens the directory as its owner may come for a long time.
+    For one that has attached: nobody who opens the directory as its owner may come for a long time. What an owner has
+    only reported stays.
     """
+    halfway = [record for record in core.records.read_all(repair=False).records if _is_halfway(record)]
+    if not halfway:
+        return ()
     found: list[SandboxRecovered] = []
-    for record in core.records.read_all(repair=False).records:
-        if record.phase in {"ready", "stopped"} or _lives(*record.owner):
+    # After the records: whoever has written one was connected before.
+    connected = await core.host.keeper.clients()
+    left = await core.host.keeper.notes(_LEFT)
+    for record in halfway:
+        if record.client in connected or f"{_LEFT}{record.sandbox_id}" in left:
             continue
         cut = "creation" if record.phase == "creating" else "removal"
         action: RecoveryAction = "removed"
         reason = f"its {cut} was cut when process {record.owner[0]} ended"
         try:
-            if not await core.take_in(record).free_cut():
+            entry = core.take_in(record)
+            entry.recovered = reason
+            if not await entry.sharing.free_cut():
                 continue  # another process was quicker
         except SandboxError as error:
             action, reason = "failed", error.message
@@ -173,13 +214,9 @@ async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
     return tuple(found)
 
 
-def _lives(pid: int, start_time: int) -> bool:
-    if pid == 0:
-        return False  # nobody
-    try:
-        return start_time in {0, pidfds.start_time(pid)}
-    except ProcessLookupError:
-        return False
+def _is_halfway(record: Record) -> bool:
+    """Whether it is being made or removed, or that was cut."""
+    return record.phase not in {"ready", "stopped"}
 
 
 def _children(cgroups: Cgroups) -> set[str]:

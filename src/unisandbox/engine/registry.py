@@ -20,7 +20,7 @@ class Backend(Protocol):
     Attributes:
         name: as users write it in `isolation=`.
         capabilities: what it can do where it runs.
-        rank: "auto" takes the available backend with the highest rank.
+        rank: "auto" takes the available backend with the highest rank, of those that have such a root file system.
     """
 
     @property

@@ -8,24 +8,28 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Final, TypeVar
 
 import attrs
 
-from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, short_name
+from unisandbox.api import (
+    BackendError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    short_name,
+)
 from unisandbox.engine import durable
+from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.cgroups.hierarchy import SLICE
 from unisandbox.host.keeper import Guard
 from unisandbox.host.keeper.leases import NAME as LEASES_NAME
 from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
+from unisandbox.host.removal import remove_tree
 
 RUNTIME_DIRECTORY: Final = "/run/unisandbox"
 LARGE_FILES: Final = "/var/tmp"
@@ -37,6 +41,8 @@ SANDBOXES: Final = "sandboxes"
 """The directory of records in a state directory."""
 _PARENTS: Final = "cgroups"
 _ID_FILE: Final = "engine-id"
+# Files that get their name when they are whole.
+_LEFT: Final = re.compile(r"(engine-id\.[0-9a-f]{16})|(cgroups\.[0-9a-f]{8}\.tmp)")
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 # How often to make the runtime directory again that another engine, the last one, removes at this very moment.
 _TRIES: Final = 50
@@ -46,7 +52,7 @@ _LAST_BREATH: Final = 2.0
 _T = TypeVar("_T")
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class StateDirectory:
     """Where an engine keeps its state.
 
@@ -66,8 +72,13 @@ class StateDirectory:
     durable: bool
 
     @classmethod
-    def prepare(cls, directory: str | os.PathLike[str] | None) -> StateDirectory:
+    def prepare(cls, directory: str | os.PathLike[str] | None, *, attached: bool = False) -> StateDirectory:
         """Make the directories, but for `work_dir`, which the keeper's lock belongs to; see the attributes.
+
+        Args:
+            directory: None: a temporary one.
+            attached: for one that has found a keeper there. The pointer is not its business: that keeper may be about
+                to end and remove it, and then nobody would remove another one.
 
         Raises:
             BackendError: they cannot be made or written.
@@ -80,16 +91,19 @@ class StateDirectory:
                 path, temporary = _temporary_directory(runtime), True
             else:
                 path, temporary = os.path.abspath(os.fspath(directory)), False
+                reached("before state.mkdir", path)
                 os.makedirs(path, mode=0o700, exist_ok=True)
+                reached("after state.mkdir", path)
             try:
                 _check_private(path, "state directory")
                 engine_id = _engine_id(path)
                 _in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
                 state = cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
-                state.point()
+                if not attached:
+                    state.point()
             except BaseException:
                 if temporary:
-                    shutil.rmtree(path, ignore_errors=True)
+                    _remove_tree(path)
                 remove_if_empty(runtime)
                 raise
             return state
@@ -111,7 +125,8 @@ class StateDirectory:
     def cgroup_parents(self) -> dict[str, str]:
         """Where the cgroups of the engine are, by hierarchy; empty when that was never noted."""
         try:
-            known = json.loads(Path(self.path, _PARENTS).read_text())
+            with open(os.path.join(self.path, _PARENTS), encoding="utf-8") as file:
+                known = json.load(file)
         except (FileNotFoundError, ValueError):
             return {}
         return {str(key): str(value) for key, value in known.items()} if isinstance(known, dict) else {}
@@ -119,6 +134,15 @@ class StateDirectory:
     def keep_cgroup_parents(self, parents: Mapping[str, str]) -> None:
         """Note where they are: who attaches, or comes after a crash, may stand in another cgroup himself."""
         durable.replace(os.path.join(self.path, _PARENTS), json.dumps(dict(parents)).encode(), durable=self.durable)
+
+    def tidy(self) -> None:
+        """Remove what writers that were killed have left; for the owner."""
+        with os.scandir(self.path) as entries:
+            for entry in list(entries):
+                # Of two that are opened at once the one that does not become the owner finds its own gone; see
+                # `_engine_id`.
+                if _LEFT.fullmatch(entry.name):
+                    durable.remove_temporary(entry.path)
 
     @property
     def disk_dir(self) -> str:
@@ -140,6 +164,7 @@ class StateDirectory:
         # Whoever follows it asks whether the directory is this user's own, and then does not want another link.
         path = os.path.realpath(self.path)
         for _ in range(_TRIES):
+            reached("before state.point", self.pointer)
             try:
                 _in_runtime(runtime, lambda: os.symlink(path, self.pointer))
             except FileExistsError:
@@ -149,6 +174,7 @@ class StateDirectory:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.pointer)
             else:
+                reached("after state.point", self.pointer)
                 return
         raise OSError(errno.EEXIST, "somebody else changes it all the time", self.pointer)
 
@@ -167,8 +193,10 @@ class StateDirectory:
                 f"cannot open an engine on {self.path}: {self.pointer}: {error.strerror}",
                 hint=f"Free space in {os.path.dirname(self.work_dir)}.",
             ) from error
+        slices = [place.parent for place in cgroups.places if os.path.basename(place.parent) == SLICE]
         undo = [
             Guard("engine/runtime", "rmdir", (os.path.dirname(self.work_dir),)),
+            Guard("engine/slice", "rmdir", slices),
             # Late, so that what a keeper that is killed here leaves can still be told from others' things.
             Guard("engine/pointer", "unlink", (self.pointer,)),
             Guard("engine/work", "rmdir", (self.work_dir,)),
@@ -177,6 +205,11 @@ class StateDirectory:
         if self.temporary:
             undo.insert(2, Guard("engine/state", "remove_tree", (self.path,)))
         return undo
+
+    @staticmethod
+    def kept_for_records() -> list[str]:
+        """Of the guards those that would take away what belongs to sandboxes that are to be left as they are."""
+        return ["engine/pointer", "engine/cgroup"]
 
     def discard(self, *, wait: float = 0.0) -> None:
         """Remove what is left of the directories that the engine made for itself.
@@ -191,30 +224,48 @@ class StateDirectory:
         # A keeper that could not begin lets go of the lock when its process ends, in a moment; a temporary directory is
         # nobody else's, so that is what is waited for.
         with unlocked(self.path, wait=max(wait, _LAST_BREATH if self.temporary else 0.0)) as unused:
-            if not unused:
-                return
-            remove_if_empty(self.work_dir)
-            if self.temporary:
-                shutil.rmtree(self.path, ignore_errors=True)
-            if self.temporary or not has_records(self.path):
-                with contextlib.suppress(OSError):  # the keeper's guard was faster
-                    os.unlink(self.pointer)
-            end_leases(os.path.dirname(self.work_dir))
-            remove_if_empty(os.path.dirname(self.work_dir))
+            if unused:
+                self.discard_now()
+
+    def discard_now(self) -> None:
+        """The same, for whoever sees to it that no keeper can begin meanwhile."""
+        reached("before state.discard", self.path)
+        remove_if_empty(self.work_dir)
+        if self.temporary:
+            _remove_tree(self.path)
+        if self.temporary or not has_records(self.path):
+            with contextlib.suppress(OSError):  # the keeper's guard was faster
+                os.unlink(self.pointer)
+        reached("after state.discard", self.path)
+        end_leases(os.path.dirname(self.work_dir))
+        remove_if_empty(os.path.dirname(self.work_dir))
 
 
 def runtime_directory() -> str:
     """Where this user's engines have what does not survive a restart of the machine."""
     if os.geteuid() == 0:
         return RUNTIME_DIRECTORY
-    return os.path.join(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir(), "unisandbox")
+    directory = os.environ.get("XDG_RUNTIME_DIR")
+    if not directory:
+        import tempfile  # heavy, and only for users without a session
+
+        directory = tempfile.gettempdir()
+    return os.path.join(directory, "unisandbox")
 
 
 def _make_directory(path: str, mode: int) -> None:
-    """Make it with this mode whatever the umask; one that is there keeps its own."""
+    """Make it with this mode whatever the umask; one of ours that is there gets what it lacks.
+
+    A service manager may have made it for this user alone, and the root of a user namespace, who is somebody else,
+    reaches the root file system of its sandbox through it.
+    """
     try:
         os.mkdir(path, mode)
     except FileExistsError:
+        status = os.stat(path)
+        had = stat.S_IMODE(status.st_mode)
+        if mode & ~had and status.st_uid == os.geteuid():
+            os.chmod(path, had | mode)
         return
     os.chmod(path, mode)
 
@@ -249,9 +300,22 @@ def end_leases(runtime: str) -> None:
             leases.release(runtime, leases.lease(runtime, 0, 1))
 
 
+def _remove_tree(path: str) -> None:
+    with contextlib.suppress(OSError):  # what cannot be removed now is found by its name later
+        remove_tree(path)
+
+
+def _new_directory(runtime: str) -> str:
+    while True:
+        path = os.path.join(runtime, f"{TEMPORARY_PREFIX}{os.urandom(4).hex()}")
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+            return path
+
+
 def _temporary_directory(runtime: str) -> str:
     try:
-        return _in_runtime(runtime, lambda: tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=runtime))
+        return _in_runtime(runtime, lambda: _new_directory(runtime))
     except OSError:
         remove_if_empty(runtime)
         raise
@@ -330,23 +394,31 @@ def _engine_id(path: str) -> str:
     known = known_id(path)
     if known:
         return known
-    file = Path(path) / _ID_FILE
+    file = os.path.join(path, _ID_FILE)
     status = os.stat(path)
     place = f"{status.st_dev}:{status.st_ino}"
-    fresh = short_name(secrets.token_hex(16), "engine")
-    temporary = file.with_name(f"{_ID_FILE}.{secrets.token_hex(8)}")
+    fresh = short_name(os.urandom(16).hex(), "engine")
+    temporary = f"{file}.{os.urandom(8).hex()}"
+    reached("before state.engine_id", path)
     try:
-        temporary.write_text(f"{fresh} {place}\n")
-        if file.exists():
+        with open(temporary, "x", encoding="ascii") as out:
+            out.write(f"{fresh} {place}\n")
+            out.flush()
+            os.fsync(out.fileno())  # a record on the disk is of no use without the names that derive from this
+        with contextlib.suppress(FileNotFoundError), open(file, "r+b") as old:
+            fcntl.flock(old.fileno(), fcntl.LOCK_EX)  # for the time of one renaming, by which the first one wins
+            if known := known_id(path):
+                return known  # another engine that is opened at once was quicker
             # It is damaged (a full disk of old, say) or copied: nothing could be found by what it says.
-            temporary.rename(file)
+            os.rename(temporary, file)
             return fresh
         # The first one wins: of two engines that are opened at once, the other reads what this one wrote.
-        with contextlib.suppress(FileExistsError):
+        reached("after state.engine_id", path)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
             os.link(temporary, file)
     finally:
         with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+            os.unlink(temporary)
     return known_id(path) or fresh
 
 
@@ -357,7 +429,8 @@ def known_id(path: str) -> str:
     """
     try:
         status = os.stat(path)
-        text = (Path(path) / _ID_FILE).read_text(errors="replace").strip()
+        with open(os.path.join(path, _ID_FILE), encoding="utf-8", errors="replace") as file:
+            text = file.read().strip()
     except FileNotFoundError:
         return ""
     known, _, written_for = text.partition(" ")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 
 from unisandbox.host import syscalls
@@ -57,6 +58,30 @@ def start_time(pid: int) -> int:
 def identity(pid: int) -> Identity:
     """The identity of the process which has this pid now."""
     return Identity(pid, start_time(pid))
+
+
+def lives(pid: int, start_time: int) -> bool:
+    """Whether that process lives; one that has ended and that nobody has reaped does not."""
+    if pid <= 0:
+        return False
+    try:
+        fd = open_verified(pid, start_time)
+    except ProcessLookupError:
+        return False
+    try:
+        return not has_ended(fd)
+    finally:
+        os.close(fd)
+
+
+def has_ended(pidfd: int, wait: float = 0.0) -> bool:
+    """Whether the process has ended, reaped or not; blocks up to `wait` seconds for it.
+
+    Source: pidfd_open(2): readable from the moment of its death, before anybody has reaped it.
+    """
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(wait * 1000))
 
 
 def open_verified(pid: int, start_time: int) -> int:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import attrs
 
+from unisandbox.api import Sandboxer, UnavailableError
 from unisandbox.api.names import short_name
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Keeper
 
 
-@attrs.frozen
+def _alone(name: str) -> Sandboxer:
+    raise UnavailableError(f"backend {name!r} is to be had from an engine, and there is none")
+
+
+@attrs.frozen(eq=False, repr=False)
 class Host:
     """The mechanisms of one engine.
 
@@ -22,6 +29,8 @@ class Host:
         cgroups: the engine's cgroup tree.
         shared: other processes may attach to the engine, or a later one may take it over: what they need to know is
             held by the keeper.
+        sandboxer: another backend's sandboxer in this engine, by name, for a backend that builds on it. Raises
+            InvalidArgumentError or UnavailableError when it cannot be had.
     """
 
     engine_id: str
@@ -31,14 +40,8 @@ class Host:
     keeper: Keeper
     cgroups: Cgroups
     shared: bool = False
+    sandboxer: Callable[[str], Sandboxer] = attrs.field(default=_alone, eq=False, repr=False)
 
     def prefix(self, sandbox_id: str) -> str:
         """What the names of everything begin with that the keeper holds, guards and leases for a sandbox."""
         return f"{short_name(self.engine_id, sandbox_id)}/"
-
-    def outside(self, path: str) -> str:
-        """`path` of the keeper's mount namespace as this process can reach it.
-
-        Source: proc(5), /proc/PID/root is the process's view of the file system, mount namespace included.
-        """
-        return f"/proc/{self.keeper.pid}/root{path}"

@@ -84,7 +84,6 @@ PIDFD_INFO_PID: Final = 1 << 0
 PIDFD_INFO_EXIT: Final = 1 << 3
 
 _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
-_CLONE_INTO_CGROUP: Final = 1 << 33
 
 # These calls are newer than the unification of system call numbers: one number on every architecture.
 _NR_OPEN_TREE: Final = 428
@@ -92,7 +91,6 @@ _NR_MOVE_MOUNT: Final = 429
 _NR_FSOPEN: Final = 430
 _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
-_NR_CLONE3: Final = 435
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
 _NR_MOUNT_SETATTR: Final = 442
@@ -387,35 +385,6 @@ def clone_paused(flags: int, seconds: int = 10) -> int:
 
 
 _pause_stack: ctypes.Array[ctypes.c_char] | None = None
-
-
-def fork_into_cgroup(cgroup_fd: int) -> int:
-    """os.fork() whose child is born in the cgroup v2 directory behind `cgroup_fd`. 0 in the child, else its pid.
-
-    To write a pid into cgroup.procs takes 8 to 15 ms when no process has been moved for a while, since the kernel waits
-    for an RCU grace period; this does not wait (measured: 1 ms). For a process with one thread, whose child execs soon:
-    the C library's own fork handlers do not run, and its record of the child's thread id stays the parent's.
-
-    Raises:
-        OSError: EBUSY: the cgroup has controllers for its children (v2: no processes in inner nodes); EACCES: we may
-            not write its cgroup.procs, or that of the nearest cgroup above both it and ours. Linux 5.7.
-
-    Source: clone(2), CLONE_INTO_CGROUP; kernel/cgroup/cgroup.c, cgroup_procs_write_start.
-    """
-    # struct clone_args: flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid,
-    # set_tid_size, cgroup.
-    args = struct.pack("=11Q", _CLONE_INTO_CGROUP, 0, 0, 0, signal.SIGCHLD, 0, 0, 0, 0, 0, cgroup_fd)
-    buffer = ctypes.create_string_buffer(args, len(args))
-    # PyDLL keeps the interpreter's lock over the call, as os.fork does.
-    clone = ctypes.PyDLL(None, use_errno=True).syscall
-    clone.restype = ctypes.c_long
-    ctypes.pythonapi.PyOS_BeforeFork()
-    pid: int = clone(ctypes.c_long(_NR_CLONE3), buffer, ctypes.c_size_t(len(args)))
-    if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
-    else:
-        ctypes.pythonapi.PyOS_AfterFork_Parent()
-    return _check(pid, "clone3(CLONE_INTO_CGROUP)")
 
 
 def bpf(command: int, attr: bytes) -> int:

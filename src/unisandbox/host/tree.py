@@ -49,10 +49,17 @@ class Tree:
     what this object has mounted, in reverse. `close()` keeps the mounts and gives up that possibility.
     """
 
-    def __init__(self, root: str) -> None:
-        """Open `root`, which must be a directory whose path has no symbolic link in it."""
-        self._path = root
-        self._root_fd = syscalls.openat2(syscalls.AT_FDCWD, root, os.O_PATH | os.O_DIRECTORY, resolve=mounts.NO_LINKS)
+    def __init__(self, root: str | int) -> None:
+        """Open `root`: a path without a symbolic link in it, or a descriptor of a directory (which stays the caller's).
+
+        Below the root of a detached mount more can be mounted since Linux 6.15. Source: do_move_mount, fs/namespace.c.
+        """
+        self._path = root if isinstance(root, str) else f"descriptor {root}"
+        flags = os.O_PATH | os.O_DIRECTORY
+        if isinstance(root, str):
+            self._root_fd = syscalls.openat2(syscalls.AT_FDCWD, root, flags, resolve=mounts.NO_LINKS)
+        else:
+            self._root_fd = mounts.open_below(root, "/", flags)
         self._mounted: list[int] = []
 
     def undo(self) -> None:

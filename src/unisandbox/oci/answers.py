@@ -18,23 +18,25 @@ from unisandbox.api.errors import (
 
 _LOG_TAIL: Final = 16384
 _MESSAGE_LIMIT: Final = 600
+_NO_ERROR: Final = re.compile("(?:trace|debug|info|warn|warning): ")
 
-# What runtimes say, and no exit code tells. Source: crun 1.8.1 and runc 1.1.5, by trying.
-_MISSING: Final = re.compile(r"does not exist|no such container", re.IGNORECASE)
-_NOT_RUNNING: Final = re.compile(r"not running|already stopped|no such process|process already finished", re.IGNORECASE)
-_NOT_STOPPED: Final = re.compile(
-    r"not stopped|is not in `created` or `stopped` state|is still running|is running", re.IGNORECASE
+# What runtimes say, and no exit code tells. Source: crun 1.8.1, runc 1.1.5 and youki 0.7.0, by trying. Compiled when
+# one fails.
+_MISSING: Final = r"does not exist|no such container"
+_NOT_RUNNING: Final = r"not running|already stopped|no such process|process already finished"
+_NOT_STOPPED: Final = (
+    r"not stopped|is not in `created` or `stopped` state|is still running|is running|incompatible container status"
 )
-_PROGRAM_MISSING: Final = re.compile(
-    r"executable file .*not found in \$PATH|(?:exec|executable|open executable)\b.*no such file or directory",
-    re.IGNORECASE,
+# youki says "exec process failed" of whatever its child failed at.
+_EXECUTABLE: Final = r"(?:exec(?! process failed)|executable|open executable)\b"
+_PROGRAM_MISSING: Final = rf"executable .*not found in \$PATH|{_EXECUTABLE}.*no such file or directory"
+_PROGRAM_REFUSED: Final = (
+    rf"{_EXECUTABLE}.*(?:permission denied|operation not permitted|exec format error|is a directory|not a directory"
+    r"|does not have correct permissions)"
+    r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory|ENOENT|EACCES|ENOTDIR)"
 )
-_PROGRAM_REFUSED: Final = re.compile(
-    r"(?:exec|executable|open executable)\b.*"
-    r"(?:permission denied|operation not permitted|exec format error|is a directory|not a directory)"
-    r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory)",
-    re.IGNORECASE,
-)
+# What is no part of the reason in a line of youki's log.
+_YOUKI_FRAME: Final = frozenset({"timestamp", "level", "message", "target"})
 
 
 def failure(label: str, code: int, log: str, *, starts_program: bool = False) -> SandboxError:
@@ -46,15 +48,19 @@ def failure(label: str, code: int, log: str, *, starts_program: bool = False) ->
         log: what `read_log` gave.
         starts_program: the call starts a user's program, which may be missing.
     """
-    reason = last_message(log)
+    reason = why(log)
     message = f"{label} failed: {reason or describe(code)}"
-    if starts_program and _PROGRAM_REFUSED.search(reason):
+
+    def says(pattern: str) -> bool:
+        return re.search(pattern, reason, re.IGNORECASE) is not None
+
+    if starts_program and says(_PROGRAM_REFUSED):
         return InvalidArgumentError(message, exit_code=126)
-    if starts_program and _PROGRAM_MISSING.search(reason):
+    if starts_program and says(_PROGRAM_MISSING):
         return InvalidArgumentError(message, exit_code=127)
-    if _NOT_STOPPED.search(reason) or _NOT_RUNNING.search(reason):
+    if says(_NOT_STOPPED) or says(_NOT_RUNNING):
         return FailedPreconditionError(message)
-    if re.search(r"\bcontainer\b", reason, re.IGNORECASE) and _MISSING.search(reason):
+    if says(r"\bcontainer\b") and says(_MISSING):
         return NotFoundError(message)
     hint = "" if reason else "It wrote no log; what it wrote to its standard error went to the container's."
     return BackendError(message, hint=hint, log=log)
@@ -84,19 +90,29 @@ def read_log(path: str) -> str:
 def _line(line: str) -> str:
     try:
         entry = json.loads(line)
-        text = str(entry["msg"])
-        level = str(entry.get("level", ""))
+        if "msg" in entry:
+            text = str(entry["msg"])
+        else:
+            # youki's: the cause is in fields beside the message.
+            fields = [str(value) for key, value in entry.items() if key not in _YOUKI_FRAME]
+            text = ": ".join(filter(None, (str(entry["message"]), ", ".join(fields))))
+        level = str(entry.get("level", "")).lower()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text, level = line, ""
     text = "".join(character if character.isprintable() else " " for character in text).strip()
     return f"{level}: {text}" if text and level and level not in {"error", "fatal"} else text
 
 
-def last_message(log: str) -> str:
-    """The line of a log (as `read_log` gives it) that says why: its last, cut to a readable length."""
+def why(log: str) -> str:
+    """What a log (as `read_log` gives it) tells of a failure, cut to a readable length: its last line.
+
+    And before it the first error, if there are several: a runtime that logs one at each level (youki) has the cause
+    there, and in its last perhaps no more than "failed to unix syscall".
+    """
     lines = log.splitlines()
-    text = lines[-1] if lines else ""
-    return text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + " ..."
+    errors = [line for line in lines if not _NO_ERROR.match(line)] or lines[-1:]
+    said = dict.fromkeys((errors[0], errors[-1])) if errors else ()
+    return "; ".join(text if len(text) <= _MESSAGE_LIMIT else text[:_MESSAGE_LIMIT] + " ..." for text in said)
 
 
 def describe(code: int) -> str:

@@ -6,9 +6,11 @@ import base64
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import attrs
+
+from unisandbox.host.boundary import reached
 
 NamespaceKind = Literal["user", "network", "ipc", "uts", "pid", "mount", "cgroup"]
 
@@ -30,8 +32,7 @@ MASKED_PATHS: Final = (
 READONLY_PATHS: Final = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 
 
-@attrs.frozen
-class OciMount:
+class OciMount(NamedTuple):
     """One entry of `mounts`: what the runtime mounts, where, and how."""
 
     destination: str
@@ -40,15 +41,14 @@ class OciMount:
     options: tuple[str, ...] = ()
 
 
-@attrs.frozen
-class OciNamespace:
+class OciNamespace(NamedTuple):
     """A namespace that the runtime makes, or with `path` joins."""
 
     kind: NamespaceKind
     path: str = ""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class Bundle:
     """What goes into a config.json.
 
@@ -141,9 +141,11 @@ class Bundle:
 
     def write(self, directory: str) -> None:
         """Make the bundle directory, readable by nobody else, with its config.json."""
+        reached("before bundle.write", directory)
         os.makedirs(directory, mode=0o700, exist_ok=True)
         descriptor = os.open(
             os.path.join(directory, "config.json"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
         )
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(self.to_json())
+        reached("after bundle.write", directory)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import anyio
-import attrs
 
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
 from unisandbox.host import pidfd as pidfds
-from unisandbox.oci.answers import last_message, read_log
+from unisandbox.oci.answers import read_log, why
 
 # A killed process may sit in the kernel; what waits behind us should not.
 _DEATH_SECONDS: Final = 5.0
@@ -28,6 +26,8 @@ ENVIRONMENT: Final[Mapping[str, str]] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "LC_ALL": "C",
 }
+NOWHERE: Final[Mapping[str, str]] = {}
+"""No namespace to enter."""
 
 
 class Child(Protocol):
@@ -83,6 +83,15 @@ class Spawner(Protocol):
         """The number of the last end that is known here."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """See `Keeper.alive`."""
+        ...
+
+    def outside(self, path: str) -> str:
+        """See `Keeper.outside`."""
+        ...
+
     async def spawn(
         self,
         key: str,
@@ -95,6 +104,10 @@ class Spawner(Protocol):
         fds: Sequence[int] = (),
     ) -> Child:
         """See `Keeper.spawn`."""
+        ...
+
+    def expect(self, pid: int, start_time: int) -> None:
+        """See `Keeper.expect`."""
         ...
 
     async def wait_exit(self, pid: int, start_time: int) -> Ended:
@@ -114,8 +127,7 @@ class Spawner(Protocol):
         ...
 
 
-@attrs.frozen
-class Call:
+class Call(NamedTuple):
     """A call of a runtime.
 
     Attributes:
@@ -240,17 +252,19 @@ def children(pid: int) -> list[int]:
 
 
 def _said(path: str) -> str:
-    text = last_message(read_log(path))
+    text = why(read_log(path))
     return f" (its log ends with: {text})" if text else ""
 
 
-def nsenter(netns: str) -> list[str]:
-    """The beginning of an argv that runs the rest inside a network namespace.
+def nsenter(namespaces: Mapping[str, str]) -> list[str]:
+    """The beginning of an argv that runs the rest inside namespaces: their paths by kind ("net", "ipc", "uts").
 
     Raises:
         UnavailableError: util-linux's nsenter is not installed.
     """
+    import shutil  # heavy, and not every runtime needs nsenter
+
     program = shutil.which("nsenter", path=ENVIRONMENT["PATH"])
     if program is None:
         raise UnavailableError("nsenter was not found", hint="Install it: apt install util-linux.")
-    return [program, f"--net={netns}", "--"]
+    return [program, *(f"--{kind}={path}" for kind, path in namespaces.items()), "--"]

@@ -15,9 +15,7 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from typing import Final, Literal, cast
-
-import attrs
+from typing import Final, Literal, NamedTuple, cast
 
 from unisandbox.api.errors import UnavailableError
 
@@ -29,7 +27,7 @@ RUNTIMES: Final[tuple[RuntimeName, ...]] = ("crun", "runc", "youki")
 _USUAL_PLACES: Final = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _QUERY_SECONDS: Final = 5.0
 _QUERY_BYTES: Final = 65536
-_VERSION: Final = re.compile(r"\A(crun|runc|youki) version (\d+(?:\.\d+){1,3})(\S*)")
+_VERSION: Final = re.compile(r"\A(crun|runc|youki) version:? (\d+(?:\.\d+){1,3})(\S*)")
 _SPEC: Final = re.compile(r"^spec: (\d+\.\d+\.\d+)", re.MULTILINE)
 # Every runtime since 2017 accepts it. crun before 1.9 refuses whatever does not begin with "1.0".
 _OLDEST_SPEC: Final = "1.0.2"
@@ -38,8 +36,7 @@ _NEWEST_SPEC: Final = (1, 2, 1)
 _HINT: Final = "Install one: apt install crun."
 
 
-@attrs.frozen
-class Features:
+class Features(NamedTuple):
     """What a runtime can do. False where it is not known.
 
     Attributes:
@@ -52,6 +49,9 @@ class Features:
         sealed: run from a sealed memory file it spares itself a copy and a second exec.
         foreign_netns: with a user namespace joined, it can also join a network namespace that this user namespace
             does not own.
+        held_userns: it can join a user namespace together with other namespaces by paths into /proc/PID/fd of a
+            process outside. (youki opens those paths only when it is inside, where they are closed to it; but for a
+            pid namespace it can be made to enter them first.)
         recursive_readonly: it knows the mount option `rro`.
         idmapped_mounts: it can map the ids of bind mounts.
         preserve_fds: it passes fds 3, 4 ... on to the container.
@@ -64,13 +64,13 @@ class Features:
     removable_state: bool = False
     sealed: bool = False
     foreign_netns: bool = False
+    held_userns: bool = False
     recursive_readonly: bool = False
     idmapped_mounts: bool = False
     preserve_fds: bool = False
 
 
-@attrs.frozen
-class RuntimeProgram:
+class RuntimeProgram(NamedTuple):
     """A runtime that is installed here.
 
     Attributes:
@@ -92,8 +92,7 @@ class RuntimeProgram:
     identity: tuple[int, int, int, int]
 
 
-@attrs.frozen
-class Rejected:
+class Rejected(NamedTuple):
     """A file with a runtime's name that is none, and why."""
 
     path: str
@@ -135,9 +134,7 @@ def pick_runtime(prefer: str | None = None, path: str | None = None) -> RuntimeP
     message = f"no OCI runtime found (looked for {', '.join(names)} in {place})"
     if rejected:
         message += ": " + "; ".join(f"{entry.path}: {entry.reason}" for entry in rejected[:4])
-    raise UnavailableError(
-        message, hint=_HINT if prefer not in {"runc", "youki"} else f"Install it: apt install {prefer}."
-    )
+    raise UnavailableError(message, hint="Install it: apt install runc." if prefer == "runc" else _HINT)
 
 
 def _verdicts(path: str | None, names: Sequence[str] = RUNTIMES) -> list[RuntimeProgram | Rejected]:
@@ -187,8 +184,8 @@ def _ask(path: str, identity: tuple[int, int, int, int]) -> RuntimeProgram | Rej
     name, numbers, suffix = match.groups()
     version = tuple(int(number) for number in numbers.split("."))
     told: dict[str, object] = {}
-    if name == "runc" and version >= (1, 1):
-        # crun and youki have the command in some versions; what we need of them the table knows better.
+    if name == "youki" or (name == "runc" and version >= (1, 1)):
+        # crun has the command in some versions; what we need of it the table knows better.
         told = _told(path)
     runtime = cast("RuntimeName", name)
     return RuntimeProgram(
@@ -241,25 +238,35 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
             removable_state=tested,
             sealed=tested,
             foreign_netns=True,
+            held_userns=True,
             recursive_readonly=version >= (1, 4),
             idmapped_mounts=version >= (1, 5),
             preserve_fds=True,
         )
+    linux = told.get("linux")
+    linux = linux if isinstance(linux, dict) else {}
+    extensions = linux.get("mountExtensions")
+    idmap = extensions.get("idmap") if isinstance(extensions, dict) else None
+    idmapped_mounts = isinstance(idmap, dict) and bool(idmap.get("enabled"))
+    options = told.get("mountOptions")
+    recursive_readonly = isinstance(options, list) and "rro" in options
     if name == "runc":
-        linux = told.get("linux")
-        linux = linux if isinstance(linux, dict) else {}
         seccomp_told = linux.get("seccomp")
-        extensions = linux.get("mountExtensions")
-        idmap = extensions.get("idmap") if isinstance(extensions, dict) else None
-        options = told.get("mountOptions")
         return Features(
             seccomp=bool(seccomp_told.get("enabled")) if isinstance(seccomp_told, dict) else "libseccomp" in text,
             fifo="read" if tested else "",
-            recursive_readonly=isinstance(options, list) and "rro" in options,
-            idmapped_mounts=isinstance(idmap, dict) and bool(idmap.get("enabled")),
+            held_userns=True,
+            recursive_readonly=recursive_readonly,
+            idmapped_mounts=idmapped_mounts,
             preserve_fds=True,
         )
-    return Features(seccomp=True, recursive_readonly=True, preserve_fds=True)
+    # Its `features` is silent on seccomp, its --version is not. Source: youki 0.7.0, commands/features.rs and info.rs.
+    return Features(
+        seccomp="libseccomp: " in text,
+        recursive_readonly=recursive_readonly,
+        idmapped_mounts=idmapped_mounts,
+        preserve_fds=True,
+    )
 
 
 def _query(argv: list[str]) -> bytes:

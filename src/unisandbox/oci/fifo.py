@@ -16,6 +16,7 @@ import select
 import anyio
 import anyio.lowlevel
 
+from unisandbox.host.pidfd import has_ended
 from unisandbox.oci.features import FifoKind
 
 # A reader that is on its way to open(2) cannot be waited for: no event tells of it.
@@ -61,7 +62,7 @@ async def _write(path: str, pidfd: int) -> None:
                 raise InitEnded from None
             finally:
                 os.close(fd)
-        if _ended(pidfd):
+        if has_ended(pidfd):
             raise InitEnded
         await anyio.sleep(_RETRY_SECONDS)
 
@@ -83,9 +84,3 @@ async def _read(path: str, pidfd: int) -> None:
             raise InitEnded
     finally:
         os.close(fd)
-
-
-def _ended(pidfd: int) -> bool:
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-import attrs
-
-from unisandbox.api import ContainerSpec, Metrics, ProcessSpec, Resources
+from unisandbox.api import ContainerSpec, CreateTask, Metrics, ProcessSpec, Resources
 from unisandbox.host.cgroups import Cgroup, Limits
 from unisandbox.host.init import SpawnRequest
 
 
-@attrs.frozen
-class Plan:
+class Plan(NamedTuple):
     """Everything that a container of the SDK needs, ready on the host.
 
     Attributes:
@@ -22,7 +19,7 @@ class Plan:
         cgroup: the container's own, with its limits.
         request: how its processes start: a program's spec to what init is asked for.
         admitted: the host's user id of init, which lets processes be born in cgroups that admit it; None: it may not.
-        netns: the network namespace in which the runtime starts; None: its own.
+        entered: paths of the namespaces that the runtime enters first, by kind; see `Runtime.create`.
         mounts: name of the mount namespace, held by the keeper, in which the root file system is; empty: the keeper's.
         extra_fds: become fds 3, 4 ... of its first process, behind init's control socket.
         verify: raises when the container is not what it shall be; given the pid of its first process.
@@ -35,7 +32,7 @@ class Plan:
     cgroup: Cgroup
     request: Callable[[ProcessSpec], SpawnRequest]
     admitted: int | None
-    netns: str | None
+    entered: Mapping[str, str]
     mounts: str
     extra_fds: Sequence[int]
     verify: Callable[[int], None]
@@ -54,12 +51,26 @@ class Planner(Protocol):
         """Make what a bundle of somebody else needs around it."""
         ...
 
-    async def restore(self, container_id: str, container: ContainerSpec | None, bundle: str) -> Plan:
-        """The plan that `prepare` (or, for a bundle, `adopt`) has made before, perhaps in another process."""
+    async def adapt(self, request: CreateTask) -> Plan:
+        """Make a bundle of our own from `config` and `rootfs` of a request; see `CreateTask`."""
+        ...
+
+    async def restore(
+        self, container_id: str, container: ContainerSpec | None, bundle: str, *, half_made: bool = False
+    ) -> Plan:
+        """The plan that `prepare` (or, for a bundle, `adopt` or `adapt`) has made before, perhaps in another process.
+
+        Args:
+            container_id, container, bundle: as they were given to `prepare` or `adopt`; the bundle that `adapt` made.
+            half_made: it may have been cut in between; what is missing for undoing it is made.
+
+        Raises:
+            FileNotFoundError: it is being removed, or was not made whole.
+        """
         ...
 
     async def free(self, container_id: str) -> None:
-        """Free what `prepare` or `adopt` made; repeating is harmless."""
+        """Free what `prepare`, `adopt` or `adapt` made; repeating is harmless."""
         ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import select
+import signal
 import socket
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -14,24 +14,28 @@ import anyio
 import attrs
 
 from unisandbox.api import BackendError, ContainerSpec, Exit, ProcessSpec, Stdio
+from unisandbox.api.status import ContainerState
 from unisandbox.host import syscalls
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.keeper import Keeper
-from unisandbox.host.readiness import readable
+from unisandbox.host.pidfd import has_ended
+from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Plan
-from unisandbox.oci.runtime import Created
 
 _REAPED_SECONDS: Final = 1.0
 _LARGEST_LAST_WORDS: Final = 4096
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Process:
     """A process of a container; its streams are closed here once it has them."""
 
     exec_id: str
     spec: ProcessSpec | None
     stdio: list[int]
+    # An OCI process object, for one that an engine adds to a bundle of its own.
+    oci_process: str = ""
+    terminal: bool = False
     cgroup: Cgroup | None = None
     pid: int | None = None
     pidfd: int = -1
@@ -39,10 +43,11 @@ class Process:
     life: socket.socket | None = None
     master: int = -1
     killed_by_us: bool = False
+    # Set when a start that is under way is over.
+    starting: anyio.Event | None = None
     deleted: bool = False
+    closed: bool = False
     exit: Exit | None = None
-    #: When the keeper saw its end while nobody else looked; Unix time in seconds.
-    ended_at: float | None = None
 
     def enter(self, pid: int) -> None:
         """Move the process into its cgroup, if it was not born there; verified."""
@@ -50,7 +55,8 @@ class Process:
         self.cgroup.enter(pid)
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor. A start that is under way closes what comes after that."""
+        self.closed = True
         for fd in (*self.stdio, self.pidfd, self.master):
             if fd >= 0:
                 os.close(fd)
@@ -60,7 +66,7 @@ class Process:
             self.life = None
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class Container:
     """A container with its processes, by exec id; the main one's is empty."""
 
@@ -72,7 +78,7 @@ class Container:
     spec: ContainerSpec | None = None
     started: bool = False
     verified: bool = False
-    paused: bool = False
+    deleting: bool = False
     processes: dict[str, Process] = attrs.field(factory=dict)
     # Cgroups of ended processes that still hold something (background work, a zombie), with their kills for memory.
     lingering: dict[Cgroup, int] = attrs.field(factory=dict)
@@ -82,7 +88,6 @@ class Container:
 
 async def ended_process(keeper: Keeper, created: Created) -> None:
     """Wait until a killed container is gone and reaped: a runtime refuses to delete what still lives."""
-    await readable(created.pidfd)
     await keeper.wait_exit(created.pid, created.start_time)
 
 
@@ -99,7 +104,9 @@ def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int
 
 
 def oom_kills_of(cgroup: Cgroup) -> int:
-    """Processes of the cgroup that were killed for memory; 0 when it is gone."""
+    """Processes of the cgroup that were killed for memory; 0 when it is gone, or nobody counts them on this host."""
+    if cgroup.oom_counter is None:
+        return 0
     try:
         return cgroup.oom_kills()
     except FileNotFoundError:
@@ -172,9 +179,31 @@ def birthplace(cgroup: Cgroup, admitted: int | None) -> Iterator[list[int]]:
             os.close(fd)
 
 
-def has_ended(pidfd: int, patience: float = 0.0) -> bool:
-    """Whether the process behind `pidfd` is dead, reaped or not; blocks for `patience` seconds at most."""
-    # Readable from the moment of its death, before anybody has reaped it. Source: pidfd_open(2).
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(patience * 1000))
+def state_of(container: Container, process: Process) -> ContainerState:
+    """The state of a process; it is "stopped" with its container."""
+    if process.exit is not None or (container.created is not None and has_ended(container.created.pidfd)):
+        return "stopped"
+    if process.pidfd >= 0 and has_ended(process.pidfd):
+        return "stopped"
+    if not container.started or (process.exec_id and process.pid is None):
+        return "created"
+    # The kernel knows, whichever process has paused it.
+    return "paused" if container.plan.cgroup.is_frozen else "running"
+
+
+def all_oom_kills_of(container: Container) -> int:
+    """Processes of the container that were killed for memory, also those that are gone."""
+    cgroups = [process.cgroup for process in container.processes.values() if process.cgroup is not None]
+    lingering = sum(max(kills, oom_kills_of(cgroup)) for cgroup, kills in container.lingering.items())
+    return container.oom_kills + lingering + sum(map(oom_kills_of, cgroups))
+
+
+def signal_member(cgroup: Cgroup, pid: int, number: int) -> None:
+    """Signal a process if it still is in the cgroup: its number may be another's by now."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            if cgroup.holds(pid):
+                signal.pidfd_send_signal(pidfd, number)
+        finally:
+            os.close(pidfd)

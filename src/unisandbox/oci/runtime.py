@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.lowlevel
@@ -28,13 +28,15 @@ from unisandbox.api.errors import (
     UnsupportedError,
 )
 from unisandbox.api.names import check_name
-from unisandbox.host import pidfd as pidfds
+from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import ending, hierarchy
+from unisandbox.host.pidfd import has_ended
+from unisandbox.host.sealed import sealed_copy
 from unisandbox.oci import fifo
-from unisandbox.oci.answers import failure, last_message, read_log
-from unisandbox.oci.calls import Call, Spawner, children, kill_tree, nsenter, run
+from unisandbox.oci.answers import failure, read_log, why
+from unisandbox.oci.calls import NOWHERE, Call, Spawner, nsenter, run
 from unisandbox.oci.features import RuntimeProgram
-from unisandbox.oci.sealed import sealed_copy
+from unisandbox.oci.made import Created, enter, identify
 from unisandbox.oci.states import RuntimeFiles
 
 DEFAULT_TIMEOUT: Final = 30.0
@@ -42,31 +44,10 @@ DEFAULT_TIMEOUT: Final = 30.0
 _CLEANUP_SECONDS: Final = 10.0
 _KILL_SECONDS: Final = 1.0
 _STATE_BYTES: Final = 1 << 20
-# Source: PID_MAX_LIMIT, include/linux/threads.h.
-_PID_LIMIT: Final = 1 << 22
 _BUNDLE_LOG: Final = "runtime.log"
 
 
-@attrs.frozen
-class Created:
-    """A process that a runtime has made: the init of a container, or an exec'd one.
-
-    Attributes:
-        pid: as the host sees it.
-        start_time: clock ticks after boot; with the pid it is an identity.
-        pidfd: of exactly this process; the caller's to close. -1 when an exec'd process has ended and was reaped
-            already: its exit is known to the keeper by pid and start time.
-        bundle: the container's bundle directory.
-    """
-
-    pid: int
-    start_time: int
-    pidfd: int
-    bundle: str
-
-
-@attrs.frozen
-class ContainerState:
+class ContainerState(NamedTuple):
     """What the runtime says about a container: "creating", "created", "running", "stopped" or "paused"."""
 
     container_id: str
@@ -75,12 +56,12 @@ class ContainerState:
     bundle: str
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Prepared:
     executable: str = ""
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class Runtime:
     """An installed runtime with a state directory of ours.
 
@@ -105,7 +86,7 @@ class Runtime:
         extra_fds: Sequence[int] = (),
         cgroup_procs: Sequence[str] = (),
         console_socket: str | None = None,
-        netns: str | None = None,
+        entered: Mapping[str, str] = NOWHERE,
         mounts: str = "",
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Created:
@@ -120,8 +101,8 @@ class Runtime:
                 insists on a cgroup of its own (leave `cgroupsPath` out: it is made below the keeper's), from which its
                 waiting init is moved here before this returns: that leaf is empty then, and `delete` removes it.
             console_socket: path of a listening unix socket that gets the terminal's master (`terminal: true`).
-            netns: enter this network namespace first, for a config without a network namespace: runc cannot join one
-                that the joined user namespace does not own (`Features.foreign_netns`).
+            entered: paths of namespaces ("net", "ipc", "uts") to enter first, for a config without them, by a runtime
+                that cannot join them (`Features.foreign_netns`, `Features.held_userns`).
             mounts: name of the mount namespace, held by the keeper, in which the root file system is mounted; empty:
                 the keeper's own.
             timeout: seconds.
@@ -143,6 +124,7 @@ class Runtime:
             arguments += ["--preserve-fds", str(len(extra_fds))]
         if console_socket is not None:
             arguments += ["--console-socket", console_socket]
+        self._files.unlink(log)  # what an earlier attempt said (youki would write over its beginning)
         try:
             call = await self._call(
                 "create",
@@ -151,15 +133,18 @@ class Runtime:
                 log=log,
                 fds=(*stdio, *extra_fds),
                 cgroup_procs=cgroup_procs,
-                netns=netns,
+                entered=entered,
                 mounts=mounts,
                 timeout=timeout,
             )
+            reached("before runtime.create", container_id)
             code = await run(self.keeper, call)
             if code != 0:
                 raise failure(call.label, code, read_log(call.log), starts_program=True)
-            created = await self._identify(call, pid_file, bundle)
-            self._enter(call, created, cgroup_procs)
+            reached("after runtime.create", container_id)
+            created = await identify(self._files, call, pid_file, bundle)
+            if not self.program.features.cgroup_disabled:
+                enter(call, created, cgroup_procs)
             return created
         except BaseException:
             await self._scrap(container_id)
@@ -183,9 +168,10 @@ class Runtime:
         """
         self._check_exists(container_id)
         if created is None or not self.program.features.fifo or self._files.has_hooks(created.bundle, "poststart"):
-            await self._simple("start", container_id, [container_id], timeout=timeout)
+            await self._command_start(container_id, created, timeout)
             return
         path = f"{self._files.state_dir(container_id)}/exec.fifo"
+        reached("before runtime.start", container_id)
         try:
             with anyio.fail_after(timeout):
                 await fifo.release(path, self.program.features.fifo, created.pidfd)
@@ -196,11 +182,10 @@ class Runtime:
         except FileNotFoundError:
             raise FailedPreconditionError(f"container {container_id!r} was started before") from None
         except fifo.InitEnded:
-            log = read_log(self._files.view(f"{created.bundle}/{_BUNDLE_LOG}"))
-            reason = last_message(log) or "its log is empty"
-            raise BackendError(f"container {container_id!r} ended before it was started: {reason}", log=log) from None
+            raise self._ended_early(container_id, created) from None
         except OSError as error:
             raise BackendError(f"container {container_id!r} cannot be started: {error}") from error
+        reached("after runtime.start", container_id)
 
     async def exec(
         self,
@@ -213,7 +198,7 @@ class Runtime:
         extra_fds: Sequence[int] = (),
         cgroup_procs: Sequence[str] = (),
         console_socket: str | None = None,
-        netns: str | None = None,
+        entered: Mapping[str, str] = NOWHERE,
         mounts: str = "",
         timeout: float = DEFAULT_TIMEOUT,
     ) -> Created:
@@ -224,7 +209,7 @@ class Runtime:
             bundle: where the request and the log are written; files of this call are removed again.
             process: the OCI process object, or its JSON text.
             exec_id: for messages.
-            stdio, extra_fds, cgroup_procs, console_socket, netns, mounts, timeout: see `create`.
+            stdio, extra_fds, cgroup_procs, console_socket, entered, mounts, timeout: see `create`.
 
         Raises:
             InvalidArgumentError: the program cannot be started (`exit_code` 127: not found, 126: not executable).
@@ -250,17 +235,20 @@ class Runtime:
                 log=log,
                 fds=(*stdio, *extra_fds),
                 cgroup_procs=cgroup_procs,
-                netns=netns,
+                entered=entered,
                 mounts=mounts,
                 timeout=timeout,
                 what=f"exec {exec_id!r} in container {container_id!r}" if exec_id else "",
             )
             before = self.keeper.last_seq
+            reached("before runtime.exec", container_id)
             code = await run(self.keeper, call)
             if code != 0:
                 raise failure(call.label, code, read_log(call.log), starts_program=True)
-            created = await self._identify(call, pid_file, bundle, exits_after=before)
-            self._enter(call, created, cgroup_procs)
+            reached("after runtime.exec", container_id)
+            created = await identify(self._files, call, pid_file, bundle, exits_after=before)
+            if not self.program.features.cgroup_disabled:
+                enter(call, created, cgroup_procs)
             return created
         finally:
             for path in (pid_file, request, log):
@@ -299,6 +287,7 @@ class Runtime:
             await anyio.lowlevel.checkpoint()
             return
         arguments = ["--force", container_id] if force else [container_id]
+        reached("before runtime.delete", container_id)
         try:
             await self._simple("delete", container_id, arguments, timeout=timeout)
         except NotFoundError:
@@ -306,6 +295,7 @@ class Runtime:
         except BackendError:
             if not force:
                 raise
+        reached("after runtime.delete", container_id)
         if force:
             await self._remove_cgroups(container_id)
         if force and self._files.exists(container_id) and not self._files.discard(container_id):
@@ -344,6 +334,12 @@ class Runtime:
                 f"{self.program.name} state of container {container_id!r} is not readable: {bytes(text[:200])!r}"
             ) from error
 
+    def was_started(self, container_id: str) -> bool:
+        """Whether a container that was created does not wait any more; False where that cannot be seen."""
+        directory = self._files.state_dir(check_name(container_id, "container id"))
+        has_fifo = bool(self.program.features.fifo)
+        return has_fifo and os.path.isdir(directory) and not os.path.lexists(f"{directory}/exec.fifo")
+
     def own_cgroups(self, container_id: str) -> tuple[str, ...]:
         """The cgroup directories that the runtime itself makes and `delete` removes, to be removed after a crash.
 
@@ -367,7 +363,7 @@ class Runtime:
         self, verb: str, container_id: str, arguments: Sequence[str], *, stdout: int | None = None, timeout: float
     ) -> None:
         """A call that makes no process of ours; raises by what its log says."""
-        log = f"{self._files.logs()}/{os.urandom(8).hex()}.log"
+        log = self._files.log(os.urandom(8).hex())
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         try:
             fds = (null, null if stdout is None else stdout, null)
@@ -388,7 +384,7 @@ class Runtime:
         log: str,
         fds: Sequence[int],
         cgroup_procs: Sequence[str] = (),
-        netns: str | None = None,
+        entered: Mapping[str, str] = NOWHERE,
         mounts: str = "",
         timeout: float,
         what: str = "",
@@ -396,7 +392,7 @@ class Runtime:
         name = self.program.name
         try:
             os.makedirs(self._files.view(self._files.states()), mode=0o700, exist_ok=True)
-            self._files.logs()
+            os.makedirs(self._files.view(self._files.logs()), mode=0o700, exist_ok=True)
             executable = await self._executable()
         except OSError as error:
             raise BackendError(
@@ -406,7 +402,7 @@ class Runtime:
         options = ["--root", self._files.states(), "--log", log, "--log-format", "json"]
         if self.program.features.cgroup_disabled:
             options.append("--cgroup-manager=disabled")
-        prefix = nsenter(netns) if netns is not None else []
+        prefix = nsenter(entered) if entered else []
         return Call(
             label=f"{name} {what or f'{verb} of container {container_id!r}'}",
             argv=[*prefix, executable, *options, verb, *arguments],
@@ -416,6 +412,20 @@ class Runtime:
             mounts=mounts,
             timeout=timeout,
         )
+
+    async def _command_start(self, container_id: str, created: Created | None, timeout: float) -> None:
+        try:
+            await self._simple("start", container_id, [container_id], timeout=timeout)
+        except FailedPreconditionError:
+            # "Stopped" may mean either; whoever keeps the state of a container does not start it twice.
+            if created is not None and has_ended(created.pidfd) and not self.was_started(container_id):
+                raise self._ended_early(container_id, created) from None
+            raise
+
+    def _ended_early(self, container_id: str, created: Created) -> BackendError:
+        log = read_log(self._files.view(f"{created.bundle}/{_BUNDLE_LOG}"))
+        reason = why(log) or "its log is empty"
+        return BackendError(f"container {container_id!r} ended before it was started: {reason}", log=log)
 
     async def _executable(self) -> str:
         """Where the keeper's children find the program.
@@ -449,60 +459,6 @@ class Runtime:
             os.close(memory)
         return f"/proc/{self.keeper.pid}/fd/{number}"
 
-    async def _identify(self, call: Call, pid_file: str, bundle: str, *, exits_after: int | None = None) -> Created:
-        """From a pid-file to a process that is certainly the one: a child of the keeper, held by a pidfd."""
-        pid = self._read_pid(call, pid_file)
-        with contextlib.suppress(ProcessLookupError):
-            start_time = pidfds.start_time(pid)
-            if _parent(pid) == self.keeper.pid:  # it is that process which had the start time before and has it after
-                return Created(pid, start_time, pidfds.open_verified(pid, start_time), bundle)
-        if exits_after is not None:
-            # It has ended and was reaped before we could look at it.
-            records, _ = await self.keeper.exits_after(exits_after)
-            for record in reversed(records):
-                if record.pid == pid:
-                    return Created(pid, record.start_time, -1, bundle)
-        log = read_log(call.log)
-        reason = last_message(log) or "its log is empty"
-        raise BackendError(f"{call.label}: process {pid} is not there, or not its process: {reason}", log=log)
-
-    def _read_pid(self, call: Call, pid_file: str) -> int:
-        try:
-            with open(self._files.view(pid_file), "rb") as file:
-                raw = file.read(64)
-        except OSError as error:
-            raise BackendError(
-                f"{call.label} said that it succeeded, but wrote no pid-file: {error.strerror}", log=read_log(call.log)
-            ) from error
-        pid = int(raw) if raw.strip().isdigit() else -1
-        if not 1 < pid < _PID_LIMIT:
-            raise BackendError(f"{call.label} wrote no pid into its pid-file but {raw!r}", log=read_log(call.log))
-        return pid
-
-    def _enter(self, call: Call, created: Created, cgroup_procs: Sequence[str]) -> None:
-        """Put what a runtime with cgroups of its own has made into ours; closes `created.pidfd` when that fails."""
-        if self.program.features.cgroup_disabled or not cgroup_procs or created.pidfd < 0:
-            return
-        path = ""
-        try:
-            # An exec'd process runs already and may have forked: its children are looked up after it was moved.
-            pending, moved = [created.pid], set[int]()
-            while pending:
-                pid = pending.pop()
-                moved.add(pid)
-                for entry in cgroup_procs:
-                    # runc's init has threads: a v1 `tasks` file would take but one of them.
-                    path = f"{entry.removesuffix('/tasks')}/cgroup.procs" if entry.endswith("/tasks") else entry
-                    with open(path, "wb", buffering=0) as file:
-                        file.write(b"%d" % pid)
-                pending += [child for child in children(pid) if child not in moved]
-        except ProcessLookupError:
-            return  # ended, and with it the need
-        except OSError as error:
-            kill_tree(created.pid, created.pidfd)
-            os.close(created.pidfd)
-            raise BackendError(f"{call.label}: its process cannot enter {path}: {error.strerror}") from error
-
     async def _scrap(self, container_id: str) -> None:
         """Remove what a failed or cancelled `create` left."""
         # The error that is under way says what happened; a remainder is found again by `delete`.
@@ -529,7 +485,7 @@ class Runtime:
 
     @property
     def _files(self) -> RuntimeFiles:
-        return RuntimeFiles(self.root, self.keeper.pid)
+        return RuntimeFiles(self.root, self.keeper)
 
     # --- checks ---
 
@@ -541,13 +497,3 @@ class Runtime:
     def _check_fds(self, extra_fds: Sequence[int]) -> None:
         if extra_fds and not self.program.features.preserve_fds:
             raise UnsupportedError("passing file descriptors", self.program.name)
-
-
-def _parent(pid: int) -> int:
-    """Source: proc_pid_stat(5), field 4."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            text = file.read(4096)
-    except FileNotFoundError:
-        raise ProcessLookupError(errno.ESRCH, f"process {pid} does not exist") from None
-    return int(text[text.rindex(b")") + 2 :].split(maxsplit=2)[1])

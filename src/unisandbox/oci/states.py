@@ -1,7 +1,7 @@
 """The files of a runtime: states of its containers, logs, and what is written for one call.
 
 They may lie in the keeper's private mounts, where only the keeper and its children see them: everything here goes
-through /proc/KEEPER/root.
+through `Keeper.outside`, and raises UnavailableError once the keeper has ended.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ import os
 
 import attrs
 
-from unisandbox.api.errors import BackendError
+from unisandbox.api.errors import BackendError, UnavailableError
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.boundary import reached
+from unisandbox.oci.calls import Spawner
 
 
-@attrs.frozen
+@attrs.frozen(eq=False, repr=False)
 class RuntimeFiles:
     """What lies below `root` (absolute, as the keeper sees it), and in bundles."""
 
     root: str
-    keeper_pid: int
+    keeper: Spawner
 
     def states(self) -> str:
         """The runtime's `--root`, as the keeper sees it."""
         return f"{self.root}/state"
 
     def logs(self) -> str:
-        """Where calls without a bundle log, as the keeper sees it; made when missing."""
-        path = f"{self.root}/log"
-        os.makedirs(self.view(path), mode=0o700, exist_ok=True)
-        return path
+        """Where calls without a bundle log, as the keeper sees it."""
+        return f"{self.root}/log"
+
+    def log(self, name: str) -> str:
+        """The log of one such call, as the keeper sees it."""
+        return f"{self.logs()}/{name}.log"
 
     def exists(self, container_id: str) -> bool:
         """Whether the runtime has a state of this container."""
@@ -43,7 +47,7 @@ class RuntimeFiles:
 
     def view(self, path: str) -> str:
         """A path of the keeper's mount namespace as it is reached from here."""
-        return f"/proc/{self.keeper_pid}/root{path}"
+        return self.keeper.outside(path)
 
     def write(self, path: str, text: str | bytes) -> None:
         """Make a file that nobody else reads."""
@@ -60,7 +64,7 @@ class RuntimeFiles:
     def unlink(self, path: str) -> None:
         """Remove a file, if it is there."""
         # Missing is the usual case; whatever else prevents it, the directory goes with its owner.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnavailableError):
             os.unlink(self.view(path))
 
     def has_hooks(self, directory: str, kind: str, *, seen: bool = False) -> bool:
@@ -102,9 +106,11 @@ class RuntimeFiles:
         """Remove the state directory of a container; whether it is gone."""
         directory = self.state_dir(container_id)
         try:
+            reached("before runtime.forget", container_id)
             for entry in os.listdir(directory):
                 os.unlink(f"{directory}/{entry}")
             os.rmdir(directory)
+            reached("after runtime.forget", container_id)
         except FileNotFoundError:
             return not os.path.lexists(directory)
         except OSError:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 from unisandbox.api import InvalidArgumentError
 from unisandbox.host import syscalls
@@ -16,8 +14,7 @@ _LARGEST_FILE: Final = 1 << 20
 _LARGEST_ID: Final = 0xFFFF_FFFE
 
 
-@attrs.frozen
-class Credentials:
+class Credentials(NamedTuple):
     """Who a process is inside.
 
     Attributes:
@@ -32,8 +29,12 @@ class Credentials:
     home: str = "/root"
 
 
-def resolve_user(root_fd: int, user: str | None, *, largest_id: int) -> Credentials:
-    """Turn "name", "uid", "name:group" into numbers; None is root. Source: OCI image-spec config.md, `User`.
+ROOT: Final = Credentials()
+"""Who a process is when no user is asked for, whatever the container's files say."""
+
+
+def resolve_user(root_fd: int, user: str, *, largest_id: int) -> Credentials:
+    """Turn "name", "uid", "name:group" into numbers. Source: OCI image-spec config.md, `User`.
 
     Args:
         root_fd: the container's root directory.
@@ -43,8 +44,6 @@ def resolve_user(root_fd: int, user: str | None, *, largest_id: int) -> Credenti
     Raises:
         InvalidArgumentError: a name is not in the container's files, or a number is not mapped.
     """
-    if user is None:
-        return Credentials()
     name, _, group = user.partition(":")
     entry = _passwd_entry(root_fd, name)
     if entry is not None:

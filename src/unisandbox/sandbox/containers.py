@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
@@ -10,14 +11,18 @@ from typing import Literal, Self
 from unisandbox.api import (
     ContainerSpec,
     ContainerStatus,
+    DeadlineExceededError,
     Exit,
     Mount,
+    NotFoundError,
     ProcessSpec,
     Resources,
     Rootfs,
 )
+from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
+from unisandbox.sandbox.process import pid_of
 
 
 class Container:
@@ -25,23 +30,32 @@ class Container:
 
     Attributes:
         name: unique within the sandbox.
-        pid: the main process's id on the host; 0 when it had ended before it was found.
     """
 
-    def __init__(self, entry: Entry, name: str, pid: int) -> None:
+    def __init__(self, entry: Entry, name: str, pid: int | None) -> None:
         self.name = name
-        self.pid = pid
+        self._pid = pid
         self._entry = entry
+        self._identity = entry.telling.identity_of(name)
         self._exit: Exit | None = None
 
     def __repr__(self) -> str:
         return f"<Container {self.name} of sandbox {self._entry.sandbox_id}>"
 
+    @property
+    def pid(self) -> int:
+        """The main process's id on the host; 0 when it had ended before it was found.
+
+        Raises:
+            UnsupportedError: it is no process of its own, but runs in this one (a Wasm guest).
+        """
+        return pid_of(self._pid, self._entry)
+
     async def wait(self) -> Exit:
         """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
         if self._exit is None:
             self._exit = await self._entry.last_task.wait(self.name)
-            self._entry.container_exited(self.name, self._exit)
+            self._entry.telling.container_exited(self.name, self._identity, self._exit)
         return self._exit
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
@@ -54,7 +68,7 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return await self._entry.logs(self.name, stream, tail=tail).kept()
+        return await self._entry.programs.logs(self.name, stream, tail=tail).kept()
 
     def follow(
         self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0, tail: int | None = None
@@ -69,10 +83,15 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return self._entry.logs(self.name, stream, offset=offset, tail=tail)
+        return self._entry.programs.logs(self.name, stream, offset=offset, tail=tail)
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the main process."""
+        """Send a signal to the main process.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over.
+        """
+        self._entry.sharing.check_ours()
         await self._entry.task.kill(self.name, signal=number)
 
     async def status(self) -> ContainerStatus:
@@ -81,21 +100,43 @@ class Container:
         return ContainerStatus(self.name, state.state, state.pid, state.exit)
 
     async def kill(self) -> Exit:
-        """End everything in the container at once."""
+        """End everything in the container at once.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over; the container goes on.
+        """
+        self._entry.sharing.check_ours()
         self._entry.last_task.kill_now(self.name)
         return await self.wait()
 
     async def remove(self) -> None:
-        """End it if need be and free everything of it. May be repeated."""
-        if self._entry.removed:
+        """End it if need be and free everything of it. May be repeated.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over, or this one is closed and has kept it;
+                the container goes on.
+            DeadlineExceededError: it could not be removed in time; what is left of it is removed later.
+        """
+        if self._entry.removed or self._entry.ended_with_engine():
             return
+        with contextlib.suppress(NotFoundError):  # the sandbox is gone, and this with it
+            await self._remove()
+
+    async def _remove(self) -> None:
+        self._entry.sharing.check_ours()
         self._entry.task.kill_now(self.name)
-        await self._entry.cleaning.run(self._free)
-        self._entry.container_exited(self.name, self._exit)
+        if not await self._entry.cleaning.run(self._free, seconds=CLEANING_SECONDS):
+            raise DeadlineExceededError(
+                f"container {self.name!r} of sandbox {self._entry.label!r} could not be removed within"
+                f" {CLEANING_SECONDS:g} s",
+                hint="Something in it may sit in the kernel (a disk, a network file system). Remove it again later.",
+            )
 
     async def _free(self) -> None:
-        await self._entry.last_task.delete(self.name)
-        await self._entry.drop_logs(self.name)
+        with self._entry.in_our_words():
+            exit = await self._entry.programs.remove(self.name)
+        self._exit = self._exit or exit
+        self._entry.telling.container_exited(self.name, self._identity, self._exit)
 
     async def __aenter__(self) -> Self:
         return self
@@ -103,10 +144,11 @@ class Container:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.remove()
+        await self._leave()
 
     async def _leave(self) -> None:
-        await self.remove()
+        if self._entry.engine_open:
+            await self.remove()
 
 
 class Containers:
@@ -119,24 +161,24 @@ class Containers:
         self,
         *,
         argv: Sequence[str],
-        rootfs: Rootfs | str | os.PathLike[str] = "host",
+        rootfs: Rootfs | str | os.PathLike[str] | None = "host",
         name: str | None = None,
         env: Mapping[str, str] | None = None,
-        cwd: str = "/",
+        cwd: str | None = None,
         user: str | int | None = None,
         resources: Resources | None = None,
         mounts: Sequence[Mount] = (),
     ) -> Opening[Container]:
-        """Start a container with a root file system of its own and `argv` as its main process.
+        """Start a container with `argv` as its main process, by default with a root file system of its own.
 
         It shares the network, the hostname, /dev/shm and the limits of the sandbox, with `share_pid` also the view of
         processes.
 
         Args:
             argv: the program and its arguments.
-            rootfs: as for a sandbox.
+            rootfs: as for a sandbox; None: the sandbox's own files.
             name: unique within the sandbox; None: a new one.
-            env, cwd, user: for every process in it.
+            env, cwd, user: for every process in it; None is the sandbox's.
             resources: limits below those of the sandbox; None: only the sandbox's count.
             mounts: beside the sandbox's.
 
@@ -145,9 +187,9 @@ class Containers:
             InvalidArgumentError: the program cannot be started.
         """
         spec = ContainerSpec(
-            name=name or self._entry.next_container_name(),
+            name=name or self._entry.programs.next_container_name(),
             process=ProcessSpec(argv=argv, env=env or {}, user=user),
-            rootfs=Rootfs.parse(rootfs),
+            rootfs=None if rootfs is None else Rootfs.parse(rootfs),
             resources=resources,
             mounts=mounts,
             env=env or {},
@@ -156,7 +198,7 @@ class Containers:
         )
 
         async def open() -> Container:
-            pid = await self._entry.add_container(spec)
+            pid = await self._entry.programs.add(spec)
             return Container(self._entry, spec.name, pid)
 
         return Opening("containers.add()", open)
@@ -169,7 +211,7 @@ class Containers:
         """
         task = await self._entry.known_task()
         state = await task.state(name)
-        return Container(self._entry, name, state.pid or 0)
+        return Container(self._entry, name, 0 if state.state == "stopped" else state.pid)
 
     async def list(self) -> list[ContainerStatus]:
         """The containers that there are now."""

@@ -9,7 +9,9 @@ from collections.abc import AsyncGenerator
 import anyio
 from anyio.lowlevel import RunVar, checkpoint
 
+from unisandbox.engine.closing import abandon
 from unisandbox.engine.core import EngineCore
+from unisandbox.engine.opening import open_engine
 
 
 class _Default:
@@ -35,7 +37,7 @@ async def default_core() -> EngineCore:
         _default.set(default)
     async with default.lock:
         if default.core is None or default.core.closed:
-            default.core = await EngineCore.open()
+            default.core = await open_engine()
             default.end = _close_with_the_loop(default.core)
             for core in [core for core in _open if core.closed]:
                 del _open[core]
@@ -54,7 +56,7 @@ async def _close_with_the_loop(core: EngineCore) -> AsyncGenerator[None]:
         yield
         await checkpoint()
     finally:
-        core.abandon()
+        abandon(core)
 
 
 @atexit.register

@@ -9,9 +9,20 @@ from typing import Literal, Self
 
 from typing_extensions import Unpack
 
-from unisandbox.api import Event, NotFoundError, Probe, RecoveryReport, SandboxStatus, check_name
+from unisandbox.api import (
+    BackendError,
+    Event,
+    FailedPreconditionError,
+    NotFoundError,
+    Probe,
+    RecoveryReport,
+    SandboxStatus,
+    check_name,
+)
 from unisandbox.engine.choice import Choice
+from unisandbox.engine.closing import close
 from unisandbox.engine.core import EngineCore
+from unisandbox.engine.opening import attach_engine, open_engine
 from unisandbox.engine.registry import Backend
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.sandbox import Sandbox, SandboxOptions, make_spec
@@ -59,7 +70,7 @@ class Engine:
         """
 
         async def open() -> Engine:
-            return cls(await EngineCore.open(directory, policy=policy, on_recover=on_recover, backends=backends))
+            return cls(await open_engine(directory, policy=policy, on_recover=on_recover, backends=backends))
 
         return Opening("Engine.open()", open)
 
@@ -71,7 +82,7 @@ class Engine:
 
         Everything can be done but owning: the end of this engine ends nothing. Each change takes a short exclusive
         section, so any number of processes may work on one directory. What a process that is gone has left half made
-        or half removed there is freed; see `recovery`.
+        or half removed there is freed, but for what the owner has only reported; see `recovery`.
 
         Raises:
             UnavailableError: no engine is open there, and none was kept.
@@ -79,7 +90,7 @@ class Engine:
         """
 
         async def open() -> Engine:
-            return cls(await EngineCore.attach(directory, backends=backends))
+            return cls(await attach_engine(directory, backends=backends))
 
         return Opening("Engine.attach()", open)
 
@@ -119,6 +130,9 @@ class Engine:
                 statuses.append(await entry.status())
             except NotFoundError:
                 continue  # removed meanwhile
+            except (BackendError, FailedPreconditionError):
+                # Damaged, or taken over meanwhile: the others are to be seen all the same.
+                statuses.append(entry.sharing.written_down())
         return statuses
 
     async def remove(self, ref: str, *, operation_id: str | None = None) -> None:
@@ -146,6 +160,22 @@ class Engine:
         """Which backend `create` with the same options would take, and why; nothing is created."""
         return await self._core.explain(make_spec(**options))
 
+    async def prefetch(self, program: str, **options: Unpack[SandboxOptions]) -> None:
+        """Do now what the first start of a program would have to do: a Wasm module is compiled, and kept compiled.
+
+        Args:
+            program: as the first word of a command.
+            options: as for `create`; nothing is created.
+
+        Raises:
+            InvalidArgumentError: there is no such program, or it cannot be started.
+            UnsupportedError: the backend's programs need no preparation.
+
+        Example:
+            await engine.prefetch("python", isolation="wasm", rootfs="guests")
+        """
+        await self._core.prefetch(make_spec(**options), program)
+
     async def probe(self, *, deep: bool = False) -> Sequence[Probe]:
         """What every installed backend says about this host; with `deep` something really runs."""
         return await self._core.probe(deep=deep)
@@ -156,7 +186,7 @@ class Engine:
         With policy "stop" its owner removes every sandbox and leaves nothing on the host. With "keep", and for one that
         has attached, they live on.
         """
-        await self._core.close()
+        await close(self._core)
 
     async def __aenter__(self) -> Self:
         return self

@@ -57,7 +57,7 @@ class Files:
             NotFoundError: it does not exist.
             InvalidArgumentError: it is not a regular file, or larger than `limit`.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         _check_limit(limit)
         with self._root() as root, named(path):
             fd = inside.open_regular(root, path)
@@ -91,7 +91,7 @@ class Files:
             InvalidArgumentError: it is a directory.
             FailedPreconditionError: the place is read-only, `path` is a mount point, or the disk limit is reached.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         _check_mode(mode)
         try:
             content = data.encode() if isinstance(data, str) else data
@@ -122,7 +122,7 @@ class Files:
             NotFoundError: it does not exist.
             InvalidArgumentError: it is not a directory, or has more than `limit` entries.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         _check_limit(limit)
         found: list[FileInfo] = []
         with self._root() as root, named(path):
@@ -150,7 +150,7 @@ class Files:
         Raises:
             NotFoundError: nothing is there.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         with self._root() as root, named(path):
             fd = inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW)
             try:
@@ -161,7 +161,7 @@ class Files:
 
     async def exists(self, path: str) -> bool:
         """Whether something is at `path`; also a link that leads nowhere."""
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         with self._root() as root, named(path):
             try:
                 os.close(inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW))
@@ -181,7 +181,7 @@ class Files:
             AlreadyExistsError: something else is there.
             NotFoundError: its parent is missing and `parents` is False.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         _check_mode(mode)
         parts = [part for part in inside.checked(path).split("/") if part not in {"", "."}]
         with self._root() as root, named(path):
@@ -203,7 +203,7 @@ class Files:
             NotFoundError: nothing is there.
             FailedPreconditionError: the directory is not empty, the place is read-only, or a mount point is in the way.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         with self._root() as root, named(path), inside.parent(root, path) as (directory, name):
             if recursive:
                 with contextlib.closing(removal.removing(directory, name, path)) as steps:
@@ -225,7 +225,7 @@ class Files:
             NotFoundError: nothing is at `source`, or the directory of `target` is missing.
             FailedPreconditionError: they are on different file systems, or one is a mount point.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         with self._root() as root, contextlib.ExitStack() as stack:
             with named(source):
                 from_directory, from_name = stack.enter_context(inside.parent(root, source))
@@ -247,7 +247,7 @@ class Files:
             NotFoundError: `local` or the directory of `path` does not exist.
             InvalidArgumentError: the host's path holds something that is no file, directory or link.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         origin = inside.checked(os.fspath(local))
         with self._root() as root, contextlib.ExitStack() as stack:
             with named(origin, "host"):
@@ -283,7 +283,7 @@ class Files:
             InvalidArgumentError: there is more than `limit`; a device, FIFO or socket is in the tree.
             FailedPreconditionError: `local` is a link and `path` a directory; there is no room on the host.
         """
-        await anyio.lowlevel.checkpoint()
+        await self._entry.sharing.reach()
         _check_limit(limit)
         goal = inside.checked(os.fspath(local))
         with self._root() as root, contextlib.ExitStack() as stack:
@@ -307,7 +307,10 @@ class Files:
         entry = self._entry
         try:
             fd = entry.sandboxer.root_fd(entry.sandbox_id)
-        except OSError as error:
+        except (OSError, NotFoundError) as error:
+            entry.check_there()
+            if isinstance(error, NotFoundError):
+                raise
             raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
         try:
             yield fd

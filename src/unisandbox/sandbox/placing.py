@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,7 +143,7 @@ class Placer:
 
 def _temporary() -> str:
     # Nothing of the name that is wanted: it may have the greatest length already.
-    return f".unisandbox-{secrets.token_hex(8)}"
+    return f".unisandbox-{os.urandom(8).hex()}"
 
 
 def _name(directory: int, name: str, make: Callable[[str], None]) -> None:

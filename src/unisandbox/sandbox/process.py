@@ -7,7 +7,7 @@ import json
 import os
 import select
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
 
@@ -23,19 +23,22 @@ from unisandbox.api import (
     InvalidArgumentError,
     NotFoundError,
     ProcessSpec,
+    SandboxError,
     StartedTask,
-    Stdio,
     TaskService,
     Terminal,
     UnavailableError,
+    UnsupportedError,
     check_name,
     short_name,
 )
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.plain import plain
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.held import HeldProcess, StreamName
-from unisandbox.engine.operations import digest_of
+from unisandbox.engine.operations import digest_of, in_progress_error
 from unisandbox.host.readiness import Descriptor
+from unisandbox.sandbox.pipes import Pipes
 from unisandbox.sandbox.streams import (
     MissingReceiveStream,
     MissingSendStream,
@@ -54,6 +57,7 @@ _END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for th
 
 
 @attrs.frozen
+@by_fields
 class Output:
     """A piece of what a process wrote.
 
@@ -71,112 +75,69 @@ class Output:
         return self.data.decode("utf-8", "replace")
 
 
-@attrs.define(eq=False)
-class Pipes:
-    """Both ends of a process's standard streams: `inside` goes to the process, the others are ours."""
-
-    inside: Stdio = attrs.field(factory=Stdio)
-    stdin: Descriptor | None = None
-    stdout: Descriptor | None = None
-    stderr: Descriptor | None = None
-    #: Hears when one of our ends is closed.
-    closed: Callable[[StreamName], None] | None = None
-
-    def own(self, stream: StreamName, fd: int) -> Descriptor:
-        """Our end of a stream."""
-
-        def close(fd: int) -> None:
-            os.close(fd)
-            if self.closed is not None:
-                self.closed(stream)
-
-        return Descriptor(fd, close)
-
-    def fds(self) -> dict[StreamName, int]:
-        """Our ends, by stream."""
-        ends: tuple[tuple[StreamName, Descriptor | None], ...] = (
-            ("stdin", self.stdin),
-            ("stdout", self.stdout),
-            ("stderr", self.stderr),
-        )
-        return {stream: end.fileno() for stream, end in ends if end is not None}
-
-    @classmethod
-    def open(cls, *, stdin: bool, output: bool = True) -> Self:
-        """Make the pipes; without `stdin` the process reads /dev/null."""
-        made: list[int] = []
-        try:
-            ends: list[tuple[int, int] | None] = []
-            for wanted in (stdin, output, output):
-                pair = os.pipe2(os.O_CLOEXEC) if wanted else None
-                made.extend(pair or ())
-                ends.append(pair)
-            into, out, err = ends
-            pipes = cls(inside=Stdio(stdin=into and into[0], stdout=out and out[1], stderr=err and err[1]))
-            pipes.stdin = pipes.own("stdin", into[1]) if into else None
-            pipes.stdout = pipes.own("stdout", out[0]) if out else None
-            pipes.stderr = pipes.own("stderr", err[0]) if err else None
-            return pipes
-        except BaseException as error:
-            for fd in made:
-                os.close(fd)
-            if isinstance(error, OSError):
-                raise UnavailableError(
-                    f"no pipe can be made for a process: {error.strerror}",
-                    hint="This process has too many open files: close some, or raise its limit (ulimit -n).",
-                ) from error
-            raise
-
-    def close_inside(self) -> None:
-        """The process has them now."""
-        for fd in (self.inside.stdin, self.inside.stdout, self.inside.stderr):
-            if fd is not None:
-                os.close(fd)
-
-    def close(self) -> None:
-        """Close our ends."""
-        for end in (self.stdin, self.stdout, self.stderr):
-            if end is not None:
-                end.close()
-
-
 async def start(
     entry: Entry, spec: ProcessSpec, pipes: Pipes, *, exec_id: str = "", operation_id: str = ""
-) -> tuple[str, int, int | None]:
-    """Start a process in the sandbox's main container: (exec id, pid on the host, master of its terminal).
+) -> tuple[str, int | None, int | None]:
+    """Start a process in the sandbox's main container: (exec id, pid on the host if any, master of its terminal).
 
     On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
     """
-    exec_id = exec_id or entry.next_exec_id()
+    exec_id = exec_id or entry.programs.next_exec_id()
     try:
         try:
             started = await _start(entry, exec_id, spec, pipes, operation_id)
-        except UnavailableError:
+        except (NotFoundError, UnavailableError):
             # The main container ended between the look at it and the start; once more, in a new one.
             started = await _start(entry, exec_id, spec, pipes, operation_id)
-        if started.terminal is not None:
-            await entry.held.hold_streams(exec_id, {"terminal": started.terminal})
     except BaseException:
         pipes.close()
         raise
     finally:
         pipes.close_inside()
-    entry.emit("process.started", exec_id=exec_id)
+    entry.programs.started(exec_id)
     return exec_id, started.pid, started.terminal
 
 
 async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str) -> StartedTask:
-    task = await entry.ready()
+    task = await entry.programs.ready()
+    is_ours = True
     try:
-        await entry.held.hold(exec_id, spec, pipes.fds(), operation_id)
-        pipes.closed = lambda stream: entry.held.drop_stream(exec_id, stream)
-        await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
-        return await task.start(entry.main, exec_id)
+        with entry.in_our_words():
+            try:
+                await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
+            except SandboxError:
+                is_ours = False  # nothing was made, or it is another one's
+                raise
+            await entry.held.hold(exec_id, spec, pipes.fds(), operation_id)
+            pipes.closed = lambda stream: entry.held.drop_stream(exec_id, stream)
+            started = await task.start(entry.main, exec_id)
+            if started.terminal is not None:
+                try:
+                    await entry.held.hold_streams(exec_id, {"terminal": started.terminal})
+                except BaseException:
+                    os.close(started.terminal)
+                    raise
+            return started
     except BaseException:
+        if not is_ours:
+            raise
         task.kill_now(entry.main, exec_id)
         await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
         entry.held.forget(exec_id)
         raise
+
+
+def pid_of(pid: int | None, entry: Entry) -> int:
+    """The process id, where there is one.
+
+    Raises:
+        UnsupportedError: what runs is no process of its own.
+    """
+    if pid is None:
+        raise UnsupportedError(
+            "pid", entry.backend, reason="what runs in its sandboxes is no process of its own", hint="Use its id."
+        )
+    return pid
 
 
 class Process:
@@ -185,7 +146,6 @@ class Process:
     Attributes:
         id: unique in its sandbox.
         argv: what was run.
-        pid: its id on the host; 0 when it had ended before it was found.
         lost: bytes of its output that were dropped while nobody read it; those that were kept come first.
         stdin: what it reads; with a terminal, what is typed.
         stdout: what it writes; with a terminal, all of it.
@@ -197,7 +157,7 @@ class Process:
         entry: Entry,
         exec_id: str,
         argv: Sequence[str],
-        pid: int,
+        pid: int | None,
         pipes: Pipes,
         terminal: int | None,
         *,
@@ -206,7 +166,7 @@ class Process:
     ) -> None:
         self.id: str = exec_id
         self.argv: tuple[str, ...] = tuple(argv)
-        self.pid = pid
+        self._pid = pid
         self.lost: int = 0
         self.stdin: anyio.abc.ByteSendStream
         self.stdout: anyio.abc.ByteReceiveStream
@@ -214,6 +174,7 @@ class Process:
         self._entry = entry
         self._exec_id = exec_id
         self._exit: Exit | None = None
+        self._last: Literal["stdout", "stderr"] = "stderr"
         self._operation_id = operation_id
         self._terminal = terminal is not None
         if terminal is not None:
@@ -274,19 +235,24 @@ class Process:
         known = entry.operations.begin(operation_id, "exec", entry.sandbox_id, digest_of(plain(spec)))
         if known is None:
             return None
+        in_progress = known.in_progress  # before the look: whoever is dead now has started all that he ever will
         for process in await cls.all_of(entry):
             if process.id == exec_id:
                 return process
         if known.state == "finished":
             ended = cls(entry, exec_id, spec.argv, 0, Pipes(), None)
             ended._exit = Exit(**json.loads(known.result))
+            ended._close_ends()
             return ended
         if any(held.exec_id == exec_id for held in await entry.held.read()):
             raise FailedPreconditionError(
-                f"operation {operation_id!r} has started a process whose streams another living process has",
-                hint=f"That is process {known.owner[0]}; when it ends, ask again.",
+                f"operation {operation_id!r} has started a process whose streams somebody else has",
+                hint="Ask again when it has ended, or whoever has them.",
             )
-        return None  # it was cut before anything ran
+        # If it was cut before anything ran, it is started by one of those who ask again.
+        if in_progress or not entry.operations.take_over(known):
+            raise in_progress_error(known)
+        return None
 
     @classmethod
     async def all_of(cls, entry: Entry) -> list[Process]:
@@ -308,6 +274,8 @@ class Process:
             entry.held.forget(held.exec_id)  # it never ran, or went with its container
             return None
         taken = await entry.held.take_over(held)
+        if taken is None:
+            return None
         pipes, terminal = Pipes(closed=lambda stream: entry.held.drop_stream(held.exec_id, stream)), None
         for stream, got in taken.items():
             fd = got[0] if got[0] >= 0 else _ended_pipe()
@@ -319,7 +287,7 @@ class Process:
             entry,
             held.exec_id,
             held.spec.argv,
-            state.pid or 0,
+            0 if state.state == "stopped" else state.pid,
             pipes,
             terminal,
             operation_id=held.operation_id,
@@ -330,7 +298,17 @@ class Process:
 
     def __repr__(self) -> str:
         end = f"code={self._exit.code}" if self._exit else "running"
-        return f"<Process pid={self.pid} {end} in sandbox {self._entry.sandbox_id}>"
+        name = self.id if self._pid is None else f"pid={self._pid}"
+        return f"<Process {name} {end} in sandbox {self._entry.sandbox_id}>"
+
+    @property
+    def pid(self) -> int:
+        """Its id on the host; 0 when it had ended before it was found.
+
+        Raises:
+            UnsupportedError: it is no process of its own, but runs in this one (a Wasm guest).
+        """
+        return pid_of(self._pid, self._entry)
 
     @property
     def exit(self) -> Exit | None:
@@ -347,28 +325,51 @@ class Process:
             UnavailableError: the sandbox is gone and the exit could not be learned; never guessed.
         """
         if self._exit is None:
-            task = self._entry.last_task
-            exit = await task.wait(self._entry.main, self._exec_id)
+            exit = await self._entry.last_task.wait(self._entry.main, self._exec_id)
             if self._exit is None:
-                self._exit = exit
-                await task.delete(self._entry.main, self._exec_id)
-                self._entry.process_exited(self._exec_id, exit)
-                if self._operation_id:
-                    self._entry.operations.finish(self._operation_id, json.dumps(attrs.asdict(exit)))
+                # What was asked for is done, before anything is forgotten: asked for again, it is not done again.
+                self._exit = self._noted(exit) if self._operation_id else exit
+                await self._entry.cleaning.run(self._delete, seconds=CLEANING_SECONDS)
         else:
             await anyio.lowlevel.checkpoint()
         return self._exit
 
+    def _noted(self, exit: Exit) -> Exit:
+        """The exit that this operation has come to, now or when somebody noted it who was cut right after that."""
+        operations = self._entry.operations
+        try:
+            operations.finish(self._operation_id, json.dumps(attrs.asdict(exit)))
+        except NotFoundError:
+            return exit  # forgotten: many others have been asked for since
+        except FailedPreconditionError:
+            known = operations.find(self._operation_id)
+            return exit if known is None else Exit(**json.loads(known.result))
+        return exit
+
+    async def _delete(self) -> None:
+        await self._entry.last_task.delete(self._entry.main, self._exec_id)
+        self._entry.programs.exited(self._exec_id, self._exit)
+
     async def signal(self, number: int) -> None:
-        """Send a signal to the process; one that has ended takes it without a word."""
+        """Send a signal to the process; one that has ended takes it without a word.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over.
+        """
         if self._exit is None:
+            self._entry.sharing.check_ours()
             await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
         else:
             await anyio.lowlevel.checkpoint()
 
     async def kill(self) -> Exit:
-        """End the process and everything that it has started, and wait for its end."""
+        """End the process and everything that it has started, and wait for its end.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
+        """
         if self._exit is None:
+            self._entry.sharing.check_ours()
             self._entry.last_task.kill_now(self._entry.main, self._exec_id)
         return await self.wait()
 
@@ -376,16 +377,22 @@ class Process:
         """Change the size of its terminal; the foreground processes get SIGWINCH.
 
         Raises:
-            FailedPreconditionError: it has no terminal.
+            FailedPreconditionError: it has no terminal, or another engine has taken the sandbox over.
         """
         if not self._terminal:
             raise FailedPreconditionError("the process has no terminal", hint="Start it with tty=True.")
+        self._entry.sharing.check_ours()
         await self._entry.task.resize_pty(self._entry.main, self._exec_id, Terminal(rows, columns))
 
     async def aclose(self) -> None:
-        """End it and all that it has started if it still runs, and close its streams. Repeating is harmless."""
+        """End it and all that it has started if it still runs, and close its streams. Repeating is harmless.
+
+        Raises:
+            FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
+        """
         try:
             if self._exit is None:
+                self._entry.sharing.check_ours()
                 self._entry.last_task.kill_now(self._entry.main, self._exec_id)
                 await self._entry.cleaning.run(self.wait, seconds=CLEANING_SECONDS)
         finally:
@@ -402,12 +409,15 @@ class Process:
             streams.append(("stdout", self.stdout))
         if isinstance(self.stderr, ReceiveStream):
             streams.append(("stderr", self.stderr))
+        if self._last == "stdout":
+            streams.reverse()  # each in its turn: one that always has more would keep the other away
         await anyio.lowlevel.checkpoint()
         while True:
             waiting: list[int] = []
             for name, stream in streams:
                 data = stream.receive_nowait()
                 if data:
+                    self._last = name
                     return Output(name, data)
                 if data is None:
                     waiting.append(stream.fileno())

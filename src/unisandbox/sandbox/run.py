@@ -25,7 +25,8 @@ from unisandbox.api import (
 )
 from unisandbox.engine.entry import Entry
 from unisandbox.host.readiness import Descriptor
-from unisandbox.sandbox.process import CLEANING_SECONDS, Pipes, start
+from unisandbox.sandbox.pipes import Pipes
+from unisandbox.sandbox.process import CLEANING_SECONDS, start
 
 _CHUNK: Final = 1 << 16
 
@@ -151,7 +152,10 @@ async def run(
     if not isinstance(input, str | bytes | bytearray | memoryview | None):
         raise InvalidArgumentError(f"input must be bytes or text, got {type(input).__name__}")
     spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user)
-    data = input.encode() if isinstance(input, str) else (input or b"")
+    try:
+        data = input.encode() if isinstance(input, str) else (input or b"")
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(f"input cannot be written as UTF-8: {error.reason}", hint="Give bytes.") from error
     begun = time.monotonic()
     exit: Exit | None = None
     exchange: _Exchange | None = None
@@ -164,7 +168,7 @@ async def run(
             for collector in (exchange.stdout, exchange.stderr):
                 if collector.writer_left():
                     # A background process goes on, and goes on writing: somebody has to take it.
-                    await entry.take_over_output(collector.source.fileno())
+                    await entry.programs.take_over_output(collector.source.fileno())
             await entry.last_task.delete(entry.main, exec_id)
         except BaseException:
             task = entry.last_task
@@ -181,7 +185,7 @@ async def run(
             raise
         finally:
             pipes.close()
-            entry.process_exited(exec_id, exit)
+            entry.programs.exited(exec_id, exit)
     completed = None
     if exchange is not None:
         completed = Completed(
@@ -226,6 +230,9 @@ def _failure(completed: Completed, label: str) -> str:
         "exited": f"ended with code {end.code}",
         "signaled": f"was ended by signal {end.signal}",
         "oom": "was killed because its memory limit was reached",
+        "trap": f"trapped: {end.detail.partition(chr(10))[0]}",
+        "cpu": "was ended because its processor time is used up",
+        "fuel": "was ended because its fuel is used up",
         "lost": "is gone, and how it ended could not be learned",
     }[end.reason]
     tail = completed.stderr[-500:].decode("utf-8", "replace").strip()

@@ -165,8 +165,12 @@ class Sandbox:
         return await self._entry.status()
 
     async def metrics(self) -> Metrics:
-        """What it uses now: memory, processor time, processes, disk."""
-        return await self._entry.sandboxer.metrics(self.id)
+        """What it uses now: memory, processor time, processes, disk.
+
+        Raises:
+            NotFoundError: it was removed.
+        """
+        return await self._entry.metrics()
 
     async def run(
         self,
@@ -299,15 +303,19 @@ class Sandbox:
         Raises:
             FailedPreconditionError: something runs in the sandbox already.
         """
-        pid = await self._entry.launch(ProcessSpec(argv=argv, env=env, cwd=cwd, user=user))
+        pid = await self._entry.programs.launch(ProcessSpec(argv=argv, env=env, cwd=cwd, user=user))
         return Container(self._entry, self._entry.main, pid)
 
     async def pause(self) -> None:
-        """Stop every process of the sandbox until `resume`."""
+        """Stop every process of the sandbox until `resume`; nothing can be started in it meanwhile. May be repeated.
+
+        Raises:
+            FailedPreconditionError: nothing runs in it.
+        """
         await self._entry.pause()
 
     async def resume(self) -> None:
-        """Let its processes go on."""
+        """Let its processes go on. May be repeated."""
         await self._entry.resume()
 
     async def start(self) -> None:
@@ -315,7 +323,10 @@ class Sandbox:
         await self._entry.start()
 
     async def stop(self, grace: float = 10.0) -> None:
-        """End every process and keep the files: SIGTERM first, SIGKILL after `grace` seconds. May be repeated."""
+        """End every process and keep the files: SIGTERM first, SIGKILL after `grace` seconds. May be repeated.
+
+        With a grace period what is paused goes on, to have the use of it.
+        """
         if isinstance(grace, bool) or not isinstance(grace, int | float) or not grace >= 0:
             raise InvalidArgumentError(f"grace must be >= 0 seconds, got {grace!r}")
         await self._entry.stop(grace)

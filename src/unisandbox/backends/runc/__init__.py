@@ -1,7 +1,8 @@
 """Sandboxes from Linux namespaces and cgroups, with containers run by an OCI runtime (crun, runc, youki).
 
-`sandboxer` manages the sandboxes, `pod` makes what a container needs, `rootfs` plans its files, `probe` says
-whether it can run here. May know: oci/, host/, api/. Must not know: the engine, another backend.
+`sandboxer` manages the sandboxes, `making` makes one, `pod` is what it holds, `planner` makes what its containers need,
+`rootfs` plans files, `checks` refuses, `probe` says whether it can run here. May know: oci/, host/, api/. Must not
+know: the engine, another backend.
 """
 
 from __future__ import annotations

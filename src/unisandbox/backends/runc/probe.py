@@ -10,20 +10,18 @@ import contextlib
 import hashlib
 import json
 import os
-import select
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import anyio.lowlevel
-import attrs
 
 from unisandbox.api import Probe, SandboxError
 from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.pidfd import has_ended
 from unisandbox.oci.features import RuntimeProgram, pick_runtime
 
 DEEP_SECONDS: Final = 30.0
@@ -49,8 +47,7 @@ anyio.run(main)
 """
 
 
-@attrs.frozen
-class _Obstacle:
+class _Obstacle(NamedTuple):
     reason: str
     hint: str
 
@@ -102,6 +99,8 @@ def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) 
     try:
         program = pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
+        if not program.features.held_userns:
+            warnings.append(f"{program.name} cannot do share_pid=True. Remedy: apt install crun")
     except SandboxError as error:
         yield _Obstacle(error.message, error.hint)
     limit = _read("/proc/sys/user/max_user_namespaces")
@@ -121,7 +120,8 @@ def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) 
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
     except OSError:
         return ""
 
@@ -159,7 +159,7 @@ async def _try(runtime: str | None) -> dict[str, object]:
                 said += piece
     finally:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        select.select([pidfd], [], [], 5.0)
+        has_ended(pidfd, 5.0)
         with contextlib.suppress(ChildProcessError):  # the host program reaps its children itself
             os.waitid(os.P_PIDFD, pidfd, os.WEXITED)  # noqa: ASYNC222 (it is dead)
         os.close(pidfd)
@@ -176,30 +176,34 @@ async def _try(runtime: str | None) -> dict[str, object]:
     return dict(answer)
 
 
-def _cache_file(program: RuntimeProgram) -> Path:
+def _cache_file(program: RuntimeProgram) -> str:
     """A verdict holds for this program, this kernel and this boot."""
     status = os.stat(program.path)
     key = f"{program.path} {status.st_size} {status.st_mtime_ns} {os.uname().release} {sys.executable}"
     key += _read("/proc/sys/kernel/random/boot_id")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "unisandbox" / f"probe-runc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "unisandbox", f"probe-runc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
 
 
-def _remembered(path: Path) -> dict[str, object] | None:
+def _remembered(path: str) -> dict[str, object] | None:
     try:
-        if path.stat().st_uid != os.geteuid():
+        if os.stat(path).st_uid != os.geteuid():
             return None
-        answer = json.loads(path.read_bytes())
+        with open(path, "rb") as file:
+            answer = json.load(file)
     except (OSError, ValueError):
         return None
     return answer if isinstance(answer, dict) and answer.get("ok") is True else None
 
 
-def _remember(path: Path, verdict: dict[str, object]) -> None:
+def _remember(path: str, verdict: dict[str, object]) -> None:
+    if not os.path.isabs(path):
+        return  # this user has no home
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(verdict))
-        temporary.rename(path)
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}"
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(verdict, file)
+        os.rename(temporary, path)
     except OSError:
         return  # without a cache the next cheap answer rests on facts alone

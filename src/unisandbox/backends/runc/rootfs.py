@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
-
-import attrs
+from typing import Final, NamedTuple
 
 from unisandbox.api import Dns, Mount, Resources, Rootfs, SandboxSpec
 from unisandbox.api.spec import LEAST_DISK
@@ -39,8 +36,7 @@ WRITABLE: Final = ("tmp", "run", "home")
 """What can be written in a read-only root file system, too."""
 
 
-@attrs.frozen
-class Layer:
+class Layer(NamedTuple):
     """The bounded place for what a sandbox writes.
 
     Attributes:
@@ -92,8 +88,7 @@ class Layer:
         return ops
 
 
-@attrs.frozen
-class Identity:
+class Identity(NamedTuple):
     """What a sandbox's /etc says about it."""
 
     hostname: str
@@ -116,7 +111,7 @@ def _resolv_conf(spec: SandboxSpec) -> str:
     dns = spec.dns
     if dns is None:
         if spec.network.kind == "host":
-            return _text(Path("/etc/resolv.conf")) or ""
+            return _text("/etc/resolv.conf") or ""
         dns = Dns()
     lines = [f"nameserver {server}" for server in dns.servers]
     if dns.search:
@@ -126,17 +121,18 @@ def _resolv_conf(spec: SandboxSpec) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-def _text(path: Path) -> str | None:
+def _text(path: str) -> str | None:
     """A small file's text, if everybody may read it."""
     content = _world_readable(path)
     return None if content is None else content.decode("utf-8", "replace")
 
 
-def _world_readable(path: Path) -> bytes | None:
+def _world_readable(path: str) -> bytes | None:
     try:
-        if not path.stat().st_mode & 0o004:
+        if not os.stat(path).st_mode & 0o004:
             return None
-        return path.read_bytes()[:_LARGEST_ETC_FILE]
+        with open(path, "rb") as file:
+            return file.read(_LARGEST_ETC_FILE)
     except OSError:
         return None
 
@@ -183,7 +179,7 @@ def _etc(path: str) -> list[Op]:
     ]
     ops += [{"op": "symlink", "path": f"{path}/{name}", "target": f"../run/etc/{name}"} for name in _ETC_PER_SANDBOX]
     for name in _ETC_FILES:
-        content = _world_readable(Path("/etc", name))
+        content = _world_readable(f"/etc/{name}")
         if content is not None:
             ops.append({"op": "file", "path": f"{path}/{name}", "base64": _base64(content)})
     for name in _ETC_TREES:
@@ -235,8 +231,7 @@ def _shadow_writable(work: str, layer: str, root: str) -> list[Op]:
     ]
 
 
-@attrs.frozen
-class Place:
+class Place(NamedTuple):
     """Where one container's root file system is built.
 
     Attributes:
@@ -264,7 +259,7 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
         rootfs: of kind "host", or "dir" whose directory is the first descriptor of the request.
         identity: what its /etc says.
         mounts: what is mounted into it; looked at only to make mount points.
-        shared_host: path of the engine's skeleton of kind "host".
+        shared_host: path of the engine's skeleton of kind "host"; "" makes one of its own.
     """
     owner = {"uid": place.first_id, "gid": place.first_id}
     ops: list[Op] = [{"op": "mkdir", "path": place.root}]
@@ -273,7 +268,7 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
     if rootfs.kind == "host":
         source = shared_host
         outside = [m.target for m in mounts if not m.target.startswith(tuple(f"/{name}/" for name in WRITABLE))]
-        if outside:
+        if outside or not source:
             # The skeleton is shared and read-only: one of its own, with the mount points in it.
             ops += host_tree(place.base, local=rootfs.local)
             for mount in mounts:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import signal
-import stat
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -24,11 +21,9 @@ from unisandbox.api import (
     Exit,
     InvalidArgumentError,
     Metrics,
-    Mount,
     NotFoundError,
     RecoverSandbox,
     Resources,
-    Rootfs,
     SandboxSpec,
     SandboxStatus,
     StartedSandbox,
@@ -36,15 +31,16 @@ from unisandbox.api import (
     UnsupportedError,
     short_name,
 )
-from unisandbox.backends.runc.capabilities import CAPABILITIES
-from unisandbox.backends.runc.pidns import EMPTY_ROOT, SharedPids
-from unisandbox.backends.runc.pod import HELD, IDS, Pod, PodPlanner, open_sources, translate_job
-from unisandbox.backends.runc.rootfs import Layer, Op, host_tree, mount_ops, root_ops
-from unisandbox.backends.runc.sysctls import checked_sysctls
-from unisandbox.host import namespaces
-from unisandbox.host.cgroups import DeviceRule, ending
+from unisandbox.backends.runc.checks import check_resources, check_sandbox
+from unisandbox.backends.runc.making import Maker
+from unisandbox.backends.runc.pidns import SharedPids
+from unisandbox.backends.runc.planner import PodPlanner, plain_limits
+from unisandbox.backends.runc.pod import DEVICES, IDS, Pod, ids_of, open_sources
+from unisandbox.backends.runc.rootfs import Layer
+from unisandbox.host.boundary import reached
+from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, ending
 from unisandbox.host.init import open_binary
-from unisandbox.host.keeper import Guard, JobFailed
+from unisandbox.host.keeper import Guard
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
 from unisandbox.oci.ledger import Ledger
@@ -52,28 +48,10 @@ from unisandbox.oci.plan import limits_of, metrics_of
 from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.task import OciTaskService
 
-# Ranges of 65,536 user ids, above what systemd-nspawn takes (to 0x6FFF_FFFF) and below 2**31.
-# Source: systemd's UIDS-GIDS.md.
-_FIRST_RANGE: Final = 0x7000_0000 // IDS
-_RANGES: Final = (0x7FFF_0000 - 0x7000_0000) // IDS
-_SHM_BYTES: Final = 64 << 20
-# The devices that every container has by the OCI specification, and terminals. Source: config-linux.md, devices.
-_DEVICES: Final = (
-    DeviceRule("c", 1, 3, "rwm"),  # null
-    DeviceRule("c", 1, 5, "rwm"),  # zero
-    DeviceRule("c", 1, 7, "rwm"),  # full
-    DeviceRule("c", 1, 8, "rwm"),  # random
-    DeviceRule("c", 1, 9, "rwm"),  # urandom
-    DeviceRule("c", 5, 0, "rwm"),  # tty
-    DeviceRule("c", 5, 2, "rwm"),  # ptmx
-    DeviceRule("c", 136, None, "rwm"),  # pts
-)
-_JOB_SECONDS: Final = 60.0
-_LEAST_PIDS: Final = 3
-_SAFE: Final = ["readonly", "nosuid", "nodev"]
+_DYING_SECONDS: Final = 0.2
 
 
-@attrs.define
+@attrs.define(eq=False, repr=False)
 class _Sandbox:
     pod: Pod
     created_at: float
@@ -94,32 +72,33 @@ class RuncSandboxer:
         self._host = host
         self._runtime = runtime
         self._sandboxes: dict[str, _Sandbox] = {}
-        self._trees: dict[bool, str] = {}
-        self._preparing = anyio.Lock()
+        self._maker = Maker(host)
+        # The engine's own.
+        self._root: Cgroup | None = None
         self._init_fd = -1
-        self._free_ranges: deque[int] = deque()
+        self._plain_limits: Mapping[str, tuple[int, int]] = {}
 
     async def create(self, request: CreateSandbox) -> None:
         """See `Sandboxer.create`."""
         spec = request.spec
         if request.sandbox_id in self._sandboxes:
             raise AlreadyExistsError(f"sandbox {request.sandbox_id!r} exists already")
-        _check(spec)
+        check_sandbox(spec, self._runtime.program)
         host = self._host
         short = short_name(host.engine_id, request.sandbox_id)
-        root = host.cgroups.root()
-        dirs = root.predict(short, limits=limits_of(spec.resources))
+        cgroups = host.cgroups.below(spec.cgroup_parent)
+        dirs = cgroups.dirs_of(short)
         image = self._image(short)
         sources = open_sources(spec.rootfs, spec.mounts, spec.name or "new")
         undo = [
-            Guard(f"{short}/cgroup-directories", "rmdir_cgroup", dirs),
+            Guard(f"{short}/cgroup-directories", "rmdir_cgroup", (*dirs, *_own_parents(cgroups, spec))),
             Guard(f"{short}/processes", "kill_cgroup", dirs),
         ]
         if not Layer.of(spec.resources).in_memory:
             undo.append(Guard(f"{short}/image", "unlink", (image,)))
         try:
             await host.keeper.guard(undo)
-            cgroup = root.child(short, limits=limits_of(spec.resources))
+            cgroup = self._make_cgroup(cgroups, short, limits_of(spec.resources))
         except BaseException:
             for fd in sources:
                 os.close(fd)
@@ -130,7 +109,17 @@ class RuncSandboxer:
         pod = self._pod_of(request.sandbox_id, spec)
         pod.cgroup, pod.sources = cgroup, sources
         self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
-        cgroup.allow_devices(_DEVICES)
+        if spec.security.devices == "usual":
+            cgroup.allow_devices(DEVICES)
+
+    def _make_cgroup(self, cgroups: Cgroups, short: str, limits: Limits) -> Cgroup:
+        if cgroups is not self._host.cgroups:
+            return cgroups.root().child(short, limits=limits)
+        if self._root is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process of the engine has closed, and removed it
+                return self._root.child(short, limits=limits)
+        self._root = self._host.cgroups.root()
+        return self._root.child(short, limits=limits)
 
     def _pod_of(self, sandbox_id: str, spec: SandboxSpec) -> Pod:
         host = self._host
@@ -145,7 +134,7 @@ class RuncSandboxer:
         sandbox = self._get(sandbox_id)
         pod = sandbox.pod
         if sandbox.task is None:
-            await self._make(pod)
+            await self._maker.make(pod)
             sandbox.planner = self._planner_of(pod)
             sandbox.task = self._task_of(pod, sandbox.planner)
             sandbox.started_at = time.time()
@@ -154,7 +143,8 @@ class RuncSandboxer:
         if pod.spec.share_pid and sandbox.pids is None:
             assert sandbox.planner is not None  # noqa: S101 (made with the task service)
             sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
-        sandbox.stopped_at = None
+        if sandbox.stopped_at is not None:
+            sandbox.started_at, sandbox.stopped_at = time.time(), None
         sandbox.ended = anyio.Event()
         return StartedSandbox(sandbox.task)
 
@@ -164,7 +154,16 @@ class RuncSandboxer:
         return self._init_fd
 
     def _planner_of(self, pod: Pod) -> PodPlanner:
-        return PodPlanner(self._host, self._runtime, pod, host_tree=self._host_tree, init_fd=self._init())
+        # Nobody changes those of the keeper, which all go by.
+        self._plain_limits = self._plain_limits or plain_limits(self._host.keeper.pid)
+        return PodPlanner(
+            self._host,
+            self._runtime,
+            pod,
+            host_tree=self._maker.host_tree,
+            init_fd=self._init(),
+            plain_limits=self._plain_limits,
+        )
 
     def _task_of(self, pod: Pod, planner: PodPlanner) -> OciTaskService:
         ledger = Ledger(self._host.keeper, f"{pod.short}/", kept=self._host.shared)
@@ -185,9 +184,10 @@ class RuncSandboxer:
             sandbox.remains = True
             return None
         pod = sandbox.pod
+        pod.spec = request.spec  # its limits may have been changed
         sandbox.created_at, sandbox.started_at = pod.restore(note, await keeper.held(f"{short}/"))
         try:
-            pod.cgroup = self._host.cgroups.find(short)
+            pod.cgroup = self._host.cgroups.below(pod.spec.cgroup_parent).find(short)
         except FileNotFoundError:
             sandbox.remains = True
         self._sandboxes[sandbox_id] = sandbox
@@ -202,6 +202,13 @@ class RuncSandboxer:
         if sandbox.pids is not None:
             sandbox.pids.close()
         sandbox.pids = await SharedPids.restore(self._host, pod) if pod.spec.share_pid else None
+        if pod.spec.share_pid and request.exclusive and (sandbox.pids is None or sandbox.pids.has_ended):
+            if sandbox.pids is not None:
+                sandbox.pids.close()
+                sandbox.pids = None
+            await SharedPids.clear(self._host, self._runtime, pod)
+            if request.started:
+                sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
         await sandbox.task.restore(exclusive=request.exclusive)
         return StartedSandbox(sandbox.task)
 
@@ -225,6 +232,12 @@ class RuncSandboxer:
             self._end_without_keeper(sandbox)
         sandbox.stopped_at = time.time()
         sandbox.ended.set()
+
+    async def ask_to_end(self, sandbox_id: str, grace: float) -> None:
+        """See `SupportsGrace.ask_to_end`."""
+        task = self._get(sandbox_id).task
+        if task is not None:
+            await _ask_to_end(task, grace)
 
     def kill_now(self, sandbox_id: str) -> None:
         """See `Sandboxer.kill_now`."""
@@ -261,8 +274,12 @@ class RuncSandboxer:
             labels=pod.spec.labels,
             annotations=pod.spec.annotations,
             namespaces=dict(pod.inodes),
-            netns_path=f"/proc/{self._host.keeper.pid}/fd/{pod.pins['net']}" if "net" in pod.pins else "",
+            netns_path=self._netns_path(pod),
         )
+
+    def _netns_path(self, pod: Pod) -> str:
+        keeper = self._host.keeper
+        return f"/proc/{keeper.pid}/fd/{pod.pins['net']}" if "net" in pod.pins and keeper.alive else ""
 
     async def update(self, sandbox_id: str, resources: Resources) -> None:
         """See `Sandboxer.update`."""
@@ -273,9 +290,9 @@ class RuncSandboxer:
             raise UnsupportedError(
                 "a change of the disk limit of a living sandbox", "runc", hint="Leave disk= out: it stays as it is."
             )
-        _check_resources(resources)
+        check_resources(resources)
         pod.cgroup.set_limits(limits_of(resources))
-        pod.spec = attrs.evolve(pod.spec, resources=resources)
+        pod.spec = attrs.evolve(pod.spec, resources=attrs.evolve(resources, disk=pod.layer.size))
         await anyio.lowlevel.checkpoint()
 
     async def metrics(self, sandbox_id: str) -> Metrics:
@@ -284,11 +301,15 @@ class RuncSandboxer:
         await anyio.lowlevel.checkpoint_if_cancelled()
         task = self._get(sandbox_id).task
         metrics = metrics_of(pod.cgroup)
-        if task is not None:
+        if task is not None and metrics.oom_kills is not None:
             metrics = attrs.evolve(metrics, oom_kills=task.oom_kills())
         if "rw" not in pod.fds:
             return metrics
-        layer = os.statvfs(f"/proc/{self._host.keeper.pid}/fd/{pod.fds['rw']}")
+        fd = self._host.keeper.open_held(pod.fds["rw"])
+        try:
+            layer = os.fstatvfs(fd)
+        finally:
+            os.close(fd)
         return attrs.evolve(
             metrics,
             disk_bytes=(layer.f_blocks - layer.f_bfree) * layer.f_frsize,
@@ -302,42 +323,47 @@ class RuncSandboxer:
             return
         pod, keeper = sandbox.pod, self._host.keeper
         if sandbox.remains:
+            self._let_go(sandbox)
             await self._remove_remains(pod)
             self._sandboxes.pop(sandbox_id, None)
             return
         await self.stop(sandbox_id, grace=0)
-        pod.cgroup.kill()
         if not keeper.alive:
             self._end_without_keeper(sandbox)
             self._sandboxes.pop(sandbox_id, None)
             return
-        await keeper.drop(prefix=f"{pod.short}/")
+        if not pod.cgroup.remove():  # somebody is in there, or about to be gone
+            pod.cgroup.kill()
+            if not pod.cgroup.remove(timeout=5.0):
+                raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
+        self._leave(pod)
         # With the last descriptor its mount namespace is gone, and all its mounts; what is left are bundles.
-        remove_tree(self._host.outside(pod.work))
+        await keeper.drop(prefix=f"{pod.short}/", guards=True)
+        remove_tree(self._host.keeper.outside(pod.work))
         pod.close()
-        if not pod.cgroup.remove(timeout=5.0):
-            raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
         if pod.lease is not None:
             # Everything that had these ids is gone: the next sandbox may have them.
-            await self._release(pod)
-        await keeper.unguard(_guards_of(pod.short))
+            await self._maker.release(pod)
         self._sandboxes.pop(sandbox_id, None)
 
     async def _remove_remains(self, pod: Pod) -> None:
         """Free what is left of a sandbox of which only the names are known."""
         keeper = self._host.keeper
-        dirs = self._host.cgroups.root().predict(pod.short)
+        cgroups = self._host.cgroups.below(pod.spec.cgroup_parent)
+        dirs = cgroups.dirs_of(pod.short)
         ending.kill(dirs, 1.0)
         if keeper.alive:
             await keeper.drop(prefix=f"{pod.short}/")
-            remove_tree(self._host.outside(pod.work))
+            remove_tree(self._host.keeper.outside(pod.work))
         if not ending.remove(dirs, 5.0):
             raise BackendError(f"sandbox {pod.label!r}: its cgroups {dirs} cannot be removed")
+        self._leave(pod)
         with contextlib.suppress(FileNotFoundError):  # it had none, or its guard was quicker
+            reached("before image.unlink", pod.image)
             os.unlink(pod.image)
+            reached("after image.unlink", pod.image)
         if keeper.alive:
-            await keeper.drop([_ids_of(pod.short)])
-            await keeper.unguard(_guards_of(pod.short))
+            await keeper.drop([ids_of(pod.short)], prefix=f"{pod.short}/", guards=True)
 
     def _let_go(self, sandbox: _Sandbox) -> None:
         """Close what this process holds of a sandbox; ends nothing."""
@@ -350,11 +376,17 @@ class RuncSandboxer:
 
     def _end_without_keeper(self, sandbox: _Sandbox) -> None:
         """The keeper is dead, and with it mounts, pins and every init; what is left are cgroups and descriptors."""
-        if self._host.keeper.alive:
+        if not self._host.keeper.ends_within(_DYING_SECONDS):
             raise BackendError(f"the keeper does not answer for sandbox {sandbox.pod.label!r}")
         sandbox.pod.cgroup.kill()
         self._let_go(sandbox)
         sandbox.pod.cgroup.remove(timeout=5.0)
+        self._leave(sandbox.pod)
+
+    def _leave(self, pod: Pod) -> None:
+        """Below a parent of its own the engine's cgroup ends with its last sandbox there."""
+        if pod.spec.cgroup_parent:
+            self._host.cgroups.below(pod.spec.cgroup_parent).leave()
 
     async def list(self) -> Sequence[SandboxStatus]:
         """See `Sandboxer.list`."""
@@ -365,10 +397,9 @@ class RuncSandboxer:
         pod = self._get(sandbox_id).pod
         if "root" not in pod.fds:
             raise NotFoundError(f"sandbox {pod.label!r} has no files before it is started")
-        path = f"/proc/{self._host.keeper.pid}/fd/{pod.fds['root']}"
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        # Another process may have removed the sandbox, and the keeper may hold another one's root by this number.
-        if self._host.shared and f"/{pod.short}/" not in os.readlink(f"/proc/self/fd/{fd}"):
+        fd = self._host.keeper.open_held(pod.fds["root"], os.O_PATH | os.O_DIRECTORY)
+        # Another process (or its ttl) may have removed the sandbox, and the keeper hold another one's root as this one.
+        if f"/{pod.short}/" not in os.readlink(f"/proc/self/fd/{fd}"):
             os.close(fd)
             raise NotFoundError(f"sandbox {pod.label!r} was removed")
         return fd
@@ -387,139 +418,6 @@ class RuncSandboxer:
             os.close(self._init_fd)
             self._init_fd = -1
 
-    async def _host_tree(self, rootfs: Rootfs) -> str:
-        """The tree of this machine's programs that all sandboxes of the engine clone; made at the first use."""
-        async with self._preparing:
-            if rootfs.local not in self._trees:
-                path = f"/host{'-local' if rootfs.local else ''}"
-                if self._host.shared:
-                    await self._make_shared_tree(path, local=rootfs.local)
-                else:
-                    await self._make_tree(path, local=rootfs.local)
-                self._trees[rootfs.local] = f"{self._host.work_dir}{path}"
-            return self._trees[rootfs.local]
-
-    async def _make_tree(self, path: str, *, local: bool) -> None:
-        await self._job([{"do": "mounts", "root": self._host.work_dir, "ops": host_tree(path, local=local)}])
-
-    async def _make_shared_tree(self, path: str, *, local: bool) -> None:
-        """The same, unless another process of this engine has made it."""
-        keeper, name = self._host.keeper, f"tree{path}"
-        await keeper.lock(name)
-        try:
-            if name not in await keeper.notes(name):
-                await self._make_tree(path, local=local)
-                await keeper.note(name, "made")
-        finally:
-            keeper.unlock(name)
-
-    async def _make(self, pod: Pod) -> None:
-        """Namespaces and root file system, in one job of the keeper; verified."""
-        spec = pod.spec
-        keeper = self._host.keeper
-        # A mount namespace of its own: mounts of one sandbox cost no other anything, and they end with it.
-        steps: list[Mapping[str, object]] = [{"do": "mount_namespace"}]
-        kinds = ["ipc", "uts"] + (["net"] if spec.network.kind == "none" else [])
-        maps: dict[str, object] = {}
-        hold: dict[str, str] = {what: pod.held(what) for what in HELD}
-        fds = list(pod.sources)
-        if pod.mapped:
-            pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
-            pod.first_id = pod.lease * IDS
-            rows = [[0, pod.first_id, IDS]]
-            kinds = ["user", *kinds]
-            maps = {"uid_map": rows, "gid_map": rows}
-        steps.append(
-            {
-                "do": "namespaces",
-                "kinds": kinds,
-                "hostname": pod.hostname,
-                "sysctls": checked_sysctls(spec.sysctls, spec.network),
-                **maps,
-            }
-        )
-        hold |= {kind: f"{pod.short}/{kind}" for kind in kinds}
-        place = pod.place()
-        empty: list[Op] = [{"op": "mkdir", "path": f"{EMPTY_ROOT}{name}"} for name in ("", "/proc", "/dev", "/sys")]
-        ops: list[Op] = pod.layer.ops("/rw", pod.image, pod.first_id)
-        ops += [
-            {"op": "mkdir", "path": "/shm"},
-            {
-                "op": "tmpfs",
-                "path": "/shm",
-                "size": _SHM_BYTES,
-                "inodes": 8192,
-                "mode": 0o1777,
-                "uid": pod.first_id,
-                "gid": pod.first_id,
-                "attributes": ["nosuid", "nodev", "noexec"],
-            },
-        ]
-        shared = await self._host_tree(spec.rootfs) if spec.rootfs.kind == "host" else ""
-        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared)
-        ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
-        if spec.share_pid:
-            ops += empty
-            ops.append({"op": "bind", "source": f"{pod.work}{EMPTY_ROOT}", "path": EMPTY_ROOT, "attributes": _SAFE})
-        steps += [
-            {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},
-            {"do": "mounts", "root": pod.work, "ops": ops},
-            {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"},
-            {"do": "dirfd", "path": f"{pod.work}/rw", "name": "rw"},
-        ]
-        given = -1
-        try:
-            if spec.network.kind == "namespace":
-                given = _open_network(spec.network.path, pod.label)
-                steps.append({"do": "given", "fd": len(fds), "name": "net"})
-                fds.append(given)
-                hold["net"] = f"{pod.short}/net"
-            result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
-        finally:
-            if given >= 0:
-                os.close(given)
-        pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
-        pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
-        pod.inodes = {
-            kind: namespaces.namespace_inode(f"/proc/{keeper.pid}/fd/{number}") for kind, number in pod.pins.items()
-        }
-        for kind, inode in pod.inodes.items():
-            if inode == namespaces.namespace_inode(f"/proc/self/ns/{kind}"):
-                raise BackendError(f"sandbox {pod.label!r}: the pinned {kind} namespace is the host's own")
-
-    async def _lease(self, pod: Pod) -> int:
-        """A range of user ids that no other engine of this host has."""
-        directory = os.path.dirname(self._host.work_dir)
-        name = _ids_of(pod.short) if self._host.shared else ""
-        try:
-            return await self._host.keeper.lease(directory, _FIRST_RANGE, _RANGES, name=name)
-        except BlockingIOError as error:
-            raise UnavailableError(
-                f"all {_RANGES} ranges of user ids of this host are in use", hint="Remove some sandboxes first."
-            ) from error
-
-    async def _release(self, pod: Pod) -> None:
-        assert pod.lease is not None  # noqa: S101 (called for one that has a range)
-        if self._host.shared:
-            await self._host.keeper.drop([_ids_of(pod.short)])
-        else:
-            self._free_ranges.append(pod.lease)  # the next one of this process may have it without asking
-        pod.lease = None
-
-    async def _job(
-        self,
-        steps: Sequence[Mapping[str, object]],
-        *,
-        hold: Mapping[str, str] | None = None,
-        fds: Sequence[int] = (),
-        label: str = "engine",
-        mounts: Sequence[Mount] = (),
-    ) -> dict[str, int]:
-        try:
-            return dict((await self._host.keeper.job(steps, hold=hold, fds=fds, timeout=_JOB_SECONDS)).held)
-        except JobFailed as error:
-            raise translate_job(error, label, mounts) from error
-
     def _get(self, sandbox_id: str) -> _Sandbox:
         sandbox = self._sandboxes.get(sandbox_id)
         if sandbox is None:
@@ -527,80 +425,9 @@ class RuncSandboxer:
         return sandbox
 
 
-def _guards_of(short: str) -> list[str]:
-    return [f"{short}/{name}" for name in ("cgroup-directories", "processes", "image")]
-
-
-def _ids_of(short: str) -> str:
-    """The name of a sandbox's lease; it is not given back before everything that has these ids is gone."""
-    return f"ids/{short}"
-
-
-def _check(spec: SandboxSpec) -> None:
-    """Refuse what cannot be done, before anything is."""
-    if spec.rootfs.kind not in CAPABILITIES.rootfs:
-        raise UnsupportedError(
-            f"rootfs kind {spec.rootfs.kind!r} ({spec.rootfs.ref!r})",
-            "runc",
-            hint="Use 'host', or unpack the image and give the directory's path (with a '/' in it).",
-        )
-    if spec.network.kind not in CAPABILITIES.networks:
-        raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
-    if spec.annotations:
-        raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
-    if spec.userns == "private" and (why := _no_user_namespaces()):
-        raise UnsupportedError(
-            "a user namespace of its own", "runc", reason=why, hint="Use userns='host' if you trust what runs in it."
-        )
-    _check_resources(spec.resources)
-    checked_sysctls(spec.sysctls, spec.network)
-
-
-def _no_user_namespaces() -> str:
-    """Why this host makes no user namespaces; empty when nothing forbids it."""
-    try:
-        with open("/proc/sys/user/max_user_namespaces", encoding="ascii") as file:
-            return "" if int(file.read()) > 0 else "user.max_user_namespaces is 0"
-    except FileNotFoundError:
-        return "this kernel has none"
-
-
-def _check_resources(resources: Resources) -> None:
-    if resources.pids is not None and resources.pids < _LEAST_PIDS:
-        raise InvalidArgumentError(
-            f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
-        )
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if resources.nofile is not None and most != resource.RLIM_INFINITY and resources.nofile > most:
-        raise InvalidArgumentError(
-            f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
-        )
-
-
-def _open_network(path: str, label: str) -> int:
-    """Open a given network namespace, and make sure that it is one.
-
-    Raises:
-        InvalidArgumentError: it does not exist, or is something else.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InvalidArgumentError(f"network namespace of {label!r}: {path}: {error.strerror}") from error
-    try:
-        if stat.S_ISREG(os.fstat(fd).st_mode) and namespaces.kind_of(fd) == "net":
-            if namespaces.namespace_inode(fd) != namespaces.namespace_inode("/proc/self/ns/net"):
-                return fd
-            raise InvalidArgumentError(
-                f"network namespace of {label!r}: {path} is the host's own", hint="Use network='host' if that is meant."
-            )
-        raise InvalidArgumentError(f"network namespace of {label!r}: {path} is no network namespace")
-    except OSError as error:
-        os.close(fd)
-        raise InvalidArgumentError(f"network namespace of {label!r}: {path} is no network namespace") from error
-    except BaseException:
-        os.close(fd)
-        raise
+def _own_parents(cgroups: Cgroups, spec: SandboxSpec) -> tuple[str, ...]:
+    """The engine's cgroup below a parent that the sandbox has chosen, which nobody else would remove."""
+    return tuple(f"{place.parent}/{cgroups.name}" for place in cgroups.places) if spec.cgroup_parent else ()
 
 
 async def _ask_to_end(task: OciTaskService, grace: float) -> None:
@@ -609,6 +436,10 @@ async def _ask_to_end(task: OciTaskService, grace: float) -> None:
     for container_id, exec_id in running:
         with contextlib.suppress(NotFoundError):  # it has ended, and whoever waited for it has deleted it
             await task.kill(container_id, exec_id, signal=signal.SIGTERM)
+    for container_id in task.container_ids:
+        with contextlib.suppress(NotFoundError):
+            if (await task.state(container_id)).state == "paused":
+                await task.resume(container_id)  # what is paused takes no signal
     with anyio.move_on_after(grace):
         for container_id, exec_id in running:
             with contextlib.suppress(NotFoundError):

@@ -1,4 +1,4 @@
-"""The cgroups of one engine: a tree of directories, one in every hierarchy that is needed.
+"""One cgroup: a directory in every hierarchy that is needed.
 
 A cgroup of a sandbox or container has a directory for each controller; that of a process only what a process needs:
 its memory (the OOM count) and the tree that ends it. Everything here is a few system calls and never waits but where
@@ -10,151 +10,22 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-
-import attrs
+from typing import TYPE_CHECKING
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from unisandbox.api.names import check_name
+from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import ending, files, hierarchy, v1, v2
 from unisandbox.host.cgroups.devices import DeviceRule
-from unisandbox.host.cgroups.hierarchy import Layout, Place, Version
+from unisandbox.host.cgroups.hierarchy import Place
 from unisandbox.host.cgroups.limits import Limits, Stats
+
+if TYPE_CHECKING:
+    from unisandbox.host.cgroups.tree import Cgroups
 
 _NO_LIMITS = Limits()
 # What a process of its own needs a directory for.
 _FOR_PROCESS = frozenset({"memory", "freezer"})
-_MKDIR_TRIES = 10
-
-
-class Cgroups:
-    """Where one engine's cgroups are, and what can be done with them on this host."""
-
-    def __init__(self, name: str, layout: Layout) -> None:
-        """Use `detect`."""
-        self.name: str = check_name(name, "cgroup name")
-        self._layout = layout
-        self.version: Version = layout.version
-        self.missing: Mapping[str, str] = dict(layout.missing)
-        """For each controller that cannot be used: why, and what would help."""
-        self.controllers: frozenset[str] = frozenset(c for place in layout.places for c in place.controllers)
-
-    @classmethod
-    def detect(
-        cls, name: str, *, parent: str | None = None, make_room: bool = False, use_unified: bool = True
-    ) -> Cgroups:
-        """Look where an engine's cgroups can live. Changes nothing.
-
-        Args:
-            name: of the engine's own cgroup, below the parent.
-            parent: path of the parent cgroup from the top of each hierarchy. Default: on v1 and hybrid hosts our own
-                cgroup of each hierarchy; on v2 the nearest delegated cgroup above us that holds no processes, as root
-                /unisandbox.slice, else our own cgroup.
-            make_room: on v2, move the processes of a parent that holds some into a leaf below it (inside a container
-                there is no other way to limits).
-            use_unified: False pretends that a hybrid host has no cgroup2 tree.
-
-        Raises:
-            InvalidArgumentError: `name` or `parent` is not valid.
-            UnavailableError: no cgroup file system is here at all. Anything less is in `missing`.
-        """
-        return cls(name, hierarchy.detect(parent, use_unified=use_unified, make_room=make_room))
-
-    def placed(self, parents: Mapping[str, str]) -> Cgroups:
-        """The same with parents that an engine had before, by `Place.key`; those that are not named stay."""
-        places = tuple(attrs.evolve(place, parent=parents.get(place.key, place.parent)) for place in self.places)
-        return Cgroups(self.name, attrs.evolve(self._layout, places=places))
-
-    @property
-    def places(self) -> tuple[Place, ...]:
-        """The hierarchies in use, in the order in which directories are made."""
-        return self._layout.places
-
-    @property
-    def namespaces_are_borders(self) -> bool:
-        """Whether a process in a cgroup namespace of its own cannot have children in cgroups outside of it.
-
-        Source: mount option nsdelegate, Documentation/admin-guide/cgroup-v2.rst; systemd mounts with it.
-        """
-        return any(place.mount.nsdelegate for place in self.places)
-
-    def reasons(self) -> list[str]:
-        """What cannot be done here and why, one sentence each; empty when all is well."""
-        grouped: dict[str, list[str]] = {}
-        for controller, why in self.missing.items():
-            grouped.setdefault(why, []).append(controller)
-        return [f"cgroup {', '.join(names)}: {why}" for why, names in grouped.items()]
-
-    def root(self) -> Cgroup:
-        """The engine's own cgroup, made when it is not there yet.
-
-        Raises:
-            UnavailableError: no hierarchy can be used, with the reasons.
-            OSError: the kernel refused.
-        """
-        if not self.places:
-            raise UnavailableError("cgroups cannot be used here", hint="; ".join(self.reasons()))
-        for place in self.places:
-            directory = f"{place.parent}/{self.name}"
-            if self.version == "v2":
-                self._make_v2(directory, [c for c in hierarchy.V2_CONTROLLERS if c in self.controllers])
-            else:
-                self._make_v1(directory, place)
-        return self._cgroup("", {place: f"{place.parent}/{self.name}" for place in self.places})
-
-    def find(self, path: str) -> Cgroup:
-        """The cgroup of this relative path ("s1/c1"; "" is the engine's), which may have been made by another process.
-
-        Raises:
-            FileNotFoundError: it is in no hierarchy.
-        """
-        for part in path.split("/") if path else ():
-            check_name(part, "cgroup name")
-        relative = f"{self.name}/{path}".rstrip("/")
-        there = {place: f"{place.parent}/{relative}" for place in self.places}
-        return self._existing(path, there)
-
-    def _existing(self, path: str, there: Mapping[Place, str]) -> Cgroup:
-        own = {place: directory for place, directory in there.items() if os.path.isdir(directory)}
-        if not own:
-            raise FileNotFoundError(errno.ENOENT, f"cgroup {self.name}/{path} does not exist")
-        inherited = {}
-        for place, directory in there.items():
-            above = os.path.dirname(directory)
-            if place not in own and path and os.path.isdir(above):
-                inherited[place] = above
-        return self._cgroup(path, own, inherited)
-
-    def _cgroup(self, path: str, own: Mapping[Place, str], inherited: Mapping[Place, str] | None = None) -> Cgroup:
-        return Cgroup(self, path, own, inherited or {})
-
-    def _make_v1(self, directory: str, place: Place) -> None:
-        os.makedirs(directory, mode=0o755, exist_ok=True)
-        v1.prepare_root(directory, place.controllers)
-
-    def _make_v2(self, directory: str, controllers: Sequence[str]) -> None:
-        """Make a directory that has `controllers`, with what is above it."""
-        above = os.path.dirname(directory)
-        for left in reversed(range(_MKDIR_TRIES)):
-            try:
-                if self._layout.occupied == above:
-                    _evacuate(above)
-                there = files.read_optional(above, "cgroup.controllers")
-                if there is None or not set(controllers) <= set(there.split()):
-                    self._make_v2(above, controllers)
-                v2.enable(above, controllers)
-                os.makedirs(directory, mode=0o755, exist_ok=True)
-            except FileNotFoundError:
-                # Another engine, which closed, removed the slice between two of our steps.
-                if not left:
-                    raise
-            else:
-                return
-
-    def _clean_up(self) -> None:
-        """Remove the slice that we made, unless somebody else is in it."""
-        for place in self.places:
-            if os.path.basename(place.parent) == hierarchy.SLICE:
-                ending.remove_leaf(place.parent)
 
 
 class Cgroup:
@@ -212,7 +83,7 @@ class Cgroup:
 
     @property
     def clone_into(self) -> str | None:
-        """The v2 directory: a process born there (`syscalls.fork_into_cgroup`) need not wait. None on pure v1."""
+        """The v2 directory: a process born there (CLONE_INTO_CGROUP) need not wait. None on pure v1."""
         return next((d for place, d in self._everywhere().items() if place.mount.unified), None)
 
     def _everywhere(self) -> dict[Place, str]:
@@ -230,7 +101,9 @@ class Cgroup:
         """
         directory = self._at.get("unified")
         if directory is not None:
+            reached("before cgroup.chown", directory)
             os.chown(f"{directory}/cgroup.procs", uid, -1, follow_symlinks=False)
+            reached("after cgroup.chown", directory)
 
     def predict(self, name: str, *, limits: Limits = _NO_LIMITS, for_process: bool = False) -> tuple[str, ...]:
         """The `dirs` that `child` with the same arguments would have: to register the undo before the side effect."""
@@ -364,6 +237,13 @@ class Cgroup:
         """What this cgroup and everything below it uses."""
         return v2.stats(self._at) if self._tree.version == "v2" else v1.stats(self._at)
 
+    @property
+    def oom_counter(self) -> tuple[str, str] | None:
+        """The file that `oom_kills` reads, and the word before its number there; None where they are not counted."""
+        if "memory" not in self._at:
+            return None
+        return f"{self._at['memory']}/{v2.OOM_FILE if self._tree.version == 'v2' else v1.OOM_FILE}", "oom_kill"
+
     def oom_kills(self) -> int:
         """How many processes of this very cgroup the kernel killed for memory, whosever limit was hit.
 
@@ -374,9 +254,13 @@ class Cgroup:
         if "memory" not in self._at:
             hint = self._tree.missing.get("memory", "")
             raise UnavailableError(f"OOM kills in cgroup {self} are not counted", hint=hint)
-        if not os.path.isdir(self._at["memory"]):
-            raise FileNotFoundError(errno.ENOENT, f"cgroup {self._at['memory']} does not exist")
-        return v2.oom_kills(self._at) if self._tree.version == "v2" else v1.oom_kills(self._at)
+        try:
+            return v2.oom_kills(self._at) if self._tree.version == "v2" else v1.oom_kills(self._at)
+        except OSError:
+            # Looked at after it: somebody may remove it at any moment.
+            if os.path.isdir(self._at["memory"]):
+                raise
+            raise FileNotFoundError(errno.ENOENT, f"cgroup {self._at['memory']} does not exist") from None
 
     def pids(self) -> tuple[int, ...]:
         """The processes in and below this cgroup, whichever hierarchy they are in."""
@@ -403,6 +287,13 @@ class Cgroup:
         """Let them run on; fine when they do."""
         self._need_freezer()
         (v2 if self._tree.version == "v2" else v1).thaw(self._at)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is stopped by `freeze`, whoever called that; False when it is gone."""
+        if "freezer" not in self._at:
+            return False
+        return v2.is_frozen(self._at) if self._tree.version == "v2" else v1.is_frozen(self._at)
 
     def _need_freezer(self) -> None:
         if "freezer" not in self._at:
@@ -448,31 +339,14 @@ class Cgroup:
         """
         gone = ending.remove(self.dirs, timeout)
         if gone and not self.path:
-            self._tree._clean_up()
+            self._tree.clean_up()
         return gone
-
-
-def open_existing(tree: Cgroups, dirs: Sequence[str]) -> Cgroup:
-    """The cgroup that has these directories (`Cgroup.dirs`), made by a process that may be gone; some may be missing.
-
-    Raises:
-        InvalidArgumentError: a directory is not below a parent of `tree`.
-        FileNotFoundError: none of them is there.
-    """
-    relative = set()
-    for directory in dirs:
-        place = next((p for p in tree.places if directory.startswith(f"{p.parent}/{tree.name}")), None)
-        if place is None:
-            raise InvalidArgumentError(f"{directory} is not a cgroup of {tree.name}")
-        relative.add(directory[len(f"{place.parent}/{tree.name}") :].strip("/"))
-    if len(relative) != 1:
-        raise InvalidArgumentError(f"{', '.join(dirs)} are not one cgroup")
-    return tree.find(relative.pop())
 
 
 def _make(dirs: Sequence[str]) -> None:
     """mkdir in every hierarchy; the first decides which of two callers makes it."""
     for index, directory in enumerate(dirs):
+        reached("before cgroup.mkdir", directory)
         try:
             try:
                 os.mkdir(directory, 0o755)
@@ -485,20 +359,4 @@ def _make(dirs: Sequence[str]) -> None:
         except OSError as error:
             ending.remove(dirs[:index])
             raise OSError(error.errno, f"cannot make cgroup {directory}: {error.strerror}") from None
-
-
-def _evacuate(directory: str) -> None:
-    """Move the processes of a v2 cgroup into a leaf below it."""
-    if not hierarchy.is_occupied(directory):
-        return
-    leaf = f"{directory}/{hierarchy.HOST_LEAF}"
-    os.makedirs(leaf, mode=0o755, exist_ok=True)
-    for _ in range(_MKDIR_TRIES):
-        for pid in files.read(directory, "cgroup.procs").split():
-            try:
-                files.write(leaf, "cgroup.procs", pid)
-            except ProcessLookupError:
-                continue  # it ended meanwhile
-        if not hierarchy.is_occupied(directory):
-            return
-    raise OSError(errno.EBUSY, f"cannot empty cgroup {directory}: processes keep coming into it")
+        reached("after cgroup.mkdir", directory)

@@ -13,6 +13,7 @@ from typing import Final, Literal
 
 import attrs
 
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.errors import InvalidArgumentError
 from unisandbox.host import syscalls
 
@@ -47,6 +48,7 @@ def _number(_: object, attribute: attrs.Attribute[int | None], value: int | None
 
 
 @attrs.frozen
+@by_fields
 class DeviceRule:
     """What is allowed: `kind` "c" (character) or "b" (block), its numbers (None: any), "r"ead, "w"rite, "m"knod."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from unisandbox.host.boundary import reached
+
 
 def write(directory: str, name: str, value: str) -> None:
     """Write a cgroup file in one write(2).
@@ -13,6 +15,7 @@ def write(directory: str, name: str, value: str) -> None:
         OSError: with the kernel's errno; the message has the file and the value.
     """
     path = f"{directory}/{name}"
+    reached("before cgroup.write", path)
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
@@ -21,6 +24,7 @@ def write(directory: str, name: str, value: str) -> None:
             os.close(fd)
     except OSError as error:
         raise OSError(error.errno, f"cannot write {value!r} to {path}: {error.strerror}") from None
+    reached("after cgroup.write", path)
 
 
 def read(directory: str, name: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import attrs
 
@@ -32,8 +32,7 @@ _COMPONENT: Final = re.compile(r"[A-Za-z0-9_@:\\-][A-Za-z0-9_@:.\\-]{0,254}")
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
 
-@attrs.frozen
-class Mount:
+class Mount(NamedTuple):
     """A mounted hierarchy: `directory` shows the cgroup that /proc/PID/cgroup calls `root`."""
 
     directory: str
@@ -56,7 +55,7 @@ class Mount:
         return self.root.rstrip("/") + directory[len(self.directory) :] or "/"
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Place:
     """A hierarchy that we use: `parent` is the directory (it may not exist yet) below which the engine's own one is."""
 
@@ -70,8 +69,7 @@ class Place:
         return "unified" if self.mount.unified else self.controllers[0]
 
 
-@attrs.frozen
-class Layout:
+class Layout(NamedTuple):
     """What was found: places in the order in which cgroups are made, and for each missing controller why."""
 
     version: Version
@@ -104,9 +102,13 @@ def memberships(pid: int | str = "self") -> dict[str, str]:
     """
     try:
         with open(f"/proc/{pid}/cgroup", "rb", buffering=0) as file:
-            text = file.read().decode(errors="surrogateescape")
+            return memberships_in(file.read().decode(errors="surrogateescape"))
     except FileNotFoundError:
         raise ProcessLookupError(f"process {pid} does not exist") from None
+
+
+def memberships_in(text: str) -> dict[str, str]:
+    """The same of the contents of such a file."""
     found = {}
     for line in text.splitlines():
         number, names, path = line.split(":", 2)

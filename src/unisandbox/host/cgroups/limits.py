@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import attrs
 
+from unisandbox.api.by_fields import by_fields
 from unisandbox.api.errors import InvalidArgumentError
 
 CPU_PERIOD_US = 100_000
@@ -33,6 +36,7 @@ def _weight(_: object, __: object, value: int | None) -> None:
 
 
 @attrs.frozen
+@by_fields
 class Limits:
     """The limits of one cgroup; None is no limit.
 
@@ -63,8 +67,7 @@ class Limits:
         return needed
 
 
-@attrs.frozen
-class Stats:
+class Stats(NamedTuple):
     """What a cgroup uses and has used, everything below it included. None: the host cannot tell.
 
     `oom_kills` alone is of the cgroup itself: how many of its own processes the kernel killed for memory.

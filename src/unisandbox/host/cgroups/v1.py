@@ -16,6 +16,7 @@ from unisandbox.host.cgroups import ending, files, v2
 from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
 
+OOM_FILE = "memory.oom_control"
 _POLL = 0.0005
 _SHARES_PER_WEIGHT = 1024 / 100  # the defaults of v1 and v2 mean the same
 
@@ -119,9 +120,9 @@ def stats(at: Mapping[str, str]) -> Stats:
 
 def oom_kills(at: Mapping[str, str]) -> int:
     """How many processes of this very cgroup the kernel killed for memory. Source: v1 counts where the victim was."""
-    kills = files.read_table(at["memory"], "memory.oom_control").get("oom_kill")
+    kills = files.read_table(at["memory"], OOM_FILE).get("oom_kill")
     if kills is None:
-        raise OSError(errno.ENOTSUP, f"{at['memory']}/memory.oom_control counts no kills: Linux 4.13 is needed")
+        raise OSError(errno.ENOTSUP, f"{at['memory']}/{OOM_FILE} counts no kills: Linux 4.13 is needed")
     return kills
 
 
@@ -149,6 +150,13 @@ def thaw(at: Mapping[str, str]) -> None:
         v2.thaw(at)
     else:
         files.write(at["freezer"], "freezer.state", "THAWED")
+
+
+def is_frozen(at: Mapping[str, str]) -> bool:
+    """Whether `freeze` was called last; False when it is gone."""
+    if "unified" in at:
+        return v2.is_frozen(at)
+    return files.read_optional(at["freezer"], "freezer.self_freezing") == "1"
 
 
 def allow_devices(at: Mapping[str, str], rules: Sequence[DeviceRule]) -> None:

@@ -15,6 +15,7 @@ from unisandbox.host.cgroups import devices, files
 from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
 
+OOM_FILE = "memory.events.local"
 _POLL_FIRST = 0.0001
 _POLL_LAST = 0.005
 
@@ -114,9 +115,9 @@ def cpu_times(directory: str) -> tuple[float | None, float | None, float | None]
 
 def oom_kills(at: Mapping[str, str]) -> int:
     """How many processes of this very cgroup the kernel killed for memory: the local count, at the victim."""
-    kills = files.read_table(at["memory"], "memory.events.local").get("oom_kill")
+    kills = files.read_table(at["memory"], OOM_FILE).get("oom_kill")
     if kills is None:
-        raise OSError(errno.ENOTSUP, f"{at['memory']}/memory.events.local is not there: Linux 5.2 is needed")
+        raise OSError(errno.ENOTSUP, f"{at['memory']}/{OOM_FILE} is not there: Linux 5.2 is needed")
     return kills
 
 
@@ -139,6 +140,11 @@ def freeze(at: Mapping[str, str], timeout: float) -> None:
 def thaw(at: Mapping[str, str]) -> None:
     """Let the tree run on."""
     files.write(at["unified"], "cgroup.freeze", "0")
+
+
+def is_frozen(at: Mapping[str, str]) -> bool:
+    """Whether `freeze` was called last; False when it is gone."""
+    return files.read_optional(at["unified"], "cgroup.freeze") == "1"
 
 
 def allow_devices(at: Mapping[str, str], rules: Sequence[DeviceRule]) -> None:

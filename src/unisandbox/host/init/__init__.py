@@ -5,11 +5,13 @@ What comes back from init is a stranger's word and is checked here, so that nobo
 """
 
 from unisandbox.host.init.binary import binary_path, open_binary
-from unisandbox.host.init.protocol import RLIMITS, ExecFailed, SpawnRequest, capability_mask
-from unisandbox.host.init.spawn import Started, ended, ended_now, spawn
+from unisandbox.host.init.protocol import KILLED, RLIMITS, ExecFailed, SpawnRequest, capability_mask
+from unisandbox.host.init.spawn import Ended, Started, ended, ended_now, spawn, status_of
 
 __all__ = [
+    "KILLED",
     "RLIMITS",
+    "Ended",
     "ExecFailed",
     "SpawnRequest",
     "Started",
@@ -19,4 +21,5 @@ __all__ = [
     "ended_now",
     "open_binary",
     "spawn",
+    "status_of",
 ]

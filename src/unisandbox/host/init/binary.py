@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
-from pathlib import Path
 from typing import Final
 
 from unisandbox.api.errors import UnavailableError
+from unisandbox.host.sealed import sealed_copy
 
 MACHINES: Final = ("x86_64", "aarch64")
 
@@ -25,7 +24,7 @@ def binary_path(machine: str | None = None) -> str:
     machine = machine or platform.machine()
     if machine not in MACHINES:
         raise UnavailableError(f"there is no init for {machine} machines (only for {' and '.join(MACHINES)})")
-    return str(Path(__file__).parent / "bin" / f"init-{machine}")
+    return os.path.join(os.path.dirname(__file__), "bin", f"init-{machine}")
 
 
 def open_binary(machine: str | None = None) -> int:
@@ -36,18 +35,8 @@ def open_binary(machine: str | None = None) -> int:
     can change it. Root of a user namespace into which the caller's id is not mapped can neither read it nor reach
     into a process that runs it, not even with CAP_SYS_PTRACE.
     """
-    with open(binary_path(machine), "rb") as source:
-        program = source.read()
-    writable = os.memfd_create("unisandbox-init", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    memory = sealed_copy(binary_path(machine), "unisandbox-init", MODE)
     try:
-        if os.write(writable, program) != len(program):
-            raise OSError("init did not fit into memory")
-        os.fchmod(writable, MODE)
-        fcntl.fcntl(
-            writable,
-            fcntl.F_ADD_SEALS,
-            fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL,
-        )
-        return os.open(f"/proc/self/fd/{writable}", os.O_PATH | os.O_CLOEXEC)
+        return os.open(f"/proc/self/fd/{memory}", os.O_PATH | os.O_CLOEXEC)
     finally:
-        os.close(writable)
+        os.close(memory)

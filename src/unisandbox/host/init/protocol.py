@@ -17,7 +17,7 @@ from unisandbox.api.errors import InvalidArgumentError
 from unisandbox.api.names import CAPABILITIES
 
 MAGIC: Final = 0x54494E55  # "UNIT" in little endian
-VERSION: Final = 1
+VERSION: Final = 2
 REQUEST: Final = struct.Struct("=IHHIIIIIIIIHHI8xQ")
 ANSWER: Final = struct.Struct("=Iii")
 
@@ -32,6 +32,10 @@ STARTED: Final = 1
 ENDED: Final = 2
 FAILED: Final = 3
 TTY: Final = 4
+PLACED: Final = 5
+
+KILLED: Final = tuple(ANSWER.pack(ENDED, 9 | core, 0) for core in (0, 0x80))
+"""The packets that tell of an end by SIGKILL."""
 
 MAX_SPEC: Final = 8 << 20
 """Bytes. The kernel takes at most 6 MiB of arguments and environment (bprm_stack_limits(), fs/exec.c)."""
@@ -126,7 +130,7 @@ def _in_range(what: str, value: int, last: int) -> None:
         raise InvalidArgumentError(f"{what} must be from 0 to {last}, got {value}")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, eq=False, repr=False)
 class SpawnRequest:
     """One process to start. Ids are numbers of the container; names are looked up by the caller.
 

@@ -17,10 +17,9 @@ import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
-import attrs
 
 from unisandbox.api.errors import (
     BackendError,
@@ -29,6 +28,8 @@ from unisandbox.api.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
+from unisandbox.host import stamps
+from unisandbox.host.boundary import reached
 from unisandbox.host.init import protocol
 from unisandbox.host.init.protocol import ExecFailed, SpawnRequest
 from unisandbox.host.readiness import readable, writable
@@ -37,10 +38,14 @@ _TIOCGPTN: Final = 0x80045430  # include/uapi/asm-generic/ioctls.h: the number o
 _PTMX: Final = os.makedev(5, 2)  # Documentation/admin-guide/devices.txt; every master is an open of this device
 _MAX_FDS: Final = 253  # SCM_MAX_FD
 _FDS_SPACE: Final = socket.CMSG_SPACE(_MAX_FDS * 4)
+_END_BYTES: Final = protocol.ANSWER.size + 1
+# Numbers, since each operation on Python's enumerations of flags costs more than the system call.
+_SEND: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECEIVE: Final = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_CUT: Final = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
-@attrs.frozen
-class Started:
+class Started(NamedTuple):
     """A process that runs. The three descriptors are the receiver's to close.
 
     `pid` is the host's. `life` says how the process ended (`ended`), to whoever holds a copy of it. `master` is that of
@@ -51,6 +56,16 @@ class Started:
     pidfd: int
     life: socket.socket
     master: int | None
+
+
+class Ended(NamedTuple):
+    """How a process ended: the raw wait status (os.waitstatus_to_exitcode, os.WCOREDUMP), and the time.
+
+    `at` is when init told it, in seconds since the epoch: stamped by the kernel, whenever one asks.
+    """
+
+    status: int
+    at: float
 
 
 async def spawn(
@@ -111,15 +126,22 @@ async def _spawn(
         with _typed(request):
             life, go = await _ask(kept, control, request, spec, stdio, cgroup)
             pid, pidfd = await _started(kept, life, control, request, pid_namespace)
+        reached("after init.started")
         if request.oom_score_adj is not None:
             _set_oom_score_adj(pid, pidfd, request.oom_score_adj)
         if hold_life is not None:
             await hold_life(life.fileno(), pid, pidfd)
+        if len(cgroup) > 1:
+            with _typed(request):
+                await _placed(go, request)
         before_exec(pid, pidfd)
+        reached("before init.go")
         with contextlib.suppress(BrokenPipeError):  # it was killed while it waited: `ended` will say by what
-            go.send(b"g", socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            go.send(b"g", _SEND)
+        reached("after init.go")
         with _typed(request):
             master = await _executed(kept, go, request)
+        reached("after init.exec")
         go.close()
         kept.pop_all()
         return Started(pid, pidfd, life, master)
@@ -148,12 +170,15 @@ async def _ask(
 ) -> tuple[socket.socket, socket.socket]:
     with contextlib.ExitStack() as theirs:
         life, their_life = _pair(kept, theirs)
+        stamps.stamp(life)
         go, their_go = _pair(kept, theirs)
         memory = _memory(spec)
         try:
             fds = [their_life.fileno(), their_go.fileno(), memory, *(stdio or ()), *cgroup]
             packet = protocol.encode_request(request, len(spec), len(cgroup) - 1 if cgroup else None)
+            reached("before init.spawn")
             await _send(control, packet, fds)
+            reached("after init.spawn")
         finally:
             os.close(memory)
     return life, go
@@ -187,7 +212,7 @@ async def _send(control: socket.socket, packet: bytes, fds: list[int]) -> None:
     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
     while True:
         try:
-            control.sendmsg([packet], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            control.sendmsg([packet], rights, _SEND)
         except BlockingIOError:
             await writable(control.fileno())
         except (BrokenPipeError, ConnectionResetError) as error:
@@ -204,9 +229,7 @@ async def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     """One packet and its descriptors, from a socket that nobody else reads. Empty: the other end is closed."""
     while True:
         try:
-            packet, ancillary, flags, _ = sock.recvmsg(
-                protocol.ANSWER.size + 1, _FDS_SPACE, socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
-            )
+            packet, ancillary, flags, _ = sock.recvmsg(protocol.ANSWER.size + 1, _FDS_SPACE, _RECEIVE)
         except BlockingIOError:
             await anyio.wait_readable(sock)
             continue
@@ -216,7 +239,7 @@ async def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
         for level, kind, data in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & _CUT:
             _close(fds)
             raise BackendError(
                 "an answer of the container's init was cut",
@@ -325,6 +348,19 @@ def _set_oom_score_adj(pid: int, pidfd: int, value: int) -> None:
         raise ExecFailed("oom_score_adj", error.errno or errno.EIO) from error
 
 
+async def _placed(go: socket.socket, request: SpawnRequest) -> None:
+    """Wait until the process has written itself into its v1 cgroups: before that somebody would have to move it."""
+    packet, fds = await _receive(go)
+    with _judged(_name(request), fds):
+        if not packet and not fds:
+            return  # it was killed: `ended` will say by what
+        kind, a, b = protocol.decode_answer(packet)
+        if kind == protocol.FAILED and not fds:
+            raise protocol.decode_failure(a, b)
+        if kind != protocol.PLACED or a or b or fds:
+            raise ValueError(f"kind {kind} with {len(fds)} descriptors where it should say that it is in its cgroups")
+
+
 async def _executed(kept: contextlib.ExitStack, go: socket.socket, request: SpawnRequest) -> int | None:
     master: int | None = None
     while True:
@@ -359,16 +395,21 @@ def _name(request: SpawnRequest) -> str:
     return repr(os.fsdecode(request.argv[0]))
 
 
-def ended_now(life: socket.socket) -> int | None:
-    """The raw wait status of the process behind `life`, if it has ended and init has told; otherwise None."""
+def ended_now(life: socket.socket) -> Ended | None:
+    """How the process behind `life` ended, if it has and init has told; otherwise None."""
     try:
-        packet = life.recv(protocol.ANSWER.size + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        return _end_of(life)
     except (BlockingIOError, ConnectionResetError):
         return None
-    return _status_of(packet) if packet else None
 
 
-def _status_of(packet: bytes) -> int:
+def _end_of(life: socket.socket) -> Ended | None:
+    packet, at = stamps.peek(life, _END_BYTES)
+    return Ended(status_of(packet), at) if packet else None
+
+
+def status_of(packet: bytes) -> int:
+    """The raw wait status in init's packet about an end. Raises BackendError: it is none of init's."""
     with _judged("the end of a process", []):
         kind, a, b = protocol.decode_answer(packet)
         if kind != protocol.ENDED:
@@ -377,24 +418,21 @@ def _status_of(packet: bytes) -> int:
     raise AssertionError("the block returns or raises")
 
 
-async def ended(life: socket.socket) -> int | None:
+async def ended(life: socket.socket) -> Ended | None:
     """Wait until the process behind `life` has ended.
 
     It only looks: every holder of a copy of `life` can ask, again and again and from several tasks.
 
     Returns:
-        The raw wait status (os.waitstatus_to_exitcode, os.WCOREDUMP). None when init died without telling.
+        None when init died without telling.
 
     Raises:
         BackendError: init said what no init of ours says.
     """
     while True:
         try:
-            # No room for descriptors: the kernel drops what a hostile answer might carry.
-            packet = life.recv(protocol.ANSWER.size + 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return _end_of(life)
         except BlockingIOError:
             await readable(life.fileno())
-            continue
         except ConnectionResetError:
             return None
-        return _status_of(packet) if packet else None

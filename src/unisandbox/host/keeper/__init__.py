@@ -1,7 +1,8 @@
 """The keeper: the one small helper process of an engine, and the client that talks to it.
 
 `server` and what it imports is the process: Python standard library only, light, no knowledge of sandboxes or OCI.
-`client` is the caller's side: anyio, no thread and no background task. `protocol` is what both know.
+`client` is the caller's side: anyio, no thread and no background task; it stands on `link` (requests and answers),
+`process`, `heard`, `programs`, `spools`, `eventlog` and `turnstile`. `protocol` is what both know.
 May know `host/`; must not know what the programs are that it starts, nor import anything above `host/`.
 """
 
@@ -12,12 +13,16 @@ if TYPE_CHECKING:
     from unisandbox.host.keeper.client import Keeper
     from unisandbox.host.keeper.records import (
         CloseReport,
+        EndEvent,
+        EndNotice,
         EventPage,
         ExitRecord,
         Guard,
         Hello,
         JobFailed,
         JobResult,
+        KeeperWaitsError,
+        LockTimeoutError,
         Reclaimed,
         RingData,
         Spawned,
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CloseReport",
+    "EndEvent",
+    "EndNotice",
     "EventPage",
     "ExitRecord",
     "Guard",
@@ -33,6 +40,8 @@ __all__ = [
     "JobFailed",
     "JobResult",
     "Keeper",
+    "KeeperWaitsError",
+    "LockTimeoutError",
     "Reclaimed",
     "RingData",
     "SpawnFailed",
@@ -40,12 +49,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    # Lazy, since the keeper's process comes through this package too and has neither attrs nor anyio.
-    if name in __all__:
-        from importlib import import_module
+if not TYPE_CHECKING:  # to them the module would have every name
 
-        module = "client" if name == "Keeper" else "records"
-        found: object = getattr(import_module(f"{__name__}.{module}"), name)
-        return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        # Lazy, since the keeper's process comes through this package too and has neither attrs nor anyio.
+        if name in __all__:
+            from importlib import import_module
+
+            module = "client" if name == "Keeper" else "records"
+            found: object = getattr(import_module(f"{__name__}.{module}"), name)
+            return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ import signal
 
 from unisandbox.host import syscalls
 from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -49,6 +50,19 @@ def leave_inheritance(keep: Sequence[int]) -> None:
         comm.write(NAME)
 
 
+def enter(cgroups: Sequence[str]) -> None:
+    """Move to these cgroups, by their `cgroup.procs` files, before anything of ours is inherited or hidden.
+
+    One that cannot be entered is noted: whoever wants it looks where we are.
+    """
+    for path in cgroups:
+        try:
+            with open(path, "wb", buffering=0) as file:
+                file.write(b"0")
+        except OSError as error:
+            note(f"cannot move to another cgroup by {path}: {error.strerror}")
+
+
 def _reset_scheduling() -> None:
     """Ordinary priority on all CPUs: what the starting process happens to run under is not for its sandboxes."""
     with contextlib.suppress(OSError):  # without CAP_SYS_NICE a higher nice value stays
@@ -78,6 +92,11 @@ def reach(path: str) -> str:
         if path.startswith(hidden + "/"):
             return f"/proc/self/fd/{fd}{path[len(hidden) :]}"
     return path
+
+
+def hidden_fds() -> list[int]:
+    """The fds by which `reach` goes: whoever uses such a path in another process needs them there."""
+    return list(_hidden.values())
 
 
 def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:

@@ -1,23 +1,21 @@
-"""Children of the keeper: programs that it starts, and workers, which are forks of it that run jobs.
+"""Children of the keeper that are forks of it: workers, which run jobs, and those that run guards.
 
-A child reports on a pipe (or socket) how its beginning went; the keeper reads that from its loop and never waits for a
-child: entering a cgroup or a directory may take long. Standard library only, and light: the keeper forks this code.
+The keeper reads what they say from its loop and never waits for one. Programs are started without a fork (`launches`).
+Standard library only, and light: the keeper forks this code.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import gc
 import os
-import resource
 import select
 import signal
 import socket
 import sys
 
 from unisandbox.host import jobs, syscalls
-from unisandbox.host.keeper import birth, protocol
+from unisandbox.host.keeper import protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,127 +23,12 @@ if TYPE_CHECKING:
 
     from unisandbox.host.keeper.protocol import Message, Packet
 
-# Those that mean something to the keeper: a child between fork and exec must not catch one of them in its stead. Few,
-# since Python turns every number of a mask into an enum member.
+# Those that mean something to the keeper: a child must not catch one of them in its stead. Few, since Python turns
+# every number of a mask into an enum member.
 _OURS = (signal.SIGCHLD, signal.SIGTERM)
 _UMASK = 0o022
-_CLOSE_RANGE_CLOEXEC = 4  # Linux 5.11, include/uapi/linux/close_range.h
 _READY = protocol.encode({"ready": True})
 _LOST = 120  # exit code of a child that could not even report
-
-
-class Program:
-    """What `spawn` was asked to start."""
-
-    __slots__ = ("argv", "cgroup_procs", "cwd", "env", "mounts")
-
-    def __init__(
-        self, argv: list[str], env: dict[str, str], cwd: str, cgroup_procs: list[str], mounts: int = -1
-    ) -> None:
-        if not argv or "/" not in argv[0]:
-            raise OSError(errno.EINVAL, f"argv must begin with a path, got {argv[:1]!r}")
-        if not cwd.startswith("/"):
-            raise OSError(errno.EINVAL, f"cwd must be absolute, got {cwd!r}")
-        self.argv: list[str] = argv
-        self.env: dict[str, str] = env
-        self.cwd: str = cwd
-        self.cgroup_procs: list[str] = cgroup_procs
-        #: The mount namespace that it enters, -1 for the keeper's own.
-        self.mounts: int = mounts
-
-
-def start(program: Program, fds: Sequence[int]) -> tuple[int, int]:
-    """Fork a child that becomes `program`, with `fds` as its 0..n-1.
-
-    Returns:
-        Its pid, and a pipe that ends when the program runs, or says before (see `begin_error`) why it could not.
-    """
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    try:
-        pid = _start_in_cgroup(program, fds, writing)
-        if pid < 0:
-            pid = _fork(lambda: _become(program, program.cgroup_procs, list(fds), writing))
-    except BaseException:
-        os.close(reading)
-        raise
-    finally:
-        os.close(writing)
-    os.set_blocking(reading, False)
-    return pid, reading
-
-
-def _start_in_cgroup(program: Program, fds: Sequence[int], writing: int) -> int:
-    """The same with a child that is born in its cgroup2 directory; -1 where it has none, or the kernel refuses.
-
-    To move a process there takes 8 to 15 ms when none has been moved for a while (`syscalls.fork_into_cgroup`).
-    """
-    place = next((path for path in program.cgroup_procs if path.endswith("/cgroup.procs")), None)
-    if place is None:
-        return -1
-    others = [path for path in program.cgroup_procs if path != place]
-    try:
-        directory = os.open(birth.reach(os.path.dirname(place)), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return -1  # the child that writes will tell what is wrong with it
-    try:
-        return _fork(lambda: _become(program, others, list(fds), writing), lambda: syscalls.fork_into_cgroup(directory))
-    except OSError:
-        return -1  # a v1 directory, or an older kernel
-    finally:
-        os.close(directory)
-
-
-def begin_error(report: bytes) -> tuple[str, int, str] | None:
-    """What the pipe of `start` said: stage (see `records.SpawnStage`), errno and message; None: it runs."""
-    if not report:
-        return None
-    stage, number, message = report.decode(errors="replace").split(" ", 2)
-    return stage, int(number), message
-
-
-def _become(program: Program, cgroups: list[str], fds: list[int], report: int) -> None:
-    stage = "mounts"
-    try:
-        if program.mounts >= 0:
-            syscalls.setns(program.mounts, syscalls.CLONE_NEWNS)
-        stage = "fds"
-        os.setsid()
-        os.umask(_UMASK)
-        report = _place(fds, report)
-        stage = "cgroup"
-        for path in cgroups:
-            # "0" is the writer himself. Source: cgroup_attach_task, Documentation/admin-guide/cgroup-v1/cgroups.rst.
-            fd = os.open(birth.reach(path), os.O_WRONLY | os.O_CLOEXEC)
-            os.write(fd, b"0")
-            os.close(fd)
-        stage = "cwd"
-        os.chdir(program.cwd)
-        stage = "exec"
-        if birth.inherited_nofile[0] != birth.inherited_nofile[1]:
-            resource.setrlimit(resource.RLIMIT_NOFILE, birth.inherited_nofile)
-        signal.set_wakeup_fd(-1)
-        # The keeper's handlers do nothing here, and are gone after the exec.
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
-        os.execve(program.argv[0], program.argv, program.env)  # noqa: S606 - no shell is the point
-    except OSError as error:
-        path = error.filename or {"cgroup": path, "cwd": program.cwd, "exec": program.argv[0]}.get(stage, "")
-        os.write(report, f"{stage} {error.errno} {path}: {error.strerror}"[:4000].encode(errors="replace"))
-    os._exit(_LOST)
-
-
-def _place(fds: list[int], report: int) -> int:
-    """Make `fds` our 0..n-1 (missing of 0-2: /dev/null); all else is close-on-exec. Returns the moved `report`."""
-    if len(fds) < 3:
-        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-        fds.extend([null] * (3 - len(fds)))
-    # Out of the way first: a source may lie where another one goes.
-    report = fcntl.fcntl(report, fcntl.F_DUPFD_CLOEXEC, len(fds))
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, len(fds)) if fd < len(fds) else fd for fd in fds]
-    for number, fd in enumerate(high):
-        os.dup2(fd, number, inheritable=True)
-    # Ours are close-on-exec each; this holds it also for what a library may have opened without.
-    syscalls.close_range(len(fds), flags=_CLOSE_RANGE_CLOEXEC)
-    return report
 
 
 def start_worker() -> tuple[int, socket.socket]:
@@ -268,12 +151,12 @@ def _packed(fds: list[int]) -> bytes:
     return b"".join(fd.to_bytes(4, sys.byteorder) for fd in fds)
 
 
-def _fork(child: Callable[[], None], fork: Callable[[], int] = os.fork) -> int:
+def _fork(child: Callable[[], None]) -> int:
     """Fork; `child` never returns, and has its signals blocked until it says `_reset_signals`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
     pid = -1
     try:
-        pid = fork()
+        pid = os.fork()
         if pid == 0:
             child()
     finally:

@@ -6,44 +6,36 @@ event loop, but to no task: it may be opened in one and closed in another.
 
 from __future__ import annotations
 
-import base64
-import contextlib
 import errno
-import json
 import os
-import select
 import socket
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import anyio
-import attrs
 
 from unisandbox.api.errors import BackendError, FailedPreconditionError, InvalidArgumentError, UnavailableError
-from unisandbox.host.keeper import protocol, starting
-from unisandbox.host.keeper.link import Link, error_of
+from unisandbox.host.cgroups import service
+from unisandbox.host.keeper import programs, protocol, starting
+from unisandbox.host.keeper.eventlog import EventLog
+from unisandbox.host.keeper.heard import HeardExits
+from unisandbox.host.keeper.link import Link, checked
+from unisandbox.host.keeper.process import Process
 from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import (
     CloseReport,
-    EventPage,
     ExitRecord,
     Guard,
     Hello,
-    JobFailed,
     JobResult,
     Policy,
-    Reclaimed,
-    RingData,
     Spawned,
-    SpawnFailed,
-    SpawnStage,
 )
+from unisandbox.host.keeper.spools import Spools
 from unisandbox.host.keeper.turnstile import Turnstile
 from unisandbox.host.readiness import readable
 
-# How many exits the client remembers; the keeper is asked for older ones.
-_EXITS_KEPT = 16384
-# How many of the prefixes that have expired it remembers; names are not used again.
+# How many of the prefixes that have expired the client remembers; names are not used again.
 _EXPIRATIONS_KEPT = 16384
 _START_TIME = 30.0
 _CLOSE_TIME = 20.0
@@ -60,22 +52,21 @@ class Keeper:
     def __init__(self, state_dir: str, identity: tuple[int, int], sock: socket.socket) -> None:
         """Not for callers: see `start` and `attach`."""
         self.state_dir = state_dir
-        self._identity = identity
         self.hello: Hello
-        #: The keeper's process id; `/proc/PID/fd/N` reaches what it holds, `/proc/PID/root` its mounts.
+        #: The keeper's process id; see `open_held` and `outside` for what is reached by it.
         self.pid: int = 0
-        #: Readable when the keeper has ended.
-        self.pidfd: int = -1
+        self._identity = identity
         self._link = Link(sock, state_dir, self._pushed)
-        self._exits: dict[tuple[int, int], ExitRecord] = {}
-        self._last_seq = 0
-        #: How often the keeper had forgotten exits before it could tell us.
-        self._gaps = 0
+        self._process = Process(state_dir)
+        self._exits = HeardExits(self._link)
         self._expired: dict[str, None] = {}
-        self._turnstile = Turnstile(self._link)
-        self._ours: set[tuple[int, int]] = set()
         self._owns = False
-        self._ended = False
+        #: What outlives a client with what is written to it meanwhile.
+        self.spools: Spools = Spools(self._link)
+        #: What happened, in one order for all clients.
+        self.events: EventLog = EventLog(self._link)
+        #: Who may do something now, of all clients.
+        self.locks: Turnstile = Turnstile(self._link)
 
     # --- opening ---
 
@@ -84,32 +75,20 @@ class Keeper:
         """Start a keeper for this state directory and become its owner.
 
         Args:
-            state_dir: made if missing; holds `keeper.sock`, `lock`, `exits`, `keeper.log`. Locked as long as the
+            state_dir: made if missing; holds `keeper.sock`, `lock`, `events`, `keeper.log`. Locked as long as the
                 keeper lives.
             workdir: in the keeper's mount namespace a private tmpfs lies here (mode 0711); made if missing.
             hide: existing directories that an empty read-only tmpfs covers in the keeper's mount namespace.
-            policy: what happens when the owner is gone: "stop" undoes everything and ends, "keep" waits for another.
+            policy: what happens when the owner is gone: "stop" undoes everything and ends, "keep" waits for another,
+                in no service of systemd's, with which it would end.
 
         Raises:
-            FailedPreconditionError: another engine is open on this directory (it is named), or it is not ours alone.
+            FailedPreconditionError: another engine is open on this directory (it is named), or it is not ours alone; or
+                a keeper that is to "keep" cannot leave the service that we are in.
             UnavailableError: the keeper could not begin; says why.
         """
         state_dir, workdir = starting.absolute(state_dir), starting.absolute(workdir)
-        dirfd = starting.open_state_dir(state_dir)
-        try:
-            identity = starting.identity_of(dirfd)
-            lock = await starting.lock_state_dir(dirfd, state_dir, policy)
-            try:
-                # Not before the lock: a former keeper of this directory may be about to remove it.
-                os.makedirs(workdir, 0o711, exist_ok=True)
-                started = starting.spawn_keeper(state_dir, dirfd, lock, workdir=workdir, hide=hide, policy=policy)
-            except BaseException:
-                starting.forget_owned(identity)
-                raise
-            finally:
-                os.close(lock)
-        finally:
-            os.close(dirfd)
+        identity, started = await starting.begin(state_dir, workdir=workdir, hide=hide, policy=policy)
         keeper = cls(state_dir, identity, started.sock)
         keeper._owns = True
         try:
@@ -123,6 +102,8 @@ class Keeper:
             raise
         finally:
             starting.finish_child(started, kill=keeper.pid == 0)
+        if policy == "keep":
+            await keeper._check_outlives()
         return keeper
 
     @classmethod
@@ -139,25 +120,23 @@ class Keeper:
             FailedPreconditionError: `own` was asked for and it has an owner, whose pid is named.
         """
         state_dir = starting.absolute(state_dir)
-        try:
-            dirfd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            raise UnavailableError(f"cannot reach the keeper of {state_dir}: there is no such directory") from None
-        try:
-            keeper = cls(state_dir, starting.identity_of(dirfd), await starting.connect(dirfd, state_dir))
-        finally:
-            os.close(dirfd)
+        keeper = cls(state_dir, *await starting.reach(state_dir))
         try:
             await keeper._greet(after)
             if own:
                 await keeper._own()
-        except BaseException:
+        except BaseException as error:
+            refused = keeper._link.refused
             keeper.abandon()
+            if refused and isinstance(error, UnavailableError):
+                raise FailedPreconditionError(
+                    f"cannot attach to the keeper of {state_dir}: {refused}", hint="Close some that are attached."
+                ) from None
             raise
         return keeper
 
     async def _greet(self, after: int) -> None:
-        self._last_seq = after
+        self._exits.last_seq = after
         packet = await self._link.ask("hello", after=after)
         message = packet.message
         if message.get("version") != protocol.VERSION:
@@ -167,16 +146,18 @@ class Keeper:
                 f"this library version {protocol.VERSION}",
                 hint="Close it with the version of unisandbox that started it.",
             )
-        self.pidfd = packet.claim()
         self.pid = cast("int", message["pid"])
         self._link.pid = self.pid
+        self._process.meet(self.pid, packet.claim())
         self.hello = Hello(
             pid=self.pid,
+            start_time=cast("int", message["start_time"]),
             boot_id=cast("str", message["boot_id"]),
             version=protocol.VERSION,
             policy=cast("Policy", message["policy"]),
             owner=cast("bool", message["owner"]),
             private_mounts=cast("bool", message["private_mounts"]),
+            workdir=cast("str", message["workdir"]),
             client=cast("int", message["client"]),
             owner_pid=cast("int", message["owner_pid"]),
         )
@@ -193,7 +174,18 @@ class Keeper:
             os.close(pidfd)
         starting.note_owned(self._identity)
         self._owns = True
-        self.hello = attrs.evolve(self.hello, owner=True, owner_pid=os.getpid())
+        self.hello = self.hello._replace(owner=True, owner_pid=os.getpid())
+
+    async def _check_outlives(self) -> None:
+        """End a keeper that would not go on when the service stops that it is in."""
+        try:
+            service.check_outlives(self.pid, "the keeper")
+        except ProcessLookupError:
+            self.abandon()
+            raise UnavailableError(f"the keeper of {self.state_dir} has ended as it began") from None
+        except FailedPreconditionError:
+            await self.close()
+            raise
 
     # --- programs and jobs ---
 
@@ -230,22 +222,7 @@ class Keeper:
         request["cgroup_procs"] = list(cgroup_procs)
         if mounts:
             request["mounts"] = mounts
-        try:
-            packet = await self._link.request("spawn", fds, request)
-        except anyio.get_cancelled_exc_class():
-            self._link.say({"op": "cancel_spawn", "key": key})
-            raise
-        error = error_of(packet)
-        if error is not None:
-            stage = cast("SpawnStage", packet.message.get("stage", "fork"))
-            raise SpawnFailed(error.errno or errno.EIO, f"cannot start a program: {error.strerror}", stage)
-        pid, start_time = cast("int", packet.message["pid"]), cast("int", packet.message["start_time"])
-        if packet.lost:
-            self._link.say({"op": "cancel_spawn", "key": key})
-            raise SpawnFailed(errno.EMFILE, f"cannot start {argv[0]}: no file descriptor left here for it", "pidfd")
-        if (pid, start_time) not in self._exits:
-            self._ours.add((pid, start_time))
-        return Spawned(pid, start_time, packet.claim() if packet.fds else -1)
+        return await programs.spawn(self._link, self._exits, request, fds)
 
     async def job(
         self,
@@ -268,21 +245,7 @@ class Keeper:
         Raises:
             JobFailed: a step failed, or the time is over.
         """
-        hold = dict(hold or {})
-        number = self._link.number()
-        request: Message = {"steps": [dict(step) for step in steps], "hold": hold, "timeout": timeout}
-        try:
-            packet = await self._link.request("job", fds, request, number)
-        except anyio.get_cancelled_exc_class():
-            self._link.say({"op": "cancel_job", "job": number, "names": list(hold.values())})
-            raise
-        error = error_of(packet)
-        if error is not None:
-            index, do = cast("int | None", packet.message.get("index")), cast("str | None", packet.message.get("do"))
-            raise JobFailed(error.errno or errno.EIO, str(error.strerror), index, do)
-        return JobResult(
-            cast("Mapping[str, object]", packet.message["result"]), cast("Mapping[str, int]", packet.message["held"])
-        )
+        return await programs.job(self._link, steps, hold or {}, timeout, fds)
 
     # --- exits ---
 
@@ -295,47 +258,23 @@ class Keeper:
             ProcessLookupError: it is gone and how it ended is not known: the keeper never was its parent, or it is so
                 long ago that it is forgotten.
         """
-        process = (pid, start_time)
-        gaps = self._gaps
-        if process not in self._exits and process not in self._ours:
-            record = await self._exit_of(process)
-            if record is not None:
-                return record
-        while True:
-            await self._link.until(lambda seen=gaps: process in self._exits or self._gaps != seen)  # type: ignore[misc]
-            if process in self._exits:
-                return self._exits[process]
-            # We did not read for so long that the keeper has forgotten exits that we were not told; perhaps this one.
-            gaps = self._gaps
-            record = await self._exit_of(process)
-            if record is not None:
-                return record
+        return await self._exits.wait(pid, start_time)
 
-    async def _exit_of(self, process: tuple[int, int]) -> ExitRecord | None:
-        try:
-            packet = await self._link.ask("exit_of", pid=process[0], start_time=process[1])
-        except FileNotFoundError as error:
-            raise ProcessLookupError(errno.ESRCH, str(error.strerror)) from None
-        told = cast("tuple[int, int, int, int, float] | None", packet.message["exit"])
-        return None if told is None else ExitRecord(*told)
+    def expect(self, pid: int, start_time: int) -> None:
+        """This process lives, and is the keeper's child: its end will be told, and `wait_exit` need not ask for it."""
+        self._exits.expect(pid, start_time)
 
     async def exits_after(self, seq: int) -> tuple[list[ExitRecord], int]:
         """Exits after number `seq`, oldest first (at most 1000), and the oldest number that the keeper still knows.
 
         A first record later than `seq + 1` means that those between are forgotten.
         """
-        packet = await self._link.ask("exits_after", after=seq)
-        records = cast("list[tuple[int, int, int, int, float]]", packet.message["exits"])
-        return [ExitRecord(*record) for record in records], cast("int", packet.message["first"])
-
-    async def ack(self, seq: int) -> None:
-        """All exits up to `seq` are in safety: the journal may be cut there. Owner only."""
-        await self._link.ask("ack", seq=seq)
+        return await self._exits.after(seq)
 
     @property
     def last_seq(self) -> int:
         """The number of the last exit that this client was told."""
-        return self._last_seq
+        return self._exits.last_seq
 
     # --- holding ---
 
@@ -346,67 +285,6 @@ class Keeper:
             FileExistsError: the name is taken.
         """
         return cast("int", (await self._link.ask("hold", [fd], name=name)).message["number"])
-
-    async def hold_now(
-        self, fds: Mapping[str, int], *, spool: Mapping[str, int] | None = None, stamp: Collection[str] = ()
-    ) -> None:
-        """Let the keeper hold copies of several fds (at most 64), which it gets even if this process dies right after.
-
-        A message without an answer: waits only while the keeper's queue is full. What was held or ringed under one of
-        these names before is closed. Should the keeper have no room for the fds it holds none of them, and its log says
-        so.
-
-        Args:
-            fds: fds by the names under which they are held.
-            spool: of those that others write to (pipes, terminals, sockets), how many bytes to keep: when the
-                connection that held them ends and the keeper lives on, it begins to drain them, and keeps the last so
-                many bytes of each. If all of them together would be over 256 MiB, each gets its share of that.
-                See `reclaim`.
-            stamp: of those that can be waited for: the keeper notes when they first become readable. See `stamps`.
-
-        Raises:
-            InvalidArgumentError: more than 64 fds, or `spool` or `stamp` name one that is not among them.
-        """
-        spool = dict(spool or {})
-        for name in fds:
-            _checked(name)
-        strangers = ({*spool} | {*stamp}) - {*fds}
-        if strangers:
-            raise InvalidArgumentError(f"to be spooled or stamped, but not among the fds: {sorted(strangers)}")
-        message: Message = {"op": "hold_now", "names": list(fds), "spool": spool, "stamp": list(stamp)}
-        await self._link.tell(message, list(fds.values()))
-
-    async def stamps(self, prefix: str = "") -> dict[str, float]:
-        """When (Unix time in seconds) what `hold_now` was to stamp became readable, by name.
-
-        Those that have not are missing. A stamp stays until its name is dropped or held anew.
-        """
-        return cast("dict[str, float]", await self._pages("stamps", prefix))
-
-    async def reclaim(self, name: str) -> Reclaimed:
-        """Take an fd back from its spool (or ring), with what was kept meanwhile.
-
-        The keeper stops draining it, gives us a copy, and will drain it again, with the same limit, when this
-        connection has ended. An fd that was not drained has no `data`. What comes back is not kept any more; if the
-        answer is lost (we die, or are cancelled) it is kept for whoever asks next. An fd that was drained is
-        non-blocking from then on.
-
-        Raises:
-            FileNotFoundError: nothing is held under this name.
-        """
-        packet = await self._link.ask("reclaim", name=name)
-        message = packet.message
-        if packet.lost:
-            packet.close()
-            raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
-        has_fd = cast("bool", message["has_fd"])
-        try:
-            data = _data_of(message, packet, int(has_fd))
-            self._link.say({"op": "reclaimed", "name": name, "spool": message["spool"], "end": message["end"]})
-            fd = packet.claim() if has_fd else -1
-        finally:
-            packet.close()
-        return Reclaimed(fd, data, cast("int", message["lost"]), cast("bool", message["eof"]))
 
     async def take(self, name: str) -> int:
         """A copy of what is held as `name`; it is held on until `drop`.
@@ -419,58 +297,40 @@ class Keeper:
             raise OSError(errno.EMFILE, f"no file descriptor left here for {name!r}")
         return packet.claim()
 
+    def open_held(self, number: int, flags: int = os.O_PATH) -> int:
+        """A descriptor of our own of what the keeper holds as `number`; close-on-exec.
+
+        Never of another process, which may have got the keeper's id since it ended. Costs no request.
+
+        Raises:
+            FileNotFoundError: it holds nothing there.
+        """
+        return self._process.opened(f"fd/{number}", flags)
+
+    def outside(self, path: str) -> str:
+        """`path` of the keeper's mount namespace as this process reaches it, as long as this connection is open.
+
+        Source: proc(5), /proc/PID/root is the process's view of the file system, mount namespace included.
+        """
+        return self._process.outside(path, self.hello.workdir)
+
     def drop_now(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
         """As `drop`, without an await and without an answer; nothing happens once the keeper has ended."""
-        self._link.say({"op": "drop", "names": list(names), "prefix": prefix})
+        self._link.say({"op": "drop", "names": list(names), "prefix": prefix, "guards": False})
 
-    async def drop(self, names: Sequence[str] = (), *, prefix: str = "") -> None:
+    async def drop(self, names: Sequence[str] = (), *, prefix: str = "", guards: bool = False) -> None:
         """Close what is held (or ringed) under these names, and under all that begin with `prefix` unless it is empty.
 
-        Notes of these names are forgotten, and leases given back. Names that are not there are no error.
+        Notes of these names are forgotten, and leases given back; with `guards` guards are forgotten too, as by
+        `unguard`. Names that are not there are no error.
         """
-        await self._link.ask("drop", names=list(names), prefix=prefix)
+        await self._link.ask("drop", names=list(names), prefix=prefix, guards=guards)
 
     async def held(self, prefix: str = "") -> dict[str, int]:
         """Names that begin with `prefix`, with their numbers in the keeper; rings too (-1 when theirs has ended)."""
-        return cast("dict[str, int]", await self._pages("held", prefix))
+        return cast("dict[str, int]", await self._link.pages("held", prefix))
 
-    async def _pages(self, op: str, prefix: str) -> dict[str, object]:
-        """All pages of what is kept by name."""
-        found: dict[str, object] = {}
-        more = True
-        after = ""
-        while more:
-            message = (await self._link.ask(op, prefix=prefix, after=after)).message
-            page = cast("dict[str, object]", message[op])
-            found.update(page)
-            more = cast("bool", message["more"])
-            after = max(page, default="")
-        return found
-
-    async def ring(self, name: str, fd: int, *, limit: int = 1 << 20) -> None:
-        """Let the keeper read from a copy of `fd` (pipe, terminal, socket) and keep the last `limit` bytes.
-
-        Raises:
-            FileExistsError: the name is taken.
-            OSError: ENOSPC when all rings together would be over 256 MiB; EPERM for a regular file.
-        """
-        await self._link.ask("ring", [fd], name=name, limit=limit)
-
-    async def ring_read(self, name: str, offset: int = 0, *, limit: int = 1 << 20, wait: float = 0.0) -> RingData:
-        """Up to `limit` bytes of a ring from `offset` on; if there are none yet, wait for some up to `wait` seconds.
-
-        Raises:
-            FileNotFoundError: there is no such ring.
-        """
-        packet = await self._link.wait("ring_read", name=name, offset=offset, limit=limit, wait=wait)
-        message = packet.message
-        if packet.lost:
-            raise OSError(errno.EMFILE, f"no file descriptor left here to read ring {name!r}")
-        data = _data_of(message, packet, 0)
-        begin, end, first = (cast("int", message[part]) for part in ("begin", "next", "first"))
-        return RingData(data, begin, end, first, cast("bool", message["eof"]))
-
-    # --- notes, events and locks ---
+    # --- notes ---
 
     async def note(self, name: str, value: str) -> None:
         """Let the keeper keep a small text under a name, in place of what it kept there before.
@@ -482,7 +342,7 @@ class Keeper:
         Raises:
             InvalidArgumentError: `value` has more than 64 KiB, or NUL.
         """
-        _checked(name)
+        checked(name)
         size = len(value.encode("utf-8", "surrogatepass"))
         if size > protocol.NOTE_LIMIT:
             raise InvalidArgumentError(f"note {name!r} has {size} bytes; at most {protocol.NOTE_LIMIT}")
@@ -492,71 +352,15 @@ class Keeper:
 
     def note_now(self, name: str, value: str) -> None:
         """As `note`, without an await; nothing happens once the keeper has ended."""
-        self._link.say({"op": "note", "name": _checked(name), "value": value})
+        self._link.say({"op": "note", "name": checked(name), "value": value})
 
     async def notes(self, prefix: str = "") -> dict[str, str]:
         """The notes whose names begin with `prefix`."""
-        return cast("dict[str, str]", await self._pages("notes", prefix))
-
-    async def publish(self, event: Mapping[str, object]) -> None:
-        """Add an event to the log of this keeper, which gives it a number. A message without an answer, like `note`.
-
-        Raises:
-            InvalidArgumentError: as JSON it has more than 16 KiB.
-        """
-        text = json.dumps(dict(event), separators=(",", ":"))
-        if len(text) > protocol.EVENT_LIMIT:
-            raise InvalidArgumentError(f"an event of {len(text)} bytes; at most {protocol.EVENT_LIMIT}")
-        await self._link.tell({"op": "publish", "event": text})
-
-    def publish_now(self, event: Mapping[str, object]) -> None:
-        """As `publish`, without an await; nothing happens once the keeper has ended."""
-        self._link.say({"op": "publish", "event": json.dumps(dict(event), separators=(",", ":"))})
+        return cast("dict[str, str]", await self._link.pages("notes", prefix))
 
     async def clients(self) -> frozenset[int]:
         """The numbers (see `Hello.client`) of all that are connected now."""
         return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
-
-    async def events_after(self, seq: int, *, wait: float = 0.0, limit: int = 500) -> EventPage:
-        """Events after number `seq`; if there are none yet, wait for one up to `wait` seconds.
-
-        The last 4096 are kept. Numbers rise by one, and are never given again, also not by a later keeper of the same
-        state directory: after a keeper was killed they go on behind a gap.
-
-        Args:
-            seq: 0 for all that are there.
-            wait: at most 3600.
-            limit: of events; a page may have fewer also because it is full of large ones.
-        """
-        message = (await self._link.wait("events_after", after=seq, wait=wait, limit=limit)).message
-        told = cast("list[tuple[int, str]]", message["events"])
-        events = [(number, cast("Mapping[str, object]", json.loads(text))) for number, text in told]
-        return EventPage(events, cast("int", message["first"]), cast("int", message["last"]))
-
-    async def lock(self, name: str) -> int:
-        """Wait until the lock of this name is ours; those who wait for it get it in the order in which they asked.
-
-        It is ours until `unlock`, or the end of this connection. It is no lock of the task: another one that asks for
-        it over the same connection waits too. Cancelled, it leaves no lock behind.
-
-        Returns:
-            A number that rises by one whenever anybody locks this name: who had it with n and now has it with n + 1
-            knows that nobody had it in between. (It may rise by more when the name was not used for very long.)
-
-        Raises:
-            OSError: ENOSPC when this client waits for too many locks (1024).
-        """
-        return await self._turnstile.lock(_checked(name))
-
-    def unlock(self, name: str) -> None:
-        """Give a lock to the next one, without an await and without an answer.
-
-        Does nothing once the connection is closed: its end has freed what it had.
-
-        Raises:
-            FailedPreconditionError: this client has not locked it.
-        """
-        self._turnstile.unlock(name)
 
     # --- guards, expirations and leases ---
 
@@ -585,7 +389,7 @@ class Keeper:
         """Forget guards: what they would undo is undone. As cheap as `guard`; names that are not there are no error."""
         await self._link.tell({"op": "unguard", "names": list(names)})
 
-    async def expire(self, prefix: str, seconds: float | None) -> None:
+    async def expire(self, prefix: str, seconds: float | None, *, files: Sequence[str] = ()) -> None:
         """Let the keeper undo, in so many seconds, all that has a name with this prefix, whoever is there then.
 
         It runs the guards with the prefix (kills first, then the rest in reverse), drops fds, rings, notes and leases,
@@ -595,11 +399,13 @@ class Keeper:
         Args:
             prefix: not empty.
             seconds: from now on, in place of what was said for this prefix before; None: never.
+            files: that are of no use after it. Who is told of the expiry removes them; the keeper does when it ends
+                because nobody has come.
         """
-        _checked(prefix)
+        checked(prefix)
         if seconds is not None and not 0 <= seconds <= protocol.EXPIRE_LIMIT:
             raise InvalidArgumentError(f"seconds must be from 0 to {protocol.EXPIRE_LIMIT}, got {seconds}")
-        await self._link.tell({"op": "expire", "prefix": prefix, "seconds": seconds})
+        await self._link.tell({"op": "expire", "prefix": prefix, "seconds": seconds, "files": list(files)})
 
     @property
     def expirations(self) -> frozenset[str]:
@@ -612,14 +418,13 @@ class Keeper:
     async def lease(self, directory: str, first: int, count: int, *, name: str = "") -> int:
         """Lease a number from [first, first + count) that nobody else on this host has leased in this directory.
 
-        It is ours until `release` or the keeper's end, however that comes.
+        It is ours until its name is dropped (`drop`, `expire`) or the keeper's end, however that comes.
 
         Args:
             directory: where all who share the numbers look.
             first: the lowest.
             count: how many there are.
-            name: also ours no more when this name is dropped (`drop`, `expire`). A lease that has the name already is
-                answered again.
+            name: of the lease. One that has the name already is answered again. Empty: it is ours to the keeper's end.
 
         Raises:
             BlockingIOError: all are taken.
@@ -629,33 +434,29 @@ class Keeper:
         packet = await self._link.ask("lease", directory=directory, first=first, count=count, name=name)
         return cast("int", packet.message["number"])
 
-    async def release(self, directory: str, number: int) -> None:
-        """Give a leased number back.
-
-        Raises:
-            FileNotFoundError: it is not leased here.
-        """
-        await self._link.ask("release", directory=directory, number=number)
-
     # --- the end ---
 
     @property
     def alive(self) -> bool:
         """Whether the keeper's process lives and this connection is open; a look, without waiting."""
-        if self.pidfd < 0:
-            return False
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return not poll.poll(0)
+        return self._process.alive
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended, or does so while this call blocks: a killed one's socket closes before that."""
+        return self._process.ends_within(seconds)
 
     async def set_policy(self, policy: Policy) -> None:
         """What happens when the owner is gone from now on; owner only.
 
         Raises:
+            FailedPreconditionError: "keep", and it is in a service of systemd's, with which it would end.
             PermissionError: this client does not own the keeper.
         """
+        if policy == "keep":
+            self._process.check()
+            service.check_outlives(self.pid, "the keeper")
         await self._link.ask("set_policy", policy=policy)
-        self.hello = attrs.evolve(self.hello, policy=policy)
+        self.hello = self.hello._replace(policy=policy)
 
     async def retire(self) -> bool:
         """End the keeper as `close` does, if nobody else is connected and nobody else owns it; else nothing happens.
@@ -668,7 +469,7 @@ class Keeper:
                 message = (await self._link.ask("retire")).message
                 if not message["retired"]:
                     return False
-                await readable(self.pidfd)
+                await readable(self._process.pidfd)
         except TimeoutError:
             log = starting.log_tail(self.state_dir)
             self.abandon()
@@ -693,7 +494,7 @@ class Keeper:
         try:
             with anyio.fail_after(_CLOSE_TIME):
                 message = (await self._link.ask("close", run_guards=run_guards)).message
-                await readable(self.pidfd)
+                await readable(self._process.pidfd)
         except TimeoutError:
             log = starting.log_tail(self.state_dir)
             raise BackendError(f"keeper {self.pid} did not end within {_CLOSE_TIME:g} s", log=log) from None
@@ -718,57 +519,15 @@ class Keeper:
         if self._owns:
             self._owns = False
             starting.forget_owned(self._identity)
-        if self.pidfd >= 0:
-            poll = select.poll()
-            poll.register(self.pidfd, select.POLLIN)
-            self._ended = bool(poll.poll(wait * 1000))
-            if self._ended:
-                _reap(self.pidfd)
-            os.close(self.pidfd)
-            self.pidfd = -1
-        return self._ended
+        return self._process.leave(wait)
 
     def _pushed(self, message: Message) -> None:
         kind = message.get("push")
         if kind == "locked":
-            self._turnstile.called(message)
+            self.locks.called(message)
         elif kind == "expired":
             self._expired |= dict.fromkeys(cast("list[str]", message["prefixes"]))
             while len(self._expired) > _EXPIRATIONS_KEPT:
                 del self._expired[next(iter(self._expired))]
         elif kind == "exits":
-            self._told_exits(message)
-
-    def _told_exits(self, message: Message) -> None:
-        if message["gap"]:
-            self._gaps += 1
-        for told in cast("list[tuple[int, int, int, int, float]]", message["exits"]):
-            record = ExitRecord(*told)
-            process = (record.pid, record.start_time)
-            self._last_seq = record.seq
-            self._ours.discard(process)
-            self._exits[process] = record
-        while len(self._exits) > _EXITS_KEPT:
-            del self._exits[next(iter(self._exits))]
-
-
-def _checked(name: str) -> str:
-    """A name, for requests without an answer: the keeper could tell nobody what is wrong with it."""
-    if not 0 < len(name) <= protocol.NAME_LIMIT or "\0" in name:
-        raise InvalidArgumentError(f"a name has 1 to {protocol.NAME_LIMIT} characters and no NUL, got {name[:200]!r}")
-    return name
-
-
-def _data_of(message: Message, packet: protocol.Packet, index: int) -> bytes:
-    """Bytes that came in a message, or in a memfd when they are many."""
-    if "data" in message:
-        return base64.b64decode(cast("str", message["data"]))
-    with open(packet.claim(index), "rb") as file:
-        file.seek(0)
-        return file.read()
-
-
-def _reap(pidfd: int) -> None:
-    """If the keeper became our child (we are PID 1, or a subreaper), nobody else reaps it."""
-    with contextlib.suppress(ChildProcessError):
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+            self._exits.told(message)

@@ -17,11 +17,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from unisandbox.host.keeper.journal import Journal
+    from unisandbox.host.keeper.exits import Exits
     from unisandbox.host.keeper.loop import Loop
     from unisandbox.host.keeper.protocol import Message, Packet
 
-_CLIENTS_LIMIT = 64
 # Replies that wait for a client which does not read, and requests of it that are worked on. Our own client keeps well
 # below (protocol.IN_FLIGHT_LIMIT); from another one no request is read until it has read its replies.
 _BACKLOG_LIMIT = 2 * protocol.IN_FLIGHT_LIMIT
@@ -36,7 +35,7 @@ class Client:
     """One connection.
 
     `cursor` is the last exit that it was told: a client that does not read falls behind there, and nowhere else; it is
-    told the rest from the journal when it reads again. `expirations` is how many of those it was told.
+    told the rest when it reads again. `expirations` is how many of those it was told.
     """
 
     __slots__ = (
@@ -111,12 +110,12 @@ class Connections:
     def __init__(
         self,
         loop: Loop,
-        journal: Journal,
+        exits: Exits,
         handle: Callable[[Client, Packet], None],
         gone: Callable[[Client], None],
     ) -> None:
         self._loop = loop
-        self._journal = journal
+        self._exits = exits
         self._handle = handle
         self._gone = gone
         self._clients: set[Client] = set()
@@ -141,6 +140,12 @@ class Connections:
     def numbers(self) -> list[int]:
         """The numbers of all who are connected."""
         return sorted(client.number for client in self._clients)
+
+    def is_empty(self) -> bool:
+        """Whether nobody is connected, those included who wait to be accepted."""
+        if self._listener is not None:
+            self._accept(self._listener)
+        return not self._clients
 
     def is_alone(self, client: Client) -> bool:
         """Whether nobody else is connected, those included who wait to be accepted; the dead do not count."""
@@ -175,7 +180,7 @@ class Connections:
         self._flush(client)
 
     def tell_exits(self) -> None:
-        """Something was added to the journal."""
+        """There are new ones."""
         for client in list(self._clients):
             self._flush(client)
 
@@ -227,10 +232,14 @@ class Connections:
                 self._loop.with_spare(refuse)
                 return
             is_ours = peer(sock)[1] in {0, os.geteuid()}
-            if is_ours and not self._refusing and len(self._clients) < _CLIENTS_LIMIT:
+            if is_ours and not self._refusing and len(self._clients) < protocol.CLIENTS_LIMIT:
                 self.add(sock)
-            else:
-                sock.close()
+                continue
+            if is_ours and not self._refusing:
+                why = f"keeper {os.getpid()} has {protocol.CLIENTS_LIMIT} clients already, and takes no more"
+                with contextlib.suppress(OSError):  # it has left
+                    protocol.send(sock, protocol.encode({"push": "refused", "error": why}))
+            sock.close()
 
     def _ready(self, client: Client, events: int) -> None:
         if events & (select.EPOLLHUP | select.EPOLLERR):
@@ -284,8 +293,8 @@ class Connections:
                 del client.queue[0]
                 protocol.close_all(fds)
             self._send_expirations(client)
-            while client.subscribed and client.cursor < self._journal.last:
-                records = self._journal.after(client.cursor, _EXITS_PER_MESSAGE)
+            while client.subscribed and client.cursor < self._exits.last:
+                records = self._exits.after(client.cursor, _EXITS_PER_MESSAGE)
                 message: Message = {"push": "exits", "exits": records, "gap": records[0][0] > client.cursor + 1}
                 protocol.send(client.sock, protocol.encode(message))
                 client.cursor = records[-1][0]
@@ -305,7 +314,7 @@ class Connections:
             client.expirations = self._expirations - count + len(part)
 
     def _update(self, client: Client) -> None:
-        behind = client.cursor < self._journal.last or client.expirations < self._expirations
+        behind = client.cursor < self._exits.last or client.expirations < self._expirations
         unsent = client.queue or (client.subscribed and behind)
         events = 0 if _behind(client) else select.EPOLLIN
         if unsent:

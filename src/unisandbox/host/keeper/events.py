@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 KEPT = 4096
 BLOCK = 100_000
+_KEYS = 16384
 # On a full disk the next block cannot be reserved: that is tried from the middle of this one on, every so many events.
 _TRY_EVERY = 1000
 _PAGE_BYTES = 128 * 1024
@@ -57,28 +58,32 @@ class Events:
         self._name = name
         self._last = self._reserved = self._former()
         self._texts: dict[int, str] = {}
+        #: Of what is told once, the last so many.
+        self._keys: dict[str, None] = {}
         self._waiting: list[_Waiter] = []
         self._reserve()
 
     # --- requests ---
 
     def publish(self, packet: Packet, reply: Reply) -> None:
-        """Give the event (a JSON object as text) the next number."""
-        text = protocol.text(packet.message, "event")
-        if len(text) > protocol.EVENT_LIMIT:
-            raise OSError(errno.EINVAL, f"an event of {len(text)} characters; at most {protocol.EVENT_LIMIT}")
-        try:
-            is_object = type(json.loads(text)) is dict
-        except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise OSError(errno.EINVAL, f"an event must be a JSON object, got {text[:80]!r}")
+        """Give the event (a JSON object as text) the next number; one whose `key` was published before is dropped."""
+        text = protocol.event(packet.message)
+        self.tell(text, protocol.text(packet.message, "key") if "key" in packet.message else "")
+        reply({})
+
+    def tell(self, text: str, key: str = "") -> None:
+        """The same of an event that was looked at."""
+        if key in self._keys:
+            return
         self._make_room()
+        if key:
+            self._keys[key] = None
+            if len(self._keys) > _KEYS:
+                del self._keys[next(iter(self._keys))]
         self._last += 1
         self._texts[self._last] = text
         if len(self._texts) > KEPT:
             del self._texts[next(iter(self._texts))]
-        reply({})
         for waiter in [waiter for waiter in self._waiting if waiter.after < self._last]:
             self._end_wait(waiter)
 

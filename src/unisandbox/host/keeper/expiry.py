@@ -57,6 +57,10 @@ class Expiry:
         self._drop_rest = drop_rest
         self._tell = tell
         self._times: dict[str, float] = {}
+        #: What to unlink of those that will expire, by prefix.
+        self._files: dict[str, list[str]] = {}
+        #: The same of those that have, as far as all of theirs was undone.
+        self._left_files: list[str] = []
         self._due: list[str] = []
         self._at_work: set[str] = set()
         self._is_starting = False
@@ -70,13 +74,27 @@ class Expiry:
         prefix = names.given(message, "prefix")
         if message.get("seconds") is None:
             self._times.pop(prefix, None)
+            self._files.pop(prefix, None)
         else:
             seconds = protocol.seconds(message, "seconds", protocol.EXPIRE_LIMIT)
             if len(self._times) >= _LIMIT and prefix not in self._times:
                 raise OSError(errno.ENOSPC, f"more than {_LIMIT} prefixes are to expire")
+            files = [protocol.path(path, "file") for path in protocol.texts(message, "files")]
             self._times[prefix] = time.clock_gettime(time.CLOCK_BOOTTIME) + seconds
+            self._files[prefix] = files
         self._arm()
         reply({})
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing expires now, or is to expire."""
+        return not (self._times or self._due or self._at_work)
+
+    def unlink(self) -> None:
+        """Remove the files of what has expired: nobody has come who would do it, and tell of it."""
+        for path in self._left_files:
+            with contextlib.suppress(OSError):  # somebody has come; or the next one tells of it
+                os.unlink(path)
 
     def stop(self) -> None:
         """The keeper ends, and with it everything."""
@@ -128,8 +146,10 @@ class Expiry:
         is_clean = run is None or not run.failed
         if not is_clean:
             note(f"what begins with {prefix!r} has expired, but not all of it could be undone")
-        self._drop_rest(prefix, is_clean)
+        files = self._files.pop(prefix, [])
+        self._left_files += files if is_clean else []
         self._at_work.discard(prefix)
+        self._drop_rest(prefix, is_clean)
         self._tell(prefix)
         self._next()
 

@@ -8,7 +8,7 @@ import signal
 import time
 
 from unisandbox.host import pidfd as pidfds
-from unisandbox.host.keeper import children, protocol
+from unisandbox.host.keeper import launches, protocol
 from unisandbox.host.keeper.loop import note
 from unisandbox.host.keeper.workers import PATIENCE, Workers
 
@@ -16,9 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from unisandbox.host.keeper.connections import Reply
+    from unisandbox.host.keeper.connections import Client, Reply
+    from unisandbox.host.keeper.exits import Exits
     from unisandbox.host.keeper.holdings import Holdings
-    from unisandbox.host.keeper.journal import Journal
     from unisandbox.host.keeper.loop import Loop, Timer
     from unisandbox.host.keeper.protocol import Message, Packet
 
@@ -30,15 +30,15 @@ _JOB_TIME_LIMIT = 3600.0
 class _Spawn:
     """A spawn by its key, from the request on."""
 
-    __slots__ = ("answer", "living", "pid", "pidfd", "pipe", "start_time", "waiting")
+    __slots__ = ("answer", "cancelled", "living", "pid", "pidfd", "start_time", "waiting")
 
     def __init__(self) -> None:
         self.pid = 0
         self.start_time = 0
         self.pidfd = -1
-        self.pipe = -1
-        #: None while the child is on its way to exec.
+        #: None while the program is on its way to exec.
         self.answer: Message | None = None
+        self.cancelled = False
         self.living = True
         self.waiting: list[Reply] = []
 
@@ -70,15 +70,18 @@ class _Delayed:
 class Family:
     """Everything that the keeper is the parent of."""
 
-    def __init__(self, loop: Loop, journal: Journal, holdings: Holdings, tell_exits: Callable[[], None]) -> None:
+    def __init__(self, loop: Loop, exits: Exits, holdings: Holdings, tell_exits: Callable[[], None]) -> None:
         self._loop = loop
-        self._journal = journal
+        self._exits = exits
         self._holdings = holdings
         self._tell_exits = tell_exits
         self._spawns: dict[str, _Spawn] = {}
-        #: Children before their exec or not yet reaped, by pid.
+        self._launcher = launches.Launcher()
+        #: Launches that are not over. Only they know the pid of the program.
+        self._launching: dict[_Spawn, launches.Launch] = {}
+        #: Programs that run or are not yet reaped, by pid.
         self._living: dict[int, _Spawn] = {}
-        #: Children that are forks of the keeper itself; their exits are nobody's business.
+        #: Launchers, forks of the keeper itself, and what never became a program; their exits are nobody's business.
         self._own: set[int] = set()
         self._workers = Workers(loop, self._start_delayed)
         #: The last job of each worker, by its pid.
@@ -100,27 +103,28 @@ class Family:
             else:
                 self._answer(known, reply)
             return
-        program = children.Program(
+        program = launches.Program(
             protocol.texts(message, "argv"),
             protocol.mapping(message, "env"),
             protocol.text(message, "cwd"),
             protocol.texts(message, "cgroup_procs"),
             self._holdings.number(protocol.text(message, "mounts")) if "mounts" in message else -1,
         )
+        launch = launches.Launch(program)
         spawn = _Spawn()
-        spawn.pid, spawn.pipe = children.start(program, packet.fds)
-        self._living[spawn.pid] = spawn
         try:
-            spawn.start_time = pidfds.start_time(spawn.pid)
-            spawn.pidfd = os.pidfd_open(spawn.pid)
-            self._loop.watch(spawn.pipe, lambda _events: self._begun(spawn))
-        except OSError:
-            # No fd left: it has not begun anything yet, or too late; it must not run without anybody knowing.
-            os.kill(spawn.pid, signal.SIGKILL)
-            self._own.add(spawn.pid)
-            del self._living[spawn.pid]
-            protocol.close_all([spawn.pidfd, spawn.pipe])
+            launch.prepare()
+            self._loop.watch(launch.ends, lambda _events: self._begun(spawn))
+            try:
+                launch.start(self._launcher, packet.fds)
+            except BaseException:
+                self._loop.unwatch(launch.ends)
+                raise
+        except BaseException:
+            launch.close()
             raise
+        self._own.add(launch.launcher)
+        self._launching[spawn] = launch
         spawn.waiting.append(reply)
         self._remember(key, spawn)
 
@@ -128,35 +132,64 @@ class Family:
         """Whoever asked for this spawn does not want it any more: kill what it started."""
         spawn = self._spawns.get(protocol.text(packet.message, "key"))
         if spawn is not None and spawn.living:
-            os.kill(spawn.pid, signal.SIGKILL)  # our child and not reaped: the pid is its own
+            spawn.cancelled = True
+            launch = self._launching.get(spawn)
+            pid = spawn.pid if launch is None else launch.pid()
+            if pid:
+                os.kill(pid, signal.SIGKILL)  # our child and not reaped: the pid is its own
         reply({})
 
-    def _begun(self, spawn: _Spawn) -> None:
-        """The child has become its program, or has said why not, or has died on the way."""
-        report = b""
-        try:
-            report = os.read(spawn.pipe, 8192)
-        except BlockingIOError:
+    def _begun(self, spawn: _Spawn, *, is_dead: bool = False) -> None:
+        """The program runs, or it is known why not, or its process has died on the way."""
+        launch = self._launching[spawn]
+        # The pipe of one that is dead may be open yet in its launcher.
+        if not launch.has_ended() and not is_dead:
             return
-        self._loop.unwatch(spawn.pipe)
-        os.close(spawn.pipe)
-        spawn.pipe = -1
-        failure = children.begin_error(report)
+        pid, failure = launch.outcome()
+        del self._launching[spawn]
+        self._loop.unwatch(launch.ends)
+        launch.close()
+        if failure is None and pid == 0:
+            failure = ("fork", errno.ECHILD, self._launcher.silent())
         if failure is None:
-            spawn.answer = {"pid": spawn.pid, "start_time": spawn.start_time}
+            failure = self._know(spawn, pid)
+        if failure is None:
+            spawn.answer = {"pid": pid, "start_time": spawn.start_time}
         else:
             stage, number, text = failure
             spawn.answer = {"error": text, "errno": number, "stage": stage}
-            # It ends by itself, at once, and is nobody's exit.
-            self._own.add(spawn.pid)
-            os.close(spawn.pidfd)
-            spawn.pidfd = -1
+            spawn.living = False
+            if pid:
+                self._own.add(pid)  # it ends by itself, at once, and is nobody's exit
         for reply in spawn.waiting:
             self._answer(spawn, reply)
         spawn.waiting = []
         if spawn.pidfd >= 0:
             os.close(spawn.pidfd)
             spawn.pidfd = -1
+
+    def _know(self, spawn: _Spawn, pid: int) -> tuple[str, int, str] | None:
+        """From now on it is known by its pid, and its exit is somebody's; or why that cannot be: then it is killed."""
+        try:
+            spawn.start_time = pidfds.start_time(pid)
+            spawn.pidfd = os.pidfd_open(pid)
+        except OSError as error:  # no fd left: it must not run without anybody knowing
+            os.kill(pid, signal.SIGKILL)
+            return "pidfd", error.errno or errno.EMFILE, f"process {pid}: {error.strerror}"
+        if spawn.cancelled:
+            os.kill(pid, signal.SIGKILL)
+        spawn.pid = pid
+        self._own.discard(pid)  # it may have been the launcher
+        self._living[pid] = spawn
+        return None
+
+    def _launched(self, pid: int) -> _Spawn | None:
+        """The spawn whose process `pid` (dead, not reaped) is, if its launch was not over."""
+        for spawn, launch in self._launching.items():
+            if launch.pid() == pid:
+                self._begun(spawn, is_dead=True)
+                return self._living.pop(pid, None)
+        return None
 
     def _answer(self, spawn: _Spawn, reply: Reply) -> None:
         assert spawn.answer is not None  # noqa: S101 - callers have looked
@@ -242,6 +275,16 @@ class Family:
             self._holdings.forget(name)
         reply({})
 
+    def gone(self, client: Client) -> None:
+        """Nobody would use what the jobs of this client make, and whoever cleans up after it would not know of it."""
+        for pid, job in self._jobs.items():
+            if job.reply.client is client and not job.ended:
+                job.cancelled = True
+                self._workers.kill(pid)
+        for delayed in [delayed for delayed in self._delayed if delayed.reply.client is client]:
+            self._delayed.remove(delayed)
+            protocol.close_all(delayed.fds)
+
     def _start_job(
         self, steps: list[dict[str, object]], fds: list[int], hold: dict[str, str], timeout: float, reply: Reply
     ) -> None:
@@ -250,6 +293,7 @@ class Family:
         self._jobs[pid] = job
 
         def too_late() -> None:
+            job.cancelled = True  # whoever cleans up after it waits for its death
             self._workers.kill(pid)
             self._end_job(job, {"error": f"the job took more than {timeout:g} s", "errno": errno.ETIMEDOUT})
 
@@ -309,12 +353,15 @@ class Family:
                 break
             pid = dead.si_pid
             spawn = self._living.pop(pid, None)
-            start_time = self._start_time(pid) if spawn is None else spawn.start_time
-            if spawn is not None:
-                if spawn.pipe >= 0:
-                    self._begun(spawn)
-                spawn.living = False
+            if spawn is None and self._launching:
+                spawn = self._launched(pid)
             worked = pid in self._workers
+            start_time = 0
+            if spawn is not None:
+                spawn.living = False
+                start_time = spawn.start_time
+            elif not worked and pid not in self._own:
+                start_time = self._start_time(pid)
             if worked:
                 _end_group(pid)  # before `waitpid`: then the number is free
             _, status = os.waitpid(pid, 0)
@@ -324,17 +371,28 @@ class Family:
             elif pid in self._own:
                 self._own.discard(pid)
             else:
-                self._journal.add(pid, start_time, status, time.time())
+                self._exits.add(pid, start_time, status, time.time())
                 found = True
         if found:
             self._tell_exits()
         self._start_delayed()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no program and no job of a client runs."""
+        return not (self._living or self._delayed or self._workers.are_busy)
+
     def kill_all(self, spare: int = 0) -> bool:
         """Send SIGKILL to every child but `spare`; whether there was any. Their orphans become our children in turn."""
         found = False
-        for pid in self._loop.with_spare(_children):
-            if pid != spare:
+        try:
+            children = self._loop.with_spare(_children)
+        except OSError as error:  # whatever it is: a keeper that could not end would stay for ever
+            note(f"cannot list the children, ending those that were started: {error}")
+            # Not reaped: the pids are their own.
+            children = [*self._living, *self._own, *(launch.pid() for launch in self._launching.values())]
+        for pid in children:
+            if pid not in {0, spare}:
                 found = True
                 os.kill(pid, signal.SIGKILL)
         return found
@@ -356,7 +414,10 @@ def _children() -> list[int]:
     except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
         pass
     found = []
-    for name in os.listdir("/proc"):
+    names = os.listdir("/proc")
+    if str(me) not in names:
+        raise FileNotFoundError(errno.ENOENT, "/proc is not mounted")
+    for name in names:
         if name.isdigit():
             try:
                 with open(f"/proc/{name}/stat", "rb") as file:

@@ -11,7 +11,7 @@ import os
 import signal
 
 from unisandbox.host import syscalls
-from unisandbox.host.keeper import children, protocol, undo
+from unisandbox.host.keeper import children, names, protocol, undo
 from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
@@ -89,6 +89,11 @@ class Guards:
         for name in protocol.texts(packet.message, "names"):
             self._guards.pop(name, None)
         reply({})
+
+    def drop(self, wanted: list[str], prefix: str) -> None:
+        """Forget those of these names, and those whose names begin with the prefix unless it is empty."""
+        for name in names.selected(self._guards, wanted, prefix):
+            self._guards.pop(name, None)
 
     # --- running ---
 

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import itertools
 import os
+import select
 import time
 
 from unisandbox.host.keeper import names, protocol, rings
@@ -18,14 +19,14 @@ from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from unisandbox.host.keeper.connections import Client, Reply
     from unisandbox.host.keeper.loop import Loop, Timer
     from unisandbox.host.keeper.protocol import Message, Packet
 
 _INLINE_LIMIT = 48 * 1024
 _WAIT_LIMIT = 3600.0
-# What a spool gets at least when the memory for rings is given away: a page of a terminal.
-_LEAST_SPOOL = 4096
 # Of an fd that can be held and waited for, but not read: a pidfd, the writing end of a pipe, a directory.
 _UNREADABLE = (errno.EINVAL, errno.EBADF, errno.EISDIR)
 
@@ -45,7 +46,20 @@ class _Reader:
 class _Holding:
     """What is behind a name."""
 
-    __slots__ = ("client", "draining", "fd", "limit", "readers", "ring", "serial", "stamp", "stamping", "watched")
+    __slots__ = (
+        "client",
+        "draining",
+        "fd",
+        "limit",
+        "readers",
+        "ring",
+        "serial",
+        "stamp",
+        "stamp_wanted",
+        "stamped",
+        "stamping",
+        "watched",
+    )
 
     def __init__(self, fd: int, serial: int) -> None:
         #: -1: it was drained to its end.
@@ -62,6 +76,10 @@ class _Holding:
         #: When it became readable; None while it has not, or is not to be stamped.
         self.stamp: float | None = None
         self.stamping = False
+        #: Somebody has asked for it by `on_stamp`.
+        self.stamp_wanted = False
+        #: What to do then, with the fd and the time.
+        self.stamped: Callable[[int, float], None] | None = None
         self.watched = False
 
 
@@ -72,6 +90,12 @@ class Holdings:
         self._loop = loop
         self._held: dict[str, _Holding] = {}
         self._serials = itertools.count(1)
+        self._ring_memory = rings.Memory()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is held."""
+        return not self._held
 
     def free(self, name: str) -> str:
         """The name, if it may be given to something new."""
@@ -96,8 +120,31 @@ class Holdings:
         """Close what is behind this name, if anything."""
         held = self._held.pop(name, None)
         if held is not None:
+            if held.stamped is not None and _is_readable(held.fd):
+                self._stamp(held)  # whoever drops it has seen that before us
             self._close(held)
             self._answer_all(held)
+            if held.ring is not None:
+                self._ring_memory.remove(held.ring)
+
+    def is_new(self, name: str, *, missing: bool) -> bool:
+        """Whether nobody has called `on_stamp` for what is held under this name; `missing` when nothing is."""
+        held = self._held.get(name)
+        return missing if held is None else not held.stamp_wanted
+
+    def on_stamp(self, name: str, action: Callable[[int, float], None]) -> None:
+        """Call `action(fd, time)` once when what is held under this name has become readable, in place of another one.
+
+        It must be among what is to be stamped; nothing happens when it is not, or is dropped before.
+        """
+        held = self._held.get(name)
+        if held is None:
+            return
+        held.stamp_wanted = True
+        if held.stamping:
+            held.stamped = action
+        elif held.stamp is not None:
+            action(held.fd, held.stamp)
 
     def drop(self, wanted: list[str], prefix: str) -> None:
         """Close what is behind these names, and behind all with this prefix unless it is empty."""
@@ -106,22 +153,16 @@ class Holdings:
 
     def gone(self, client: Client) -> None:
         """A connection ended: what it was reading itself is drained from now on, and its own waits are over."""
-        spools = []
         for held in self._held.values():
             if held.readers:
                 self._end_waits(held, [reader for reader in held.readers if reader.reply.client is client])
             if held.client is client:
                 held.client = None
                 if held.fd >= 0:
-                    spools.append(held)
-        wanted = sum(held.limit for held in spools)
-        left = max(0, rings.TOTAL_LIMIT - self._ring_memory())
-        for held in spools:
-            limit = held.limit if wanted <= left else max(_LEAST_SPOOL, held.limit * left // wanted)
-            try:
-                self._begin_drain(held, min(limit, held.limit))
-            except OSError as error:
-                note(f"what is held as number {held.fd} cannot be spooled: {error}")
+                    try:
+                        self._begin_drain(held, held.limit)
+                    except OSError as error:
+                        note(f"what is held as number {held.fd} cannot be spooled: {error}")
 
     # --- requests ---
 
@@ -169,11 +210,6 @@ class Holdings:
         """A page of names with their numbers (-1: a ring that has ended)."""
         reply(names.page(packet.message, "held", {name: held.fd for name, held in self._held.items()}))
 
-    def stamps(self, packet: Packet, reply: Reply) -> None:
-        """A page of names with the times at which they became readable."""
-        stamps = {name: held.stamp for name, held in self._held.items() if held.stamp is not None}
-        reply(names.page(packet.message, "stamps", stamps))
-
     def reclaim(self, packet: Packet, reply: Reply) -> None:
         """Stop draining; give out a copy and what was drained. Kept until `reclaimed`: an answer may be lost."""
         name = protocol.text(packet.message, "name")
@@ -212,10 +248,6 @@ class Holdings:
         """Begin to drain the fd that came along."""
         name = self.free(protocol.text(packet.message, "name"))
         limit = protocol.integer(packet.message, "limit", 1, rings.TOTAL_LIMIT, rings.DEFAULT_LIMIT)
-        total = limit + self._ring_memory()
-        if total > rings.TOTAL_LIMIT:
-            message = f"all rings together would be {total} bytes; at most {rings.TOTAL_LIMIT}"
-            raise OSError(errno.ENOSPC, message)
         held = _Holding(packet.claim(), next(self._serials))
         try:
             held.limit = limit
@@ -223,6 +255,8 @@ class Holdings:
             self._begin_drain(held, limit)
         except BaseException:
             self._close(held)
+            if held.ring is not None:
+                self._ring_memory.remove(held.ring)
             raise
         self._held[name] = held
         reply({"number": held.fd})
@@ -256,7 +290,7 @@ class Holdings:
         if fcntl.fcntl(held.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             raise OSError(errno.EINVAL, "it is open for writing only")
         if held.ring is None:
-            held.ring = rings.Ring(held.fd, limit)
+            held.ring = rings.Ring(held.fd, limit, self._ring_memory)
         held.ring.limit = limit
         held.ring.trim()
         held.draining = True
@@ -281,12 +315,21 @@ class Holdings:
 
     def _ready(self, held: _Holding) -> None:
         if held.stamping:
-            held.stamping = False
-            held.stamp = time.time()
+            self._stamp(held)
         if held.draining and held.ring is not None:
             self._drain(held, held.ring)
         else:
             self._update(held)
+
+    def _stamp(self, held: _Holding) -> None:
+        held.stamping = False
+        held.stamp = time.time()
+        action, held.stamped = held.stamped, None
+        if action is not None:
+            try:
+                action(held.fd, held.stamp)
+            except OSError as error:
+                note(f"the end of what is held as number {held.fd} is not told: {error}")
 
     def _drain(self, held: _Holding, ring: rings.Ring) -> None:
         try:
@@ -302,11 +345,6 @@ class Holdings:
         if ring.eof:
             self._close(held)
         self._answer_all(held)
-
-    def _ring_memory(self) -> int:
-        """What all rings may grow to, or have when they do not grow any more."""
-        rings_of = [(held, held.ring) for held in self._held.values() if held.ring is not None]
-        return sum(ring.limit if held.draining else ring.size for held, ring in rings_of)
 
     def _close(self, held: _Holding) -> None:
         held.draining = held.stamping = False
@@ -339,6 +377,12 @@ class Holdings:
             reader.reply.fail(error)
             return
         reader.reply(message, fds)
+
+
+def _is_readable(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _carry(data: bytes, message: Message, fds: list[int]) -> None:

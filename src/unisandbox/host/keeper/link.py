@@ -16,6 +16,7 @@ from typing import cast
 import anyio
 
 from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import protocol, starting
 from unisandbox.host.keeper.protocol import Message, Packet
 from unisandbox.host.readiness import Descriptor
@@ -38,6 +39,8 @@ class Link:
         #: The keeper's process id, for messages; 0 while it is not known.
         self.pid = 0
         self.closed: bool = False
+        #: Why the keeper has turned us away; "" when it has not.
+        self.refused: str = ""
         self._sock = sock
         self._descriptor = Descriptor(sock.fileno(), lambda _: sock.close())
         self._state_dir = state_dir
@@ -79,6 +82,19 @@ class Link:
             raise error
         return packet
 
+    async def pages(self, op: str, prefix: str) -> dict[str, object]:
+        """All pages of what is kept by name."""
+        found: dict[str, object] = {}
+        more = True
+        after = ""
+        while more:
+            message = (await self.ask(op, prefix=prefix, after=after)).message
+            page = cast("dict[str, object]", message[op])
+            found.update(page)
+            more = cast("bool", message["more"])
+            after = max(page, default="")
+        return found
+
     async def request(self, op: str, fds: Sequence[int], fields: Message, number: int = 0) -> Packet:
         """Ask and wait for the answer, which may be an error."""
         number = number or self.number()
@@ -103,12 +119,16 @@ class Link:
             raise InvalidArgumentError(
                 f"request {message['op']!r} to the keeper is {error}", hint="Pass what is large in a file."
             ) from None
+        op = cast("str", message["op"])
+        reached("before keeper.*", op)
         if not self._sending.locked() and self._try_send(data, fds):
+            reached("after keeper.*", op)
             return
         async with self._sending:
             while True:
                 self.check()
                 if self._try_send(data, fds):
+                    reached("after keeper.*", op)
                     return
                 # Closed meanwhile: `check` says so.
                 with contextlib.suppress(anyio.ClosedResourceError):
@@ -117,8 +137,11 @@ class Link:
     def say(self, message: Message) -> None:
         """Send without an await and without an answer: now, or before what is sent next."""
         if not self.closed and not self._dead:
+            op = cast("str", message["op"])
+            reached("before keeper.*", op)
             self._unsent.append(protocol.encode(message))
             self._send_unsent()
+            reached("after keeper.*", op)
 
     async def until(self, happened: Callable[[], bool]) -> None:
         """Wait until what was pushed makes `happened()` true."""
@@ -234,6 +257,9 @@ class Link:
                 packet.close()  # whoever asked was cancelled
         elif packet.message.get("push") == "failed":
             self._die(f"could not begin: {packet.message['error']}")
+        elif packet.message.get("push") == "refused":
+            self.refused = cast("str", packet.message["error"])
+            self._die(f"refuses: {self.refused}")
         else:
             self._on_push(packet.message)
 
@@ -254,3 +280,10 @@ def error_of(packet: Packet) -> OSError | None:
         return None
     packet.close()
     return OSError(cast("int", message["errno"]), cast("str", message["error"]))
+
+
+def checked(name: str) -> str:
+    """A name, for requests without an answer: the keeper could tell nobody what is wrong with it."""
+    if not 0 < len(name) <= protocol.NAME_LIMIT or "\0" in name:
+        raise InvalidArgumentError(f"a name has 1 to {protocol.NAME_LIMIT} characters and no NUL, got {name[:200]!r}")
+    return name

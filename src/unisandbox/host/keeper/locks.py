@@ -66,6 +66,11 @@ class Locks:
         if len(lock.queue) == 1:
             self._grant(lock)
 
+    def holder(self, packet: Packet, reply: Reply) -> None:
+        """The process that has the lock of this name; 0 when nobody has it."""
+        lock = self._used.get(protocol.text(packet.message, "name"))
+        reply({"pid": lock.queue[0][0].pid if lock is not None else 0})
+
     def leave(self, packet: Packet, reply: Reply) -> None:
         """A client gives its lock back, or its place in the queue; one that has neither is no error."""
         ticket = protocol.integer(packet.message, "ticket", 0, 1 << 62)

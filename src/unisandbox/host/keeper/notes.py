@@ -42,6 +42,10 @@ class Notes:
         """A page of them."""
         reply(names.page(packet.message, "notes", self._texts))
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a note."""
+        return name in self._texts
+
     def drop(self, wanted: list[str], prefix: str) -> None:
         """Forget those of these names, and of this prefix."""
         for name in names.selected(self._texts, wanted, prefix):

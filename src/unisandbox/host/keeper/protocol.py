@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 Message = dict[str, object]
 
-VERSION = 2
+VERSION = 5
 # A unix packet is one skb: at most the send buffer, 212,992 bytes by default (net.core.wmem_default), less overhead.
 MESSAGE_LIMIT = 200 * 1024
 # The kernel takes 253 (SCM_MAX_FD) per packet.
 FDS_LIMIT = 64
 # Requests of one client that the keeper works on at a time; more wait in the client.
 IN_FLIGHT_LIMIT = 256
-# Characters of a name, whatever it names.
-NAME_LIMIT = 128
+# Characters of a name, whatever it names: two ids of 76, those of a container and of a process, and words around them.
+NAME_LIMIT = 256
+# Clients of one keeper. Each costs it one file descriptor, of which it may have but 1024.
+CLIENTS_LIMIT = 256
 # One note, and one event: what a client may say in one message is more, but many of them are kept.
 NOTE_LIMIT = 64 * 1024
 EVENT_LIMIT = 16 * 1024
@@ -38,12 +40,16 @@ EXPIRE_LIMIT = 315_360_000
 SOCKET_NAME = "keeper.sock"
 LOCK_NAME = "lock"
 LOG_NAME = "keeper.log"
-EXITS_NAME = "exits"
 EVENTS_NAME = "events"
 
 GUARD_KINDS = ("kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount")
 
 _INT = struct.calcsize("i")
+# Numbers, since each operation on Python's enumerations of flags costs more than the system call.
+_SEND = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_RECEIVE = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_TRUNCATED = int(socket.MSG_TRUNC)
+_FDS_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class ProtocolError(Exception):
@@ -103,7 +109,7 @@ def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
     """Send one packet whole, or raise BlockingIOError when the peer's queue is full. Never blocks, no SIGPIPE."""
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     try:
-        sock.sendmsg([data], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        sock.sendmsg([data], ancillary, _SEND)
     except OSError as error:
         if error.errno in {errno.ETOOMANYREFS, errno.ENOBUFS, errno.ENOMEM}:
             # Too many fds in flight, or no memory for the packet now: both pass, as a full queue does.
@@ -123,11 +129,7 @@ def receive(sock: socket.socket, buffer: memoryview) -> Packet | None:
         BlockingIOError: nothing there now.
         ProtocolError: truncated or garbage. All fds that came with it are closed.
     """
-    length, ancillary, flags, _ = sock.recvmsg_into(
-        [buffer],
-        socket.CMSG_SPACE(FDS_LIMIT * _INT),
-        socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-    )
+    length, ancillary, flags, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(FDS_LIMIT * _INT), _RECEIVE)
     fds: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -141,7 +143,7 @@ def receive(sock: socket.socket, buffer: memoryview) -> Packet | None:
 
 
 def _packet(buffer: memoryview, length: int, flags: int, fds: list[int]) -> Packet | None:
-    if flags & socket.MSG_TRUNC:
+    if flags & _TRUNCATED:
         raise ProtocolError(f"a message of more than {len(buffer)} bytes")
     if length == 0 and not fds:
         return None
@@ -158,9 +160,9 @@ def _packet(buffer: memoryview, length: int, flags: int, fds: list[int]) -> Pack
     if type(declared) is not int or not len(fds) <= declared <= FDS_LIMIT:
         raise ProtocolError(f"{len(fds)} file descriptors came, {declared!r} were announced")
     lost = declared - len(fds)
-    if flags & socket.MSG_CTRUNC and not lost:
+    if flags & _FDS_TRUNCATED and not lost:
         raise ProtocolError("truncated ancillary data")
-    if lost and not flags & socket.MSG_CTRUNC:
+    if lost and not flags & _FDS_TRUNCATED:
         raise ProtocolError(f"{len(fds)} file descriptors came, {declared} were announced")
     return Packet(message, fds, lost)
 
@@ -178,6 +180,20 @@ def text(message: Message, name: str) -> str:
     value = message.get(name)
     if type(value) is not str or "\0" in value:
         raise _wrong(message, name, "a string without NUL")
+    return value
+
+
+def event(message: Message) -> str:
+    """The event of a message: a JSON object as text."""
+    value = text(message, "event")
+    if len(value) > EVENT_LIMIT:
+        raise OSError(errno.EINVAL, f"an event of {len(value)} characters; at most {EVENT_LIMIT}")
+    try:
+        is_object = type(json.loads(value)) is dict
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise OSError(errno.EINVAL, f"an event must be a JSON object, got {value[:80]!r}")
     return value
 
 

@@ -1,19 +1,18 @@
-"""What the keeper's client takes and gives: plain data, and the two errors that carry more than an errno."""
+"""What the keeper's client takes and gives: plain data, and errors that say more than an errno."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
-import attrs
+from unisandbox.api.errors import FailedPreconditionError
 
 Policy = Literal["stop", "keep"]
 GuardKind = Literal["kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount"]
 SpawnStage = Literal["fork", "mounts", "fds", "cgroup", "cwd", "exec", "pidfd"]
 
 
-@attrs.frozen
-class ExitRecord:
+class ExitRecord(NamedTuple):
     """How a process ended. `status` is wait(2)'s word (`os.waitstatus_to_exitcode`), `at` Unix time in seconds."""
 
     seq: int
@@ -23,8 +22,7 @@ class ExitRecord:
     at: float
 
 
-@attrs.frozen
-class Spawned:
+class Spawned(NamedTuple):
     """A started program. Its pidfd is the caller's to close.
 
     `pidfd` is -1 only when an earlier `spawn` of the same key is answered again and the process was reaped meanwhile.
@@ -39,7 +37,7 @@ class SpawnFailed(OSError):
     """A program could not be started; nothing runs. `errno` says why, `stage` how far it came.
 
     Stages: "cgroup" it could not be put into its cgroup, "cwd" its directory cannot be entered, "exec" it cannot be
-    executed; "fork", "fds", "pidfd" the keeper lacks something (memory, processes, file descriptors).
+    executed; "fork", "fds", "pidfd" the keeper lacks something (memory, processes, file descriptors, its launcher).
     """
 
     def __init__(self, number: int, message: str, stage: SpawnStage) -> None:
@@ -56,29 +54,34 @@ class JobFailed(OSError):
         self.do = do
 
 
-@attrs.frozen
-class JobResult:
+class LockTimeoutError(Exception):
+    """A lock was not free in time; `pid` is the process that has it, 0 when it has just become free."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(f"process {pid} has the lock")
+        self.pid = pid
+
+
+class KeeperWaitsError(FailedPreconditionError):
+    """A keeper holds the state directory and has no owner: attach to it."""
+
+
+class JobResult(NamedTuple):
     """What a job answered, and the numbers that its held fds have in the keeper, by held name."""
 
     result: Mapping[str, object]
     held: Mapping[str, int]
 
 
-def _as_tuple(paths: Sequence[str]) -> tuple[str, ...]:
-    return tuple(paths)
-
-
-@attrs.frozen
-class Guard:
+class Guard(NamedTuple):
     """How to undo something; see `Keeper.guard`. Paths are absolute, as the host (not the keeper) sees them."""
 
     name: str
     kind: GuardKind
-    paths: tuple[str, ...] = attrs.field(converter=_as_tuple)
+    paths: Sequence[str]
 
 
-@attrs.frozen
-class RingData:
+class RingData(NamedTuple):
     """A part of a ring. Offsets count bytes since the ring began.
 
     `begin` is later than what was asked for when older bytes are gone (`first` is the oldest that is there), `next` is
@@ -92,9 +95,8 @@ class RingData:
     eof: bool
 
 
-@attrs.frozen
-class Reclaimed:
-    """An fd that was taken back from the keeper's spool; see `Keeper.reclaim`.
+class Reclaimed(NamedTuple):
+    """An fd that was taken back from the keeper's spool; see `Spools.reclaim`.
 
     `fd` is a copy for the caller, who closes it; -1 when it had met its end and the keeper has closed it. `data` is
     what was kept since it was last reclaimed, `lost` how many bytes before `data` were dropped because they were over
@@ -107,8 +109,7 @@ class Reclaimed:
     eof: bool
 
 
-@attrs.frozen
-class EventPage:
+class EventPage(NamedTuple):
     """A part of the keeper's log of events, in order, each with its number.
 
     `first` is the oldest number that is still there, `last` the newest that was ever given: who asked for what comes
@@ -120,28 +121,67 @@ class EventPage:
     last: int
 
 
-@attrs.frozen
-class CloseReport:
+class CloseReport(NamedTuple):
     """What the keeper's end has undone: how many guards succeeded, and why others did not (at most 200 are named)."""
 
     done: int = 0
     failures: int = 0
-    failed: Mapping[str, str] = attrs.field(factory=dict)
+    failed: Mapping[str, str] = {}
 
 
-@attrs.frozen
-class Hello:
+class Hello(NamedTuple):
     """What the keeper says about itself. `private_mounts` is False where it may not make a mount namespace.
 
+    Where it has one, `workdir` is its private file system in memory.
+    `start_time` is the keeper's own (clock ticks after boot): with its pid it is a name that is never given again.
     `client` is our number among all the connections that this keeper ever had (1, 2, 3 ...); `owner_pid` the process of
     its owner when we came, 0 for none.
     """
 
     pid: int
+    start_time: int
     boot_id: str
     version: int
     policy: Policy
     owner: bool
     private_mounts: bool
+    workdir: str
     client: int
     owner_pid: int
+
+
+class EndEvent(NamedTuple):
+    """An event that the keeper tells of an end.
+
+    Attributes:
+        event: what is known before; the keeper adds `at`, and `end`: the time (`at`), the `packet` that waits there in
+            hex (empty: none), the `count` of the counter (0: it could not be read) and whether there is the note
+            (`noted`).
+        key: as for `EventLog.publish`.
+        packets: it is told only when the packet is one of these, the count is not 0 and there is no note; none: always.
+    """
+
+    event: Mapping[str, object]
+    key: str
+    packets: Sequence[str] = ()
+
+
+class EndNotice(NamedTuple):
+    """What the keeper tells when something that it holds and stamps has become readable.
+
+    Attributes:
+        name: of what it holds; when nothing is held there, nothing is told.
+        noted: the name of a note.
+        events: what to tell, in this order; at most four.
+        counter, line: a file of lines `word number`, and the word; empty: none.
+        late: only if nobody has told of it, and it is held.
+        at_once: without patience for somebody who may know better how it ended.
+    """
+
+    name: str
+    noted: str
+    events: Sequence[EndEvent]
+    counter: str = ""
+    line: str = ""
+    late: bool = False
+    at_once: bool = False

@@ -6,24 +6,53 @@ import errno
 import os
 
 DEFAULT_LIMIT = 1 << 20
-# Of all rings of a keeper together; what a ring may grow to counts, not what it holds.
+# Of all rings of a keeper together: what they hold counts, not what they may grow to.
 TOTAL_LIMIT = 256 << 20
 _READ = 1 << 16
+
+
+class Memory:
+    """What rings hold together: when that is more than `limit`, the largest ring drops its oldest bytes."""
+
+    __slots__ = ("_rings", "limit", "used")
+
+    def __init__(self, limit: int = TOTAL_LIMIT) -> None:
+        self.limit: int = limit
+        self.used: int = 0
+        self._rings: set[Ring] = set()
+
+    def add(self, ring: Ring) -> None:
+        """Count this one, too."""
+        self._rings.add(ring)
+
+    def remove(self, ring: Ring) -> None:
+        """Count this one no more. Repeating is harmless."""
+        if ring in self._rings:
+            self._rings.remove(ring)
+            self.used -= ring.size
+
+    def trim(self) -> None:
+        """Drop what is over the limit, so that a ring that holds little loses nothing to those that hold much."""
+        while self.used > self.limit:
+            largest = max(self._rings, key=lambda ring: ring.size)
+            largest.drop(min(self.used - self.limit, largest.size))
 
 
 class Ring:
     """The last `limit` bytes that came from `fd`. Offsets count all bytes since the ring began."""
 
-    __slots__ = ("_bytes", "_given", "end", "eof", "fd", "limit")
+    __slots__ = ("_bytes", "_given", "_memory", "end", "eof", "fd", "limit")
 
-    def __init__(self, fd: int, limit: int) -> None:
+    def __init__(self, fd: int, limit: int, memory: Memory) -> None:
         self.fd: int = fd
         self.limit: int = limit
+        self._memory = memory
         self.end: int = 0
         self.eof: bool = False
         self._bytes = bytearray()
         self._given = 0
         os.set_blocking(fd, False)
+        memory.add(self)
 
     @property
     def first(self) -> int:
@@ -37,14 +66,14 @@ class Ring:
 
     @property
     def lost(self) -> int:
-        """How many bytes were dropped, because they were over the limit, since the last that were given away."""
+        """How many bytes were dropped, because they were over a limit, since the last that were given away."""
         return self.first - self._given
 
     def give(self, offset: int) -> None:
         """Everything before `offset` is in other hands: it need not be kept, and is not lost."""
         count = offset - self.first
         if 0 <= count <= self.size:
-            del self._bytes[:count]
+            self.drop(count)
             self._given = offset
 
     def drain(self) -> bool:
@@ -62,13 +91,20 @@ class Ring:
             return True
         self.end += len(data)
         self._bytes += data
+        self._memory.used += len(data)
         self.trim()
+        self._memory.trim()
         return True
+
+    def drop(self, count: int) -> None:
+        """Drop so many of the oldest bytes."""
+        del self._bytes[:count]
+        self._memory.used -= count
 
     def trim(self) -> None:
         """Drop the oldest bytes that are over the limit."""
         if len(self._bytes) > self.limit:
-            del self._bytes[: len(self._bytes) - self.limit]
+            self.drop(len(self._bytes) - self.limit)
 
     def read(self, offset: int, limit: int) -> tuple[int, bytes]:
         """Up to `limit` bytes from `offset` on, or from the oldest there is: where they begin, and they."""

@@ -18,12 +18,13 @@ import sys
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.keeper import birth, names, protocol
 from unisandbox.host.keeper.connections import Connections, Reply
+from unisandbox.host.keeper.ends import Ends
 from unisandbox.host.keeper.events import Events
+from unisandbox.host.keeper.exits import Exits
 from unisandbox.host.keeper.expiry import Expiry
 from unisandbox.host.keeper.family import Family
 from unisandbox.host.keeper.guards import Guards, Run
 from unisandbox.host.keeper.holdings import Holdings
-from unisandbox.host.keeper.journal import Journal
 from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.locks import Locks
 from unisandbox.host.keeper.loop import Loop, note, note_exception
@@ -38,6 +39,10 @@ if TYPE_CHECKING:
 
 # How long the deaths of children that were killed may take, after the guards (seconds).
 _DEATHS_TIME = 2.0
+# Seconds that a keeper waits for somebody to come when there is nothing that it would be needed for.
+_IDLE_TIME = 5.0
+# What the names of guards begin with that belong to the keeper's own engine: no reason to stay.
+_ENGINE = "engine/"
 _EXITS_PER_MESSAGE = 1000
 _REPORTED_LIMIT = 200
 
@@ -46,26 +51,30 @@ class Server:
     """The keeper.
 
     Args:
-        state_dir: an open directory for the socket and the journal.
+        state_dir: an open directory for the socket and the numbers of events.
         lock: the open lock file of the state directory, locked; held for the keeper's life.
         policy: "stop" or "keep": what to do when the owner is gone.
         host_mounts: an fd of the mount namespace of the host, None when we are in it.
+        workdir: where our own file system is mounted, if we have a mount namespace.
     """
 
-    def __init__(self, state_dir: int, lock: int, policy: str, host_mounts: int | None) -> None:
+    def __init__(self, state_dir: int, lock: int, policy: str, host_mounts: int | None, workdir: str) -> None:
         self._state_dir = state_dir
         self._lock = lock
         self._policy = policy
         self._host_mounts = host_mounts
+        self._workdir = workdir
         self._boot = protocol.boot_id()
+        self._start_time = pidfds.start_time(os.getpid())
         self._loop = Loop()
-        self._journal = Journal(state_dir, protocol.EXITS_NAME, self._boot)
+        self._exits = Exits()
         self._events = Events(self._loop, state_dir, protocol.EVENTS_NAME)
-        self._connections = Connections(self._loop, self._journal, self._handle, self._gone)
+        self._connections = Connections(self._loop, self._exits, self._handle, self._gone)
         self._holdings = Holdings(self._loop)
-        self._family = Family(self._loop, self._journal, self._holdings, self._connections.tell_exits)
+        self._family = Family(self._loop, self._exits, self._holdings, self._connections.tell_exits)
         self._leases = Leases()
         self._notes = Notes()
+        self._ends = Ends(self._loop, self._holdings, self._notes, self._events)
         self._locks = Locks(self._connections)
         self._guards = Guards(self._loop, host_mounts, [lock], self._family.adopt)
         self._expiry = Expiry(
@@ -77,6 +86,7 @@ class Server:
         )
         self._owner: Client | None = None
         self._owner_pidfd = -1
+        self._owner_start_time = 0
         self._ending: _Ending | None = None
         self._ended = False
         self._requests: dict[str, Callable[[Packet, Reply], None]] = {
@@ -88,10 +98,8 @@ class Server:
             "cancel_job": self._family.cancel_job,
             "exits_after": self._exits_after,
             "exit_of": self._exit_of,
-            "ack": self._ack,
             "hold": self._holdings.hold,
             "hold_now": self._holdings.hold_now,
-            "stamps": self._holdings.stamps,
             "reclaim": self._holdings.reclaim,
             "reclaimed": self._holdings.reclaimed,
             "take": self._holdings.take,
@@ -101,17 +109,17 @@ class Server:
             "drop": self._drop,
             "note": self._notes.note,
             "notes": self._notes.notes,
-            "publish": self._events.publish,
+            "publish": self._ends.publish,
             "events_after": self._events.events_after,
             "cancel_wait": self._cancel_wait,
             "lock": self._locks.lock,
+            "lock_holder": self._locks.holder,
             "unlock": self._locks.leave,
             "cancel_lock": self._locks.leave,
             "guard": self._guards.guard,
             "unguard": self._guards.unguard,
             "expire": self._expiry.expire,
             "lease": self._lease,
-            "release": self._release,
             "own": self._own,
             "set_policy": self._set_policy,
             "retire": self._retire,
@@ -170,10 +178,12 @@ class Server:
         answer: Message = {
             "version": protocol.VERSION,
             "pid": os.getpid(),
+            "start_time": self._start_time,
             "boot_id": self._boot,
             "policy": self._policy,
             "owner": client is self._owner,
             "private_mounts": self._host_mounts is not None,
+            "workdir": self._workdir,
             "client": client.number,
             "owner_pid": self._owner.pid if self._owner is not None else 0,
         }
@@ -186,8 +196,10 @@ class Server:
         reply({"clients": self._connections.numbers()})
 
     def _own(self, packet: Packet, reply: Reply) -> None:
-        """Become the owner, when there is none; comes with the client's own pidfd."""
+        """Become the owner, when there is none that lives; comes with the client's own pidfd."""
         client = reply.client
+        if self._owner is not client and self._owner_pidfd >= 0 and pidfds.has_ended(self._owner_pidfd):
+            self._owner_died()  # its end is about to be heard
         if self._owner is not None and self._owner is not client:
             raise OSError(errno.EBUSY, f"keeper {os.getpid()} is owned by process {self._owner.pid}")
         if self._ending is not None:
@@ -201,13 +213,13 @@ class Server:
         reply({})
 
     def _exits_after(self, packet: Packet, reply: Reply) -> None:
-        """A page of the journal."""
+        """A page of exits."""
         after = protocol.integer(packet.message, "after", 0, 1 << 62)
         reply(
             {
-                "exits": self._journal.after(after, _EXITS_PER_MESSAGE),
-                "first": self._journal.first,
-                "last": self._journal.last,
+                "exits": self._exits.after(after, _EXITS_PER_MESSAGE),
+                "first": self._exits.first,
+                "last": self._exits.last,
             }
         )
 
@@ -216,7 +228,7 @@ class Server:
         pid = protocol.integer(packet.message, "pid", 1, 1 << 31)
         start_time = protocol.integer(packet.message, "start_time", 0, 1 << 62)
         self._family.reap()
-        record = self._journal.find(pid, start_time)
+        record = self._exits.find(pid, start_time)
         if record is None:
             try:
                 lives = self._loop.with_spare(lambda: pidfds.start_time(pid)) == start_time
@@ -228,18 +240,16 @@ class Server:
                 )
         reply({"exit": record})
 
-    def _ack(self, packet: Packet, reply: Reply) -> None:
-        """The owner has all exits up to here in safety."""
-        self._must_own(reply.client)
-        self._journal.acknowledge(protocol.integer(packet.message, "seq", 0, 1 << 62))
-        reply({})
-
     def _drop(self, packet: Packet, reply: Reply) -> None:
         """Forget what has these names, and all with this prefix; those that are not there are no error."""
         wanted = protocol.texts(packet.message, "names")
         prefix = protocol.text(packet.message, "prefix")
         for kept in (self._holdings, self._notes, self._leases):
             kept.drop(wanted, prefix)
+        if protocol.flag(packet.message, "guards"):
+            self._guards.drop(wanted, prefix)
+            if prefix:
+                self._ends.finish(prefix)  # whatever it was, it is gone: its end comes before what is told of that
         reply({})
 
     def _drop_expired(self, prefix: str, is_clean: bool) -> None:
@@ -247,6 +257,7 @@ class Server:
         self._notes.drop([], prefix)
         if is_clean:
             self._leases.drop([], prefix)
+        self._loop.later(_IDLE_TIME, self._end_if_idle)
 
     def _cancel_wait(self, packet: Packet, reply: Reply) -> None:
         """The same client does not want this late answer any more."""
@@ -264,12 +275,6 @@ class Server:
             reply({"number": self._leases.lease(directory, first, count)})
             return
         reply({"number": self._leases.named(names.given(packet.message), directory, first, count)})
-
-    def _release(self, packet: Packet, reply: Reply) -> None:
-        """Give a leased number back."""
-        directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
-        self._leases.release(directory, protocol.integer(packet.message, "number", 0, 1 << 41))
-        reply({})
 
     def _close(self, packet: Packet, reply: Reply) -> None:
         """End, and say how it went."""
@@ -304,23 +309,28 @@ class Server:
     def _set_owner(self, client: Client, pidfd: int) -> None:
         if pidfds.host_pid(pidfd) != client.pid:
             raise OSError(errno.EINVAL, f"the pidfd that came is not of process {client.pid}")
-        self._loop.watch(pidfd, lambda _events: self._owner_died())
+        former = self._owner, self._owner_start_time
+        self._owner, self._owner_start_time = client, pidfds.start_time(client.pid)
+        try:
+            self._write_lock()
+            self._loop.watch(pidfd, lambda _events: self._owner_died())
+        except BaseException:
+            self._owner, self._owner_start_time = former  # the caller closes the pidfd
+            raise
         if self._owner_pidfd >= 0:
             self._loop.unwatch(self._owner_pidfd)
             os.close(self._owner_pidfd)
-        self._owner = client
         self._owner_pidfd = pidfd
-        self._write_lock()
 
     def _write_lock(self) -> None:
         """For people, and for whoever finds the lock taken. Source of its reader: client side, `state_lock`."""
-        owner = self._owner.pid if self._owner is not None else 0
-        started = pidfds.start_time(owner) if owner else 0
+        owner = self._owner
         content = json.dumps(
             {
-                "owner": owner,
-                "start_time": started,
+                "owner": owner.pid if owner is not None else 0,
+                "start_time": self._owner_start_time if owner is not None else 0,
                 "keeper": os.getpid(),
+                "keeper_start_time": self._start_time,
                 "policy": self._policy,
                 "ending": self._ending is not None,
             }
@@ -334,7 +344,9 @@ class Server:
         self._locks.gone(client)
         self._events.gone(client)
         if self._ending is None:
+            self._family.gone(client)
             self._holdings.gone(client)
+            self._loop.later(_IDLE_TIME, self._end_if_idle)
 
     def _owner_died(self) -> None:
         """The owner's process is dead, though a child of it may hold its socket open."""
@@ -353,6 +365,19 @@ class Server:
             self._write_lock()
         if self._policy == "stop":
             self._begin_end(run_guards=True, reply=None)
+
+    def _end_if_idle(self) -> None:
+        """A keeper that nobody uses, and that has nothing for anybody, need not wait for an owner.
+
+        Called some time after each event that may be the last one.
+        """
+        has_nothing = self._family.is_idle and self._holdings.is_empty and self._expiry.is_idle
+        if self._ending is not None or self._owner is not None or not has_nothing:
+            return
+        if any(not guard[0].startswith(_ENGINE) for guard in self._guards.all()) or not self._connections.is_empty():
+            return
+        self._expiry.unlink()
+        self._begin_end(run_guards=True, reply=None)
 
     # --- the end ---
 
@@ -405,7 +430,6 @@ class Server:
             os.unlink(protocol.SOCKET_NAME, dir_fd=self._state_dir)
         if ending.reply is None:
             return
-        self._journal.remove_file()
         run = ending.run
         shown = dict(list(run.failed.items())[:_REPORTED_LIMIT])
         ending.reply(
@@ -432,9 +456,10 @@ def main(argument: str) -> None:
     owner_fd, lock, pidfd, state_dir = arguments["fds"]
     birth.leave_inheritance([owner_fd, lock, pidfd, state_dir])
     owner = socket.socket(fileno=owner_fd)
+    birth.enter(arguments["enter"])
     try:
         host_mounts = birth.own_mount_namespace(arguments["hide"], arguments["workdir"])
-        server = Server(state_dir, lock, arguments["policy"], host_mounts)
+        server = Server(state_dir, lock, arguments["policy"], host_mounts, arguments["workdir"])
     except OSError as error:
         text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
         protocol.send(owner, protocol.encode({"push": "failed", "error": text, "errno": error.errno or errno.EIO}))

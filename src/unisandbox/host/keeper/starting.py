@@ -12,22 +12,24 @@ import socket
 import stat
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
-import attrs
 
 import unisandbox.host
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.boundary import reached
+from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import protocol
-from unisandbox.host.keeper.records import Policy
+from unisandbox.host.keeper.records import KeeperWaitsError, Policy
 
 # A former keeper of the same directory may be running guards (10 s) and waiting for deaths (2 s).
 _LOCK_WAIT: Final = 15.0
 _LOCK_POLL: Final = 0.01
 _CONNECT_WAIT: Final = 5.0
+LOCK_BYTES: Final = 4096
+"""More than a keeper writes into the lock file."""
 
 # Leaves the process that started it (and its session) before it loads anything: what it forks then is small. The path
 # comes last, so that the standard library wins.
@@ -46,8 +48,7 @@ main(sys.argv[2])
 _owned: Final[set[tuple[int, int]]] = set()
 
 
-@attrs.frozen
-class LockHolder:
+class LockHolder(NamedTuple):
     """What the lock file of a state directory says about who holds it.
 
     `owner` is 0 when the keeper has none any more; all is empty while it is being written.
@@ -56,6 +57,7 @@ class LockHolder:
     owner: int = 0
     start_time: int = 0
     keeper: int = 0
+    keeper_start_time: int = 0
     policy: str = ""
     #: This very process has it open.
     is_ours: bool = False
@@ -64,23 +66,26 @@ class LockHolder:
 
     @property
     def is_leaving(self) -> bool:
-        """Its keeper is undoing what was done, since its owner is dead or has told it: the lock will be free soon."""
+        """The keeper is undoing what was done, since its owner is dead or has told it: the lock will be free soon.
+
+        Or it had not yet begun when its owner died; then it ends at once, or will wait for another one. Or it was
+        killed, and a child of it that undoes something goes on.
+        """
         if self.is_ending:
             return True
-        if self.policy == "keep":
+        if self.policy == "keep" and pidfds.lives(self.keeper, self.keeper_start_time):
             return False
-        if not self.owner:
-            return True
+        return not self.has_owner
+
+    @property
+    def has_owner(self) -> bool:
+        """The owner lives and has not left, also if the keeper has not heard of its end."""
         if self.owner == os.getpid():
-            return not self.is_ours
-        try:
-            return pidfds.start_time(self.owner) != self.start_time
-        except ProcessLookupError:
-            return True
+            return self.is_ours
+        return pidfds.lives(self.owner, self.start_time)
 
 
-@attrs.frozen
-class Started:
+class Started(NamedTuple):
     """A process that is becoming a keeper: our end of its socket, and the child that leaves it behind."""
 
     sock: socket.socket
@@ -119,27 +124,47 @@ def open_state_dir(path: str) -> int:
 def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
     """Try to lock the state directory: the locked fd, or who holds it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    reached("before state.lock")
     fd = os.open(protocol.LOCK_NAME, flags, 0o600, dir_fd=state_dir)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         try:
-            said = json.loads(os.pread(fd, 4096, 0))
-            ours = identity_of(state_dir) in _owned
-            is_ending = bool(said.get("ending", False))
-            return LockHolder(said["owner"], said["start_time"], said["keeper"], said["policy"], ours, is_ending)
-        except (ValueError, KeyError, TypeError):
-            return LockHolder()  # it is being written
+            return read_lock(fd)._replace(is_ours=identity_of(state_dir) in _owned)
         finally:
             os.close(fd)
     except BaseException:
         os.close(fd)
         raise
     me = os.getpid()
-    content = json.dumps({"owner": me, "start_time": pidfds.start_time(me), "keeper": 0, "policy": policy})
+    content = json.dumps(
+        {"owner": me, "start_time": pidfds.start_time(me), "keeper": 0, "keeper_start_time": 0, "policy": policy}
+    )
     os.ftruncate(fd, 0)
     os.pwrite(fd, content.encode(), 0)
+    reached("after state.lock")
     return fd
+
+
+def read_lock(fd: int) -> LockHolder:
+    """What an open lock file says."""
+    return holder_in(os.pread(fd, LOCK_BYTES, 0))
+
+
+def holder_in(content: bytes) -> LockHolder:
+    """What this content of a lock file says; all is empty while it is being written, or when it is damaged."""
+    try:
+        said = json.loads(content)
+        return LockHolder(
+            owner=int(said["owner"]),
+            start_time=int(said["start_time"]),
+            keeper=int(said["keeper"]),
+            keeper_start_time=int(said["keeper_start_time"]),
+            policy=str(said["policy"]),
+            is_ending=bool(said.get("ending", False)),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return LockHolder()
 
 
 def identity_of(state_dir: int) -> tuple[int, int]:
@@ -177,8 +202,8 @@ async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
 
 
 def _locked(state_dir: str, holder: LockHolder) -> FailedPreconditionError:
-    if holder.policy == "keep" and not holder.owner and not holder.is_ending:
-        return FailedPreconditionError(
+    if holder.policy == "keep" and not holder.has_owner and not holder.is_ending:
+        return KeeperWaitsError(
             f"state directory {state_dir} is held by keeper {holder.keeper}, which waits for an owner",
             hint="Attach to it instead of starting another.",
         )
@@ -194,8 +219,43 @@ def _locked(state_dir: str, holder: LockHolder) -> FailedPreconditionError:
     )
 
 
-def spawn_keeper(path: str, state_dir: int, lock: int, *, workdir: str, hide: Sequence[str], policy: Policy) -> Started:
+async def begin(path: str, *, workdir: str, hide: Sequence[str], policy: Policy) -> tuple[tuple[int, int], Started]:
+    """Lock the state directory and start a keeper for it; see `Keeper.start`.
+
+    Returns:
+        Which directory it is (until `forget_owned` it counts as ours), and the process.
+    """
+    dirfd = open_state_dir(path)
+    try:
+        identity = identity_of(dirfd)
+        lock = await lock_state_dir(dirfd, path, policy)
+        try:
+            # Not before the lock: a former keeper of this directory may be about to remove it.
+            reached("before work.mkdir", workdir)
+            os.makedirs(workdir, 0o711, exist_ok=True)
+            enter = service.ways_out() if policy == "keep" and service.service_of() else ()
+            reached("before keeper process", path)
+            started = _spawn_keeper(path, dirfd, lock, workdir=workdir, hide=hide, policy=policy, enter=enter)
+            reached("after keeper process", path)
+        except BaseException:
+            forget_owned(identity)
+            raise
+        finally:
+            os.close(lock)
+    finally:
+        os.close(dirfd)
+    return identity, started
+
+
+def _spawn_keeper(
+    path: str, state_dir: int, lock: int, *, workdir: str, hide: Sequence[str], policy: Policy, enter: Sequence[str]
+) -> Started:
     """Start the process. The caller waits for `child` (it exits at once) and says hello.
+
+    Args:
+        path, state_dir, lock: of the state directory.
+        workdir, hide, policy: see `Keeper.start`.
+        enter: `cgroup.procs` files of cgroups to which it moves first, where it can.
 
     Raises:
         UnavailableError: there is no Python interpreter to start.
@@ -215,9 +275,11 @@ def spawn_keeper(path: str, state_dir: int, lock: int, *, workdir: str, hide: Se
         # Numbers above all of them, so that no dup2 hits another one's source, also where 0-2 are among these.
         base = max(3, *sources) + 1
         numbers = list(range(base, base + len(sources)))
-        argument = json.dumps({"fds": numbers, "hide": list(hide), "workdir": workdir, "policy": policy})
+        argument = json.dumps(
+            {"fds": numbers, "enter": list(enter), "hide": list(hide), "workdir": workdir, "policy": policy}
+        )
         log = os.path.join(path, protocol.LOG_NAME)
-        source_root = str(Path(unisandbox.host.__path__[0]).parent.parent)
+        source_root = os.path.dirname(os.path.dirname(unisandbox.host.__path__[0]))
         argv = [executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, source_root, argument]
         # Nothing of the caller's environment: it may hold secrets. A Python outside of the system's directories may
         # need this one to find its own library.
@@ -266,6 +328,22 @@ def finish_child(started: Started, *, kill: bool) -> None:
         pass  # the host program reaps everything itself
     finally:
         os.close(started.child_pidfd)
+
+
+async def reach(path: str) -> tuple[tuple[int, int], socket.socket]:
+    """Connect to the keeper of a state directory: which directory it is, and the socket.
+
+    Raises:
+        UnavailableError: none listens there.
+    """
+    try:
+        dirfd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise UnavailableError(f"cannot reach the keeper of {path}: there is no such directory") from None
+    try:
+        return identity_of(dirfd), await connect(dirfd, path)
+    finally:
+        os.close(dirfd)
 
 
 async def connect(state_dir: int, path: str) -> socket.socket:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from typing import cast
 
+import anyio
+
 from unisandbox.api.errors import FailedPreconditionError
-from unisandbox.host.keeper.link import Link
+from unisandbox.host.keeper.link import Link, checked
 from unisandbox.host.keeper.protocol import Message
+from unisandbox.host.keeper.records import LockTimeoutError
 
 
 class Turnstile:
@@ -24,8 +27,30 @@ class Turnstile:
         #: The ticket of each lock that is ours, by name.
         self._held: dict[str, int] = {}
 
-    async def lock(self, name: str) -> int:
-        """See `Keeper.lock`."""
+    async def lock(self, name: str, *, timeout: float | None = None) -> int:
+        """Wait until the lock of this name is ours; those who wait for it get it in the order in which they asked.
+
+        It is ours until `unlock`, or the end of this connection. It is no lock of the task: another one that asks for
+        it over the same connection waits too. Cancelled, it leaves no lock behind.
+
+        Args:
+            name: of the lock.
+            timeout: seconds; None: for ever.
+
+        Returns:
+            A number that rises by one whenever anybody locks this name: who had it with n and now has it with n + 1
+            knows that nobody had it in between. (It may rise by more when the name was not used for very long.)
+
+        Raises:
+            OSError: ENOSPC when this client waits for too many locks (1024).
+            LockTimeoutError: it was not free in time; says which process has it.
+        """
+        checked(name)
+        with anyio.move_on_after(timeout):
+            return await self._lock(name)
+        raise LockTimeoutError(cast("int", (await self._link.ask("lock_holder", name=name)).message["pid"]))
+
+    async def _lock(self, name: str) -> int:
         ticket = self._link.number()
         self._waiting.add(ticket)
         try:
@@ -46,7 +71,13 @@ class Turnstile:
         return cast("int", said["turn"])
 
     def unlock(self, name: str) -> None:
-        """See `Keeper.unlock`."""
+        """Give a lock to the next one, without an await and without an answer.
+
+        Does nothing once the connection is closed: its end has freed what it had.
+
+        Raises:
+            FailedPreconditionError: this client has not locked it.
+        """
         ticket = self._held.pop(name, None)
         if ticket is not None:
             self._link.say({"op": "unlock", "name": name, "ticket": ticket})

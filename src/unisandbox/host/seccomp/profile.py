@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import attrs
 
@@ -42,8 +42,7 @@ class ArgumentTest:
     second: int = 0
 
 
-@attrs.frozen(cache_hash=True)
-class Rule:
+class Rule(NamedTuple):
     """An answer to some system calls.
 
     Attributes:

@@ -1,0 +1,204 @@
+"""A bundle of an engine (containerd, iSulad) as a container of a sandbox: its config with what is the sandbox's own.
+
+Its root file system and whatever it shows of the host are mounted in the sandbox's mount namespace, below a directory
+of its own: nothing is mounted where others see it, and all of it ends with that directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from unisandbox.api import InvalidArgumentError, UnsupportedError
+from unisandbox.api.task import SANDBOX_NAMESPACES, CreateTask, RootMount
+from unisandbox.backends.runc.pod import DEVICES, Pod
+from unisandbox.host import mounts
+from unisandbox.host.boundary import reached
+from unisandbox.host.cgroups import DeviceRule, Limits
+from unisandbox.oci import foreign
+from unisandbox.oci.features import RuntimeProgram
+
+_KINDS: Final = {"network": "net", "ipc": "ipc", "uts": "uts", "pid": "pid", "user": "user"}
+"""The kinds of namespaces that a sandbox can have: OCI's words to those of proc(5)."""
+
+_ETC: Final = ("hosts", "hostname", "resolv.conf")
+_MOST_SOURCES: Final = 200
+"""Descriptors that go with one job; the kernel takes 253 in a message."""
+
+
+class Adapted:
+    """One bundle of our own, as far as it can be made without doing anything.
+
+    Attributes:
+        config: what the runtime is told.
+        limits: of its cgroup.
+        devices: that it may use; None: those of the sandbox.
+        joined: the kinds of the sandbox's namespaces that it has joined when it was made.
+        ops: operations that mount its root file system and sources, below the sandbox's directory.
+        sources: detached trees, by number in `ops`; close them.
+    """
+
+    def __init__(
+        self,
+        request: CreateTask,
+        pod: Pod,
+        program: RuntimeProgram,
+        *,
+        pin: Callable[[str], str],
+        entered: Mapping[str, str],
+    ) -> None:
+        """Read and check it.
+
+        Args:
+            request: with `config`.
+            pod: the sandbox.
+            program: the runtime that it is for.
+            pin: the path of one of the sandbox's namespaces.
+            entered: those that the runtime enters by itself, so that the config must not name them.
+        """
+        self._pod = pod
+        self._directory = f"/c/{request.container_id}"
+        self.config: foreign.Config = foreign.parse(request.config)
+        foreign.check(self.config, program, all_devices=pod.spec.security.devices == "all")
+        linux = foreign.linux_of(self.config)
+        resources = linux.get("resources") or {}
+        self.limits: Limits = foreign.limits(resources)
+        self.devices: Sequence[DeviceRule] | None = _devices(resources, pod)
+        self.joined: frozenset[str] = frozenset()
+        self._join(linux, pin, entered)
+        # The cgroup is ours, with the limits from here.
+        linux.pop("cgroupsPath", None)
+        linux.pop("resources", None)
+        self.config["ociVersion"] = program.oci_version
+        self.config["process"]["terminal"] = request.terminal
+        self.config["process"].pop("consoleSize", None)
+        self.ops: list[dict[str, object]] = [
+            {"op": "mkdir", "path": self._directory, "parents": True},
+            {"op": "mkdir", "path": f"{self._directory}/root"},
+        ]
+        self.sources: list[int] = []
+        try:
+            self._mount_root(request.bundle, request.rootfs)
+            self._mount_sources(request.bundle)
+        except BaseException:
+            self.close()
+            raise
+        self._add_own()
+
+    def close(self) -> None:
+        """Close the sources."""
+        for fd in self.sources:
+            os.close(fd)
+        self.sources.clear()
+
+    def _join(self, linux: foreign.Config, pin: Callable[[str], str], entered: Mapping[str, str]) -> None:
+        """Let it join the sandbox's namespaces; where the sandbox has the host's, it has too."""
+        spaces: list[foreign.Config] = []
+        joined: set[str] = set()
+        for space in linux.get("namespaces") or []:
+            path = str(space.get("path") or "")
+            if not path.startswith(SANDBOX_NAMESPACES):
+                spaces.append(space)
+                continue
+            kind = _KINDS.get(str(space.get("type")), "")
+            if path != SANDBOX_NAMESPACES + kind:
+                raise InvalidArgumentError(f"{path!r} is no namespace of the sandbox of type {space.get('type')!r}")
+            if kind not in self._pod.pins:
+                if kind == "pid":
+                    raise InvalidArgumentError(
+                        f"sandbox {self._pod.label!r} has no pid namespace that its containers share"
+                    )
+                continue  # it is the host's
+            joined.add(kind)
+            if kind not in entered:
+                spaces.append({**space, "path": pin(kind)})
+        linux["namespaces"] = spaces
+        self.config["linux"] = linux
+        self.joined = frozenset(joined)
+
+    def _mount_root(self, bundle: str, rootfs: Sequence[RootMount]) -> None:
+        root = self.config["root"]
+        path = f"{self._directory}/root"
+        if len(rootfs) > 1:
+            raise UnsupportedError("a root file system of several mounts", "runc")
+        if not rootfs:
+            self._bind(os.path.join(bundle, root["path"]), path, recursive=True, attributes=[])
+        elif rootfs[0].type == "overlay":
+            self.ops.append({**foreign.overlay_op(rootfs[0]), "path": path})
+        elif rootfs[0].type == "bind" or {"bind", "rbind"} & set(rootfs[0].options):
+            options = set(rootfs[0].options)
+            if unknown := sorted(options - {"bind", "rbind", "ro", "rw"}):
+                raise UnsupportedError(f"option {unknown[0]!r} of a root file system's bind mount", "runc")
+            attributes = ["readonly"] if "ro" in options else []
+            self._bind(rootfs[0].source, path, recursive="rbind" in options, attributes=attributes)
+        else:
+            raise UnsupportedError(f"a root file system of type {rootfs[0].type!r}", "runc")
+        self.config["root"] = {**root, "path": f"{self._pod.work}{path}"}
+
+    def _mount_sources(self, bundle: str) -> None:
+        for number, mount in enumerate(foreign.binds(self.config)):
+            path = f"{self._directory}/m{number}"
+            source = os.path.join(bundle, str(mount.get("source") or ""))
+            self._bind(source, path, recursive="rbind" in (mount.get("options") or []), attributes=[])
+            mount["source"] = f"{self._pod.work}{path}"
+
+    def _bind(self, source: str, path: str, *, recursive: bool, attributes: Sequence[str]) -> None:
+        if len(self.sources) >= _MOST_SOURCES:
+            raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
+        try:
+            self.sources.append(mounts.detached_tree(os.path.realpath(source), recursive=recursive))
+        except OSError as error:
+            raise InvalidArgumentError(f"mount source {source!r} cannot be used: {error.strerror}") from error
+        self.ops.append(
+            {
+                "op": "bind",
+                "source": {"fd": len(self.sources) - 1},
+                "path": path,
+                "create": True,
+                "detached": True,
+                "attributes": list(attributes),
+            }
+        )
+
+    def _add_own(self) -> None:
+        """What is the sandbox's: names, and shared memory where it would be private."""
+        listed = self.config.get("mounts") or []
+        taken = {os.path.normpath(str(mount.get("destination"))): mount for mount in listed}
+        access = "ro" if self.config["root"].get("readonly") else "rw"
+        own = {f"/etc/{name}": f"{self._pod.etc}/{name}" for name in _ETC if f"/etc/{name}" not in taken}
+        if "ipc" in self.joined and taken.get("/dev/shm", {"type": "tmpfs"}).get("type") == "tmpfs":
+            listed = [mount for mount in listed if os.path.normpath(str(mount.get("destination"))) != "/dev/shm"]
+            own["/dev/shm"] = f"{self._pod.work}/shm"
+        for destination, source in own.items():
+            options = ["rbind", "rprivate", "rw" if destination == "/dev/shm" else access]
+            listed.append({"destination": destination, "type": "bind", "source": source, "options": options})
+        self.config["mounts"] = listed
+
+    def write(self, directory: str) -> None:
+        """Make the bundle's directory, readable by nobody else, with its config.json."""
+        reached("before bundle.write", directory)
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        with open(os.open(f"{directory}/config.json", flags, 0o600), "w", encoding="utf-8") as file:
+            json.dump(self.config, file)
+        reached("after bundle.write", directory)
+
+    def steps(self, mnt: int) -> list[Mapping[str, object]]:
+        """The job that mounts it all.
+
+        Args:
+            mnt: number among the request's descriptors of the sandbox's mount namespace.
+        """
+        return [{"do": "enter", "fd": mnt}, {"do": "mounts", "root": self._pod.work, "ops": self.ops}]
+
+
+def _devices(resources: Mapping[str, Any], pod: Pod) -> Sequence[DeviceRule] | None:
+    more = foreign.devices(resources)
+    if pod.spec.security.devices == "all":
+        return None if more is None else (*DEVICES, *more)
+    if more is None or more:
+        what = "all devices" if more is None else f"device {more[0]}"
+        raise UnsupportedError(f"access to {what}", "runc", reason=f"sandbox {pod.label!r} has the usual ones only")
+    return None

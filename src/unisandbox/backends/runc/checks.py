@@ -1,0 +1,82 @@
+"""What this backend refuses, before anything is done."""
+
+from __future__ import annotations
+
+import resource
+from typing import Final
+
+from unisandbox.api import ContainerSpec, InvalidArgumentError, Resources, SandboxSpec, UnsupportedError
+from unisandbox.backends.runc.capabilities import CAPABILITIES
+from unisandbox.backends.runc.sysctls import checked_sysctls
+from unisandbox.oci.features import RuntimeProgram
+
+_LEAST_PIDS: Final = 3
+
+
+def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
+    """Refuse what cannot be done, before anything is."""
+    if spec.rootfs.kind not in CAPABILITIES.rootfs:
+        raise UnsupportedError(
+            f"rootfs kind {spec.rootfs.kind!r} ({spec.rootfs.ref!r})",
+            "runc",
+            hint="Use 'host', or unpack the image and give the directory's path (with a '/' in it).",
+        )
+    if spec.network.kind not in CAPABILITIES.networks:
+        raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
+    if spec.annotations:
+        raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
+    if spec.userns == "private" and (why := _no_user_namespaces()):
+        raise UnsupportedError(
+            "a user namespace of its own", "runc", reason=why, hint="Use userns='host' if you trust what runs in it."
+        )
+    if spec.security.devices == "all" and spec.userns == "private":
+        raise UnsupportedError(
+            "devices of the host in a user namespace of its own",
+            "runc",
+            hint="Use userns='host' if you trust it so far.",
+        )
+    if spec.share_pid and spec.userns == "private" and not runtime.features.held_userns:
+        raise UnsupportedError(
+            "share_pid in a user namespace of its own",
+            "runc",
+            reason=f"{runtime.name} cannot join the pid namespace",
+            hint="Install a runtime that can: apt install crun.",
+        )
+    check_resources(spec.resources)
+    checked_sysctls(spec.sysctls, spec.network)
+
+
+def _no_user_namespaces() -> str:
+    """Why this host makes no user namespaces; empty when nothing forbids it."""
+    try:
+        with open("/proc/sys/user/max_user_namespaces", encoding="ascii") as file:
+            return "" if int(file.read()) > 0 else "user.max_user_namespaces is 0"
+    except FileNotFoundError:
+        return "this kernel has none"
+
+
+def check_resources(resources: Resources) -> None:
+    if resources.cpu_seconds is not None:
+        raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use run(..., timeout=), or isolation='wasm'.")
+    if resources.pids is not None and resources.pids < _LEAST_PIDS:
+        raise InvalidArgumentError(
+            f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
+        )
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if resources.nofile is not None and most != resource.RLIM_INFINITY and resources.nofile > most:
+        raise InvalidArgumentError(
+            f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
+        )
+
+
+def check_container(container: ContainerSpec) -> None:
+    """Refuse what a container cannot have, before anything is done."""
+    resources = container.resources
+    if resources is not None and resources.cpu_seconds is not None:
+        raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use isolation='wasm'.")
+    if resources is not None and resources.disk not in {None, 0}:
+        raise UnsupportedError(
+            "a disk limit of one container", "runc", hint="All containers share that of the sandbox; leave disk= out."
+        )
+    if container.rootfs is not None and container.rootfs.kind == "image":
+        raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")

@@ -1,0 +1,96 @@
+"""Whether Wasm sandboxes can run on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterator
+from typing import Final
+
+import anyio
+import anyio.lowlevel
+
+from unisandbox.api import Probe, UnavailableError
+from unisandbox.backends.wasm.capabilities import NAME
+
+TESTED: Final = ((50, 0), (51, 0))
+"""Versions of wasmtime, from the first to before the second: its C API is used below what it promises."""
+
+_HINT: Final = "Install it: pip install 'unisandbox[wasm]'."
+# mount_setattr(2) and openat2(2) together came with 5.12, overlays from descriptors need nothing newer.
+_OLDEST_KERNEL: Final = (5, 12)
+_DEEP_SECONDS: Final = 30.0
+# A module that ends with 7, compiled and run where it can do no harm to this process.
+_TRIAL: Final = """
+import os, sys
+import wasmtime
+from unisandbox.backends.wasm.config import configuration
+engine = wasmtime.Engine(configuration())
+text = '(module (func (export "seven") (result i32) i32.const 7))'
+store = wasmtime.Store(engine)
+store.set_epoch_deadline(1)
+instance = wasmtime.Instance(store, wasmtime.Module(engine, text), [])
+os._exit(instance.exports(store)["seven"](store))
+"""
+
+
+def require_wasmtime() -> str:
+    """The version of wasmtime.
+
+    Raises:
+        UnavailableError: it is missing, or one that was not tested.
+    """
+    try:
+        version = importlib.metadata.version("wasmtime")
+    except importlib.metadata.PackageNotFoundError:
+        raise UnavailableError("Wasm sandboxes need the package wasmtime, which is not installed", hint=_HINT) from None
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if not TESTED[0] <= numbers < TESTED[1]:
+        wanted = f"at least {TESTED[0][0]}.{TESTED[0][1]} and below {TESTED[1][0]}.{TESTED[1][1]}"
+        raise UnavailableError(f"wasmtime {version} is installed, and {wanted} was tested", hint=_HINT)
+    return version
+
+
+async def probe(*, deep: bool = False) -> Probe:
+    """See `Backend.probe`. `deep` compiles and runs a module in a process of its own."""
+    await anyio.lowlevel.checkpoint()
+    facts = {"kernel": os.uname().release, "machine": os.uname().machine}
+    try:
+        facts["wasmtime"] = require_wasmtime()
+    except UnavailableError as error:
+        return Probe(NAME, available=False, reason=error.message, hint=error.hint, facts=facts)
+    for reason, hint in _obstacles():
+        return Probe(NAME, available=False, reason=reason, hint=hint, facts=facts)
+    if deep:
+        failure = await _try()
+        if failure:
+            hint = "Is this processor one that wasmtime compiles for?"
+            return Probe(NAME, available=False, reason=failure, hint=hint, facts=facts, deep=True)
+        return Probe(NAME, available=True, reason="a module was compiled and run", facts=facts, deep=True)
+    return Probe(NAME, available=True, reason=f"wasmtime {facts['wasmtime']} found, nothing forbids it", facts=facts)
+
+
+def _obstacles() -> Iterator[tuple[str, str]]:
+    """What forbids it, and what to do about that."""
+    if os.uname().machine not in {"x86_64", "aarch64"}:
+        yield f"wasmtime compiles for x86_64 and aarch64, this is {os.uname().machine}", "Use another machine."
+    if os.geteuid() != 0:
+        yield "the files of a sandbox are mounts, which need root", "Run as root."
+    release = os.uname().release.split(".")
+    numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release[:2])
+    if numbers < _OLDEST_KERNEL:
+        yield f"this kernel is {os.uname().release}, older than 5.12", "Use a newer kernel."
+
+
+async def _try() -> str:
+    """Why it failed; empty when it has not."""
+    argv = [sys.executable, "-c", _TRIAL]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    code: int | None = None
+    with anyio.move_on_after(_DEEP_SECONDS), contextlib.suppress(OSError):
+        code = (await anyio.run_process(argv, env=env, check=False)).returncode
+    if code == 7:
+        return ""
+    return f"running a module in a process of its own ended with {'nothing in time' if code is None else code}"

@@ -1,0 +1,279 @@
+"""What runs in one sandbox: its main container, made at the first use, those that are added, and what they write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    ContainerSpec,
+    CreateTask,
+    Exit,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ProcessSpec,
+    SandboxError,
+    Stdio,
+    TaskService,
+)
+from unisandbox.engine.logs import LOG_BYTES, LOG_STREAMS, LogReader, LogStream
+
+if TYPE_CHECKING:
+    from unisandbox.engine.core import EngineCore
+    from unisandbox.engine.entry import Entry
+
+MAIN: Final = "main"
+"""The name of the container that `run` and `exec` use."""
+
+
+class Programs:
+    """Those of one sandbox.
+
+    Attributes:
+        main_made: the main container is there, as far as this process knows; it may have ended.
+    """
+
+    def __init__(self, core: EngineCore, entry: Entry) -> None:
+        self.main_made: bool = False
+        self._core = core
+        self._entry = entry
+        self._host = core.host
+        self._prefix = core.host.prefix(entry.sandbox_id)
+        self._execs = 0
+        self._containers = 0
+
+    # --- the main container ---
+
+    async def ready(self) -> TaskService:
+        """The task service, with the main container running: it is made at the first use.
+
+        Raises:
+            NotFoundError: the sandbox was removed.
+            FailedPreconditionError: it is stopped.
+        """
+        entry = self._entry
+        await self._check_usable()
+        await entry.sharing.await_expiry()
+        entry.check_alive()
+        await entry.sharing.refresh()
+        self._core.check_keeper()  # it may have ended meanwhile, and then nothing was learnt
+        task = entry.task
+        entry.check_started()
+        if not await self._main_runs(task):
+            async with entry.sharing.changing():
+                entry.check_started()
+                task = entry.task
+                if self.main_made and not await self._main_runs(task):
+                    if await entry.held.launched():
+                        raise FailedPreconditionError(
+                            f"the program that was launched in sandbox {entry.label!r} has ended",
+                            hint="launch() another one, or stop() and start() the sandbox.",
+                        )
+                    # Its init is gone (killed for memory, say): what it ran has ended, the files are still there.
+                    await self._drop_main(task)
+                if not self.main_made:
+                    await self._make_main(task)
+        return task
+
+    async def launch(self, process: ProcessSpec) -> int | None:
+        """Make the main container with this program as its main process; its pid on the host, if it has one.
+
+        Raises:
+            FailedPreconditionError: the main container runs.
+        """
+        entry = self._entry
+        await self._check_usable()
+        async with entry.sharing.changing():
+            entry.check_started()
+            task = entry.task
+            if self.main_made:
+                if await self._main_runs(task):
+                    raise FailedPreconditionError(
+                        f"something runs in sandbox {entry.label!r} already",
+                        hint="Use exec, or stop the sandbox first.",
+                    )
+                await self._drop_main(task)
+            await entry.held.launch()
+            try:
+                pid = await self._add(task, ContainerSpec(name=MAIN, process=process))
+            except BaseException:
+                entry.held.forget_launch()
+                raise
+            self.main_made = True
+            return pid
+
+    async def remove(self, container_id: str) -> Exit | None:
+        """Free a container with all that is kept of it: how its main process ended, if that is known."""
+        entry = self._entry
+        if container_id != MAIN:
+            exit = await entry.last_task.delete(container_id)
+            await self.drop_logs(container_id)
+            return exit
+        async with entry.sharing.changing():
+            return await self._drop_main(entry.last_task)
+
+    async def forget_main(self) -> None:
+        """The main container is gone: if it was launched, what it wrote goes, too."""
+        if await self._entry.held.launched():
+            await self.drop_logs(MAIN)
+            self._entry.held.forget_launch()
+
+    async def _main_runs(self, task: TaskService) -> bool:
+        # Another process may have ended it, and a look has just found that.
+        if not self.main_made or MAIN not in task.container_ids:
+            return False
+        state = (await task.state(MAIN)).state
+        if state == "paused":
+            raise self._paused()
+        return state != "stopped"
+
+    async def _check_going(self, task: TaskService) -> None:
+        """Nothing is to begin beside what is paused."""
+        for container_id in task.container_ids:
+            if (await task.state(container_id)).state == "paused":
+                raise self._paused()
+
+    def _paused(self) -> FailedPreconditionError:
+        return FailedPreconditionError(f"sandbox {self._entry.label!r} is paused", hint="await sandbox.resume() first.")
+
+    async def _drop_main(self, task: TaskService) -> Exit | None:
+        self.main_made = False
+        exit = await task.delete(MAIN)
+        await self.forget_main()
+        return exit
+
+    async def _make_main(self, task: TaskService) -> None:
+        await self._check_going(task)
+        try:
+            await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
+            self._entry.telling.container_created(MAIN)
+            await task.start(MAIN)
+        except BaseException:
+            await self._entry.cleaning.run(lambda: task.delete(MAIN))
+            raise
+        self.main_made = True
+        self._entry.telling.container_started(MAIN)
+
+    # --- processes in it ---
+
+    def next_exec_id(self) -> str:
+        """A new id for a process, never reused in this sandbox."""
+        self._execs += 1
+        # Other processes count, too, each for itself.
+        return f"p{self._execs}" + (f"-{self._host.keeper.hello.client}" if self._host.shared else "")
+
+    def started(self, exec_id: str) -> None:
+        """A process was started in the main container."""
+        self._entry.telling.process_started(MAIN, exec_id)
+
+    def exited(self, exec_id: str, exit: Exit | None) -> None:
+        """A process of the main container has ended, and whoever started it knows how."""
+        self._entry.held.forget(exec_id)
+        self._entry.telling.process_exited(MAIN, exec_id, exit)
+
+    async def finish_operations(self) -> None:
+        """What was started under an operation id and has ended with the rest is not to be run again."""
+        for process in await self._entry.held.read():
+            if process.operation_id:
+                exit = Exit.lost(exited_at=time.time())
+                with contextlib.suppress(SandboxError):
+                    exit = await self._entry.last_task.wait(MAIN, process.exec_id)
+                with contextlib.suppress(NotFoundError, FailedPreconditionError):  # forgotten, or told already
+                    self._core.operations.finish(process.operation_id, json.dumps(attrs.asdict(exit)))
+
+    async def take_over_output(self, fd: int) -> None:
+        """Let the keeper read and drop what background processes still write to the pipe `fd`."""
+        await self._host.keeper.spools.ring(f"{self._prefix}drain/{self.next_exec_id()}", fd, limit=4096)
+
+    # --- containers that are added ---
+
+    def next_container_name(self) -> str:
+        """A name for a container that the user did not name."""
+        taken = self._entry.telling.identities()
+        # Other processes name some, too, at the same time.
+        suffix = "" if self._core.owner else f"-{self._core.host.keeper.hello.client}"
+        while True:
+            self._containers += 1
+            name = f"c{self._containers}{suffix}"
+            if name not in taken:
+                return name
+
+    async def add(self, spec: ContainerSpec) -> int | None:
+        """Create and start a container; the keeper keeps the last of what it writes. Its pid on the host, if any."""
+        entry = self._entry
+        entry.check_alive()
+        if spec.resources is not None:
+            self._core.check_resources(entry.backend, spec.resources)
+        await self._check_usable()
+        if spec.name == MAIN:
+            raise AlreadyExistsError(
+                f"container {MAIN!r} of sandbox {entry.label!r} is the one that run and exec use",
+                hint="Take another name, or launch() a program in it.",
+            )
+        async with entry.sharing.changing():
+            entry.check_started()
+            return await self._add(entry.task, spec)
+
+    async def _add(self, task: TaskService, spec: ContainerSpec) -> int | None:
+        await self._check_going(task)
+        if spec.name in task.container_ids:
+            raise AlreadyExistsError(
+                f"sandbox {self._entry.label!r} has a container {spec.name!r} already",
+                hint="Take another name.",
+            )
+
+        async def undo() -> None:
+            task.kill_now(spec.name)
+            await task.delete(spec.name)
+            await self.drop_logs(spec.name)
+
+        with contextlib.ExitStack() as ends:
+            readers: list[int] = []
+            writers: list[int] = []
+            for _ in LOG_STREAMS:
+                reader, writer = os.pipe2(os.O_CLOEXEC)
+                ends.callback(os.close, reader)
+                ends.callback(os.close, writer)
+                readers.append(reader)
+                writers.append(writer)
+            try:
+                await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
+                self._entry.telling.container_created(spec.name)
+                if self._host.shared:
+                    await self.drop_logs(spec.name)  # of one whose creation was cut
+                for stream, reader in zip(LOG_STREAMS, readers, strict=True):
+                    await self._host.keeper.spools.ring(self._log(spec.name, stream), reader, limit=LOG_BYTES)
+                started = await task.start(spec.name)
+            except BaseException:
+                await self._entry.cleaning.run(undo)
+                raise
+        self._entry.telling.container_started(spec.name)
+        return started.pid
+
+    # --- what they write ---
+
+    def logs(self, container_id: str, stream: LogStream, *, offset: int = 0, tail: int | None = None) -> LogReader:
+        """What the main process of a container writes."""
+        if stream not in LOG_STREAMS:
+            raise InvalidArgumentError(f"stream must be 'stdout' or 'stderr', got {stream!r}")
+        whose = f"container {container_id!r} of sandbox {self._entry.label!r}"
+        return LogReader(self._host.keeper, self._log(container_id, stream), whose, offset=offset, tail=tail)
+
+    async def drop_logs(self, container_id: str) -> None:
+        """Forget what a container wrote."""
+        await self._host.keeper.drop([self._log(container_id, stream) for stream in LOG_STREAMS])
+
+    def _log(self, container_id: str, stream: LogStream) -> str:
+        return f"{self._prefix}log/{container_id}/{stream}"
+
+    async def _check_usable(self) -> None:
+        self._entry.check_alive()
+        self._core.check_keeper()
+        await self._entry.cleaning.catch_up()

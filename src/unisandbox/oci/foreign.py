@@ -1,0 +1,213 @@
+"""The config.json of an engine (containerd, iSulad): what of it a runtime is told, and what becomes a cgroup's limits.
+
+A field that the runtime would not understand is refused; it is never left out without a word.
+Source: opencontainers runtime-spec 1.3, config.md and config-linux.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from unisandbox.api import InvalidArgumentError, UnsupportedError
+from unisandbox.api.task import RootMount
+from unisandbox.host.cgroups import DeviceRule, Limits
+from unisandbox.host.cgroups.limits import CPU_MIN
+from unisandbox.oci.features import RuntimeProgram
+
+Config = dict[str, Any]
+
+# What came after runtime-spec 1.0, or no runtime here is known to honour.
+_NEWER: Final[Mapping[str, frozenset[str]]] = {
+    "": frozenset({"domainname", "vm", "zos", "windows", "solaris"}),
+    "process": frozenset({"scheduler", "ioPriority", "execCPUAffinity"}),
+    "linux": frozenset({"timeOffsets", "netDevices", "memoryPolicy", "intelRdt", "personality"}),
+}
+_NAMESPACES: Final = frozenset({"pid", "network", "mount", "ipc", "uts", "user", "cgroup"})
+_SHARED: Final = frozenset({"shared", "rshared", "slave", "rslave", "unbindable", "runbindable"})
+# The devices of every container (see the backend), and the console, which is a terminal of devpts.
+_USUAL_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, None)})
+_SHARES_PER_WEIGHT: Final = 1024 / 100  # the defaults of cgroup v1 and v2 mean the same
+_UNLIMITED: Final = 1 << 62
+
+
+def parse(text: str) -> Config:
+    """An OCI config. Raises InvalidArgumentError when it is none."""
+    try:
+        config = json.loads(text)
+        process = config["process"]
+        usable = isinstance(process["args"], list) and isinstance(config["root"]["path"], str)
+        lists = [config.get("mounts") or [], linux_of(config).get("namespaces") or []]
+        usable = usable and all(isinstance(entry, dict) for entries in lists for entry in entries)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidArgumentError(f"this is no usable OCI config: {error!r}") from error
+    if not usable:
+        raise InvalidArgumentError("this is no usable OCI config: a part of it is not as specified")
+    return config  # type: ignore[no-any-return]
+
+
+def linux_of(config: Config) -> Config:
+    """Its part for Linux, which may be missing."""
+    linux = config.get("linux") or {}
+    if not isinstance(linux, dict):
+        raise InvalidArgumentError("this is no usable OCI config: 'linux' is no object")
+    return linux
+
+
+def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False) -> None:
+    """Refuse what this runtime cannot express, or what needs more of the host than a sandbox gives.
+
+    Args:
+        config: the whole.
+        program: the runtime.
+        all_devices: the sandbox may have devices of the host.
+
+    Raises:
+        UnsupportedError: names the field.
+    """
+    for place, names in _NEWER.items():
+        part = config.get(place) or {} if place else config
+        for name in sorted(names & {key for key, value in part.items() if value}):
+            raise _refusal(f"{place}.{name}".lstrip("."), program)
+    for space in linux_of(config).get("namespaces") or []:
+        if space.get("type") not in _NAMESPACES:
+            raise _refusal(f"a namespace of type {space.get('type')!r}", program)
+    for mount in config.get("mounts") or []:
+        options = frozenset(mount.get("options") or [])
+        where = f"mount {mount.get('destination')!r}"
+        if (mount.get("uidMappings") or mount.get("gidMappings")) and not program.features.idmapped_mounts:
+            raise _refusal(f"{where} with ids of its own", program)
+        if "rro" in options and not program.features.recursive_readonly:
+            raise _refusal(f"{where} that is read-only with all below it", program)
+        if shared := sorted(options & _SHARED):
+            raise UnsupportedError(
+                f"{where} with propagation {shared[0]!r}", "runc", reason="what is mounted later is not passed on"
+            )
+    if (propagation := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate"}:
+        raise UnsupportedError(f"rootfs propagation {propagation!r}", "runc")
+    if linux_of(config).get("devices") and not all_devices:
+        raise UnsupportedError("devices of the host", "runc", reason="a sandbox has the usual ones only")
+
+
+def _refusal(what: str, program: RuntimeProgram) -> UnsupportedError:
+    return UnsupportedError(what, "runc", reason=f"{program.name} {program.version_text} is not known to honour it")
+
+
+def limits(resources: Mapping[str, Any]) -> Limits:
+    """The limits of a container's own cgroup, but for `devices`.
+
+    Raises:
+        UnsupportedError: a limit that cannot be set here; it is named.
+    """
+    known = {"memory", "cpu", "pids", "devices"}
+    for name, value in resources.items():
+        if name not in known and value:
+            raise UnsupportedError(f"resources.{name}", "runc")
+    memory, cpu = _part(resources, "memory"), _part(resources, "cpu")
+    _check_part("memory", memory, {"limit", "swap", "checkBeforeUpdate"})
+    _check_part("cpu", cpu, {"shares", "quota", "period"})
+    size, both = _positive(memory.get("limit")), _positive(memory.get("swap"))
+    if both is not None and (size is None or both < size):
+        raise InvalidArgumentError(f"resources.memory.swap {both} is less than the memory limit {size}")
+    # In OCI swap counts memory too, and not saying anything means no limit of its own.
+    swap = None if both is None or size is None else both - size
+    quota, period = cpu.get("quota"), cpu.get("period") or 100_000
+    cores = None if not quota or quota < 0 else max(quota / period, CPU_MIN)
+    shares = _positive(cpu.get("shares"))
+    weight = None if shares is None else max(1, min(10_000, round(shares / _SHARES_PER_WEIGHT)))
+    pids = _positive(_part(resources, "pids").get("limit"))
+    return Limits(memory=size, swap=swap, cpu=cores, cpu_weight=weight, pids=pids)
+
+
+def _part(resources: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = resources.get(name) or {}
+    if not isinstance(part, dict) or any(isinstance(value, int) and abs(value) > 1 << 64 for value in part.values()):
+        raise InvalidArgumentError(f"resources.{name} is not as specified: {part!r:.80}")
+    return part
+
+
+def _check_part(name: str, part: Mapping[str, Any], known: set[str]) -> None:
+    for key, value in part.items():
+        if key not in known and value:
+            raise UnsupportedError(f"resources.{name}.{key}", "runc")
+        if key in known and value is not None and not isinstance(value, int):
+            raise InvalidArgumentError(f"resources.{name}.{key} must be a number, got {value!r:.80}")
+
+
+def _positive(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 < value < _UNLIMITED else None
+
+
+def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
+    """The devices that a container may use beyond the usual ones; None: all of the host.
+
+    Raises:
+        InvalidArgumentError: a rule that means nothing.
+    """
+    more: list[DeviceRule] = []
+    for rule in resources.get("devices") or []:
+        if not isinstance(rule, dict):
+            raise InvalidArgumentError(f"a rule of resources.devices is no object: {rule!r:.80}")
+        major, minor = (None if rule.get(name) in {None, -1} else rule[name] for name in ("major", "minor"))
+        if not rule.get("allow") or (major, minor) in _USUAL_DEVICES:
+            continue
+        kind = rule.get("type") or "a"
+        if kind == "a" and major is None and minor is None:
+            return None
+        access = str(rule.get("access") or "rwm")
+        # Rules say themselves what is wrong with them.
+        more += [DeviceRule(each, major, minor, access) for each in ("c", "b") if kind in {each, "a"}]
+        if kind not in {"a", "b", "c"}:
+            raise InvalidArgumentError(f"a device is of type a, b or c, got {kind!r:.80}")
+    return more
+
+
+def binds(config: Config) -> Iterator[Config]:
+    """The mounts that show something of the host."""
+    for mount in config.get("mounts") or []:
+        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
+            yield mount
+
+
+def overlay_op(mount: RootMount) -> dict[str, object]:
+    """An overlay as an operation of a job, its `path` still missing.
+
+    Directories are named one by one there, so that no option is too long however many layers there are.
+
+    Raises:
+        UnsupportedError: an option that would be left out.
+        InvalidArgumentError: a directory is missing or is none.
+    """
+    given: dict[str, str] = {}
+    attributes: list[str] = []
+    for option in mount.options:
+        name, has_value, value = option.partition("=")
+        if name in {"lowerdir", "upperdir", "workdir"} and has_value:
+            given[name] = value
+        elif option == "ro":
+            attributes.append("readonly")
+        elif option == "volatile":
+            given[name] = "yes"
+        elif option not in {"rw", "index=off"}:  # "off" is what the kernel does unless it is built otherwise
+            raise UnsupportedError(f"overlay option {option!r}", "runc")
+    if "lowerdir" not in given or ("upperdir" in given) != ("workdir" in given):
+        raise InvalidArgumentError("an overlay needs lowerdir, and upperdir and workdir together")
+    op: dict[str, object] = {
+        "op": "overlay",
+        "lower": [_directory(path) for path in given["lowerdir"].split(":")],
+        "attributes": attributes,
+        "volatile": "volatile" in given,
+    }
+    if "upperdir" in given:
+        op |= {"upper": _directory(given["upperdir"]), "work": _directory(given["workdir"])}
+    return op
+
+
+def _directory(path: str) -> str:
+    """Without symbolic links, which operations refuse: whoever gives the path may have some in it."""
+    real = os.path.realpath(path)
+    if not os.path.isabs(path) or not os.path.isdir(real):
+        raise InvalidArgumentError(f"layer {path!r} is no directory of this host")
+    return real

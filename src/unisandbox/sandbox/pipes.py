@@ -1,0 +1,82 @@
+"""The standard streams of a process: pipes, whose inner ends it gets and whose others are ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Self
+
+import attrs
+
+from unisandbox.api import Stdio, UnavailableError
+from unisandbox.engine.held import StreamName
+from unisandbox.host.readiness import Descriptor
+
+
+@attrs.define(eq=False, repr=False)
+class Pipes:
+    """Both ends of a process's standard streams: `inside` goes to the process, the others are ours."""
+
+    inside: Stdio = attrs.field(factory=Stdio)
+    stdin: Descriptor | None = None
+    stdout: Descriptor | None = None
+    stderr: Descriptor | None = None
+    #: Hears when one of our ends is closed.
+    closed: Callable[[StreamName], None] | None = None
+
+    def own(self, stream: StreamName, fd: int) -> Descriptor:
+        """Our end of a stream."""
+
+        def close(fd: int) -> None:
+            os.close(fd)
+            if self.closed is not None:
+                self.closed(stream)
+
+        return Descriptor(fd, close)
+
+    def fds(self) -> dict[StreamName, int]:
+        """Our ends, by stream."""
+        ends: tuple[tuple[StreamName, Descriptor | None], ...] = (
+            ("stdin", self.stdin),
+            ("stdout", self.stdout),
+            ("stderr", self.stderr),
+        )
+        return {stream: end.fileno() for stream, end in ends if end is not None}
+
+    @classmethod
+    def open(cls, *, stdin: bool, output: bool = True) -> Self:
+        """Make the pipes; without `stdin` the process reads /dev/null."""
+        made: list[int] = []
+        try:
+            ends: list[tuple[int, int] | None] = []
+            for wanted in (stdin, output, output):
+                pair = os.pipe2(os.O_CLOEXEC) if wanted else None
+                made.extend(pair or ())
+                ends.append(pair)
+            into, out, err = ends
+            pipes = cls(inside=Stdio(stdin=into and into[0], stdout=out and out[1], stderr=err and err[1]))
+            pipes.stdin = pipes.own("stdin", into[1]) if into else None
+            pipes.stdout = pipes.own("stdout", out[0]) if out else None
+            pipes.stderr = pipes.own("stderr", err[0]) if err else None
+            return pipes
+        except BaseException as error:
+            for fd in made:
+                os.close(fd)
+            if isinstance(error, OSError):
+                raise UnavailableError(
+                    f"no pipe can be made for a process: {error.strerror}",
+                    hint="This process has too many open files: close some, or raise its limit (ulimit -n).",
+                ) from error
+            raise
+
+    def close_inside(self) -> None:
+        """The process has them now."""
+        for fd in (self.inside.stdin, self.inside.stdout, self.inside.stderr):
+            if fd is not None:
+                os.close(fd)
+
+    def close(self) -> None:
+        """Close our ends."""
+        for end in (self.stdin, self.stdout, self.stderr):
+            if end is not None:
+                end.close()

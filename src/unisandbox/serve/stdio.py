@@ -1,0 +1,192 @@
+"""The streams of a container: FIFOs of the engine, whose ends the processes get as they are.
+
+Nothing is copied. The opposite ends are held by the keeper, so that neither a restart of the engine nor of this server
+closes a stream that a process uses: a writer waits for its reader to come back, and standard input ends when the engine
+says so (CloseIO).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from typing import Final, NamedTuple
+
+import anyio
+
+from unisandbox.api import InvalidArgumentError, Stdio, UnsupportedError
+from unisandbox.host.keeper import Keeper
+
+_MAIN: Final = "-"
+_NAMES: Final = ("stdin", "stdout", "stderr")
+_PIECE: Final = 32 << 10
+
+
+class Streams(NamedTuple):
+    """What an engine has said of a process's streams.
+
+    Attributes:
+        stdin, stdout, stderr: paths of FIFOs, or empty.
+        terminal: they are those of a terminal.
+        bundle: of its container.
+    """
+
+    stdin: str = ""
+    stdout: str = ""
+    stderr: str = ""
+    terminal: bool = False
+    bundle: str = ""
+
+
+class Ends:
+    """Both ends of a process's FIFOs, as descriptors of ours; -1 for none.
+
+    Attributes:
+        inside: the process's: standard input for reading, the others for writing.
+        outside: the opposite ones.
+    """
+
+    def __init__(self) -> None:
+        self.inside: list[int] = [-1, -1, -1]
+        self.outside: list[int] = [-1, -1, -1]
+
+    @classmethod
+    def open(cls, streams: Streams) -> Ends:
+        """Open them; never waits for the engine.
+
+        Raises:
+            UnsupportedError: a stream that is no FIFO's path.
+            InvalidArgumentError: the path cannot be opened, or is no FIFO.
+        """
+        ends = cls()
+        try:
+            for index, path in enumerate(streams[:3]):
+                if path:
+                    ends._open(index, path)
+        except BaseException:
+            ends.close()
+            raise
+        return ends
+
+    def _open(self, index: int, path: str) -> None:
+        if "://" in path:
+            kind = path.partition("://")[0]
+            raise UnsupportedError(f"{_NAMES[index]} by {kind!r}", "serve", hint="Use io_type = 'fifo'.")
+        if not os.path.isabs(path):
+            raise InvalidArgumentError(f"{_NAMES[index]} must be an absolute path, got {path!r:.200}")
+        reader = _open_fifo(path, os.O_RDONLY | os.O_NONBLOCK, _NAMES[index])
+        ends = (self.inside, self.outside) if index == 0 else (self.outside, self.inside)
+        ends[0][index] = reader
+        # There is a reader now, so this does not wait.
+        ends[1][index] = _open_fifo(path, os.O_WRONLY | os.O_NONBLOCK, _NAMES[index])
+        os.set_blocking(self.inside[index], True)  # what programs expect
+
+    def stdio(self) -> Stdio:
+        """The process's ends."""
+        return Stdio(*(fd if fd >= 0 else None for fd in self.inside))
+
+    def close(self) -> None:
+        """Close all of them here."""
+        for fds in (self.inside, self.outside):
+            for index, fd in enumerate(fds):
+                if fd >= 0:
+                    os.close(fd)
+                fds[index] = -1
+
+
+def _open_fifo(path: str, flags: int, what: str) -> int:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise InvalidArgumentError(f"{what} cannot be opened: {path}: {error.strerror}") from error
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise InvalidArgumentError(f"{what} must be a FIFO: {path}")
+    return fd
+
+
+class HeldStreams:
+    """What the keeper holds of the streams of one pod's processes.
+
+    Args:
+        keeper: who holds it.
+        prefix: of everything of the pod, ending with "/".
+    """
+
+    def __init__(self, keeper: Keeper, prefix: str) -> None:
+        self._keeper = keeper
+        self._prefix = f"{prefix}io/"
+
+    def _name(self, container: str, exec_id: str) -> str:
+        return f"{self._prefix}{container}/{exec_id or _MAIN}"
+
+    async def hold(self, container: str, exec_id: str, streams: Streams, ends: Ends) -> None:
+        """Keep what is known of a process's streams, and their outer ends."""
+        name = self._name(container, exec_id)
+        held = {f"{name}/{index}": fd for index, fd in enumerate(ends.outside) if fd >= 0}
+        if held:
+            await self._keeper.spools.hold_now(held)
+        await self._keeper.note(name, json.dumps(streams._asdict()))
+
+    async def of(self, container: str, exec_id: str) -> Streams:
+        """What was said of a process's streams; nothing for one that is not known."""
+        name = self._name(container, exec_id)
+        note = (await self._keeper.notes(name)).get(name)
+        return Streams() if note is None else Streams(**json.loads(note))
+
+    async def close_stdin(self, container: str, exec_id: str) -> None:
+        """No more comes: the process sees the end of its standard input when the engine has closed its end, too."""
+        await self._keeper.drop([f"{self._name(container, exec_id)}/0"])
+
+    def forget(self, container: str, exec_id: str) -> None:
+        """The process is gone; with the first one all others of its container."""
+        if exec_id:
+            name = self._name(container, exec_id)
+            self._keeper.drop_now([name], prefix=f"{name}/")
+        else:
+            self._keeper.drop_now(prefix=f"{self._prefix}{container}/")
+
+
+async def copy_terminal(master: int, ends: Ends) -> None:
+    """Copy between a terminal's master and FIFOs until its last process has closed it; closes both.
+
+    Args:
+        master: of the terminal.
+        ends: `inside` is read from and written to here, in the place of the process.
+    """
+    try:
+        for fd in (master, *ends.inside):
+            if fd >= 0:
+                os.set_blocking(fd, False)
+        async with anyio.create_task_group() as group:
+            if ends.inside[0] >= 0:
+                group.start_soon(_copy, ends.inside[0], os.dup(master))
+            await _copy(master, ends.inside[1], close=False)
+            group.cancel_scope.cancel()
+    finally:
+        ends.close()
+        os.close(master)
+
+
+async def _copy(source: int, target: int, *, close: bool = True) -> None:
+    try:
+        while True:
+            await anyio.wait_readable(source)
+            try:
+                piece = os.read(source, _PIECE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                return  # EIO: a terminal without processes
+            if not piece:
+                return
+            while piece and target >= 0:
+                try:
+                    piece = piece[os.write(target, piece) :]
+                except BlockingIOError:
+                    await anyio.wait_writable(target)
+                except OSError:
+                    return  # EIO as above, or EPIPE: nobody reads any more
+    finally:
+        if close:
+            os.close(target)

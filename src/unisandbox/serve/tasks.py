@@ -1,0 +1,414 @@
+"""The task service of pods, by ttrpc. Source: containerd, api/runtime/task/v3/shim.proto; v2 has the same messages.
+
+One table serves all pods: each pod has a socket of its own, and what comes by it is marked with the pod's id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import anyio
+import attrs
+
+from unisandbox import __version__
+from unisandbox.api import (
+    CreateTask,
+    ExecTask,
+    Exit,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    RootMount,
+    SupportsPause,
+    TaskService,
+    TaskState,
+    Terminal,
+    UnsupportedError,
+)
+from unisandbox.api.proto.containerd.runc.v1 import Options
+from unisandbox.api.proto.containerd.task import v3
+from unisandbox.api.proto.containerd.v1.types import ProcessInfo, Status
+from unisandbox.api.proto.google.protobuf import Any as AnyMessage
+from unisandbox.api.proto.google.protobuf import Empty
+from unisandbox.api.proto.methods import TaskV2, TaskV3
+from unisandbox.api.rpc import Method
+from unisandbox.engine.entry import Entry
+from unisandbox.serve.bundles import adapted, read_config
+from unisandbox.serve.controller import moment
+from unisandbox.serve.metrics import any_of
+from unisandbox.serve.pods import Pods, facts_of
+from unisandbox.serve.stdio import Ends, HeldStreams, Streams, copy_terminal
+from unisandbox.wire import codec
+from unisandbox.wire.services import Call, Services, namespace_of
+from unisandbox.wire.ttrpc import Messages, Request, Shape
+
+_logger: Final = logging.getLogger("unisandbox.serve")
+
+_POD: Final = "unisandbox-pod"
+"""Set here for every request, whatever the caller says."""
+
+_STATES: Final = {
+    "created": Status.CREATED,
+    "running": Status.RUNNING,
+    "paused": Status.PAUSED,
+    "stopped": Status.STOPPED,
+}
+_OPTIONS: Final = "containerd.runc.v1.Options"
+# What of containerd's options for its shim would change what is done; cgroups are ours, whatever their driver.
+_REFUSED_OPTIONS: Final = ("no_pivot_root", "no_new_keyring", "binary_name", "criu_image_path", "criu_work_path")
+_SIGKILL: Final = 9
+_LAST_OUTPUT_SECONDS: Final = 10.0
+"""How long somebody may still read what a terminal has shown once its process is freed."""
+
+
+class OfPod:
+    """The table as one pod's peers see it; see `wire.ttrpc.serving.Handlers`."""
+
+    def __init__(self, services: Services, sandbox_id: str) -> None:
+        self._services = services
+        self._sandbox_id = sandbox_id
+
+    def shape(self, service: str, method: str) -> Shape | None:
+        """The shape of a method."""
+        return self._services.shape(service, method)
+
+    async def answer(self, request: Request) -> bytes:
+        """Handle a call."""
+        return await self._services.answer(self._marked(request))
+
+    async def converse(self, request: Request, messages: Messages) -> None:
+        """Handle a stream."""
+        await self._services.converse(self._marked(request), messages)
+
+    def _marked(self, request: Request) -> Request:
+        return attrs.evolve(request, metadata={**request.metadata, _POD: (self._sandbox_id,)})
+
+
+class _Ids(Protocol):
+    id: str
+
+
+@attrs.frozen(eq=False)
+class _Place:
+    """The pod of a call."""
+
+    entry: Entry
+    task: TaskService
+    streams: HeldStreams
+
+
+class Tasks:
+    """All methods; add them to a table by `add_to`.
+
+    Args:
+        pods: whose containers these are.
+        group: where terminals are copied.
+    """
+
+    def __init__(self, pods: Pods, group: anyio.abc.TaskGroup) -> None:
+        self._pods = pods
+        self._group = group
+        pods.on_removed.append(self._forget_pod)
+        # Set when a process that was added has started, or never will: engines wait for it before that.
+        self._starts: dict[tuple[str, str, str], anyio.Event] = {}
+        # The ends of terminals that were not started yet.
+        self._terminals: dict[tuple[str, str, str], Ends] = {}
+        # Those that were started and are copied.
+        self._copies: dict[tuple[str, str, str], anyio.CancelScope] = {}
+
+    def add_to(self, services: Services) -> None:
+        """Add all methods of both versions. iSulad says no namespace."""
+        methods: dict[Method[Any, Any], Callable[[Any, Call], Awaitable[Any]]] = {
+            TaskV3.CREATE: self.create,
+            TaskV3.START: self.start,
+            TaskV3.STATE: self.state,
+            TaskV3.DELETE: self.delete,
+            TaskV3.PIDS: self.pids,
+            TaskV3.PAUSE: self.pause,
+            TaskV3.RESUME: self.resume,
+            TaskV3.KILL: self.kill,
+            TaskV3.EXEC: self.exec,
+            TaskV3.RESIZE_PTY: self.resize_pty,
+            TaskV3.CLOSE_IO: self.close_io,
+            TaskV3.WAIT: self.wait,
+            TaskV3.STATS: self.stats,
+            TaskV3.CONNECT: self.connect,
+            TaskV3.SHUTDOWN: self.shutdown,
+        }
+        for method, handler in methods.items():
+            services.add(method, handler, namespaced=False)
+            services.add(method.under(TaskV2.CREATE.service), handler, namespaced=False)
+
+    async def _place(self, call: Call) -> _Place:
+        sandbox_id = call.metadata[_POD][0]
+        namespace = namespace_of(call.metadata)
+        entry = await self._pods.entry(sandbox_id, namespace or None)
+        host = self._pods.core.host
+        return _Place(entry, entry.task, HeldStreams(host.keeper, host.prefix(sandbox_id)))
+
+    # --- containers ---
+
+    async def create(self, request: v3.CreateTaskRequest, call: Call) -> v3.CreateTaskResponse:
+        """Make a container from the engine's bundle."""
+        place = await self._place(call)
+        if request.checkpoint or request.parent_checkpoint:
+            raise UnsupportedError("restoring a checkpoint", "serve")
+        _check_options(request.options)
+        place.entry.check_started()
+        streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal, request.bundle)
+        config = adapted(read_config(request.bundle), facts_of(place.entry))
+        rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)
+        rootfs = rootfs or self._pods.announced.get(place.entry.sandbox_id, {}).get(request.id, ())
+        ends = Ends.open(streams)
+        key = (place.entry.sandbox_id, request.id, "")
+        try:
+            wanted = CreateTask(
+                request.id,
+                bundle=request.bundle,
+                terminal=request.terminal,
+                stdio=CreateTask("").stdio if request.terminal else ends.stdio(),
+                config=config,
+                rootfs=rootfs,
+            )
+            async with place.entry.sharing.changing():
+                await place.task.create(wanted)
+            await self._keep(place, key, streams, ends)
+        except BaseException:
+            ends.close()
+            raise
+        return v3.CreateTaskResponse(pid=(await place.task.state(request.id)).pid or 0)
+
+    async def _keep(self, place: _Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
+        """Hand the outer ends to the keeper; those of a terminal wait for it."""
+        await place.streams.hold(key[1], key[2], streams, ends)
+        if streams.terminal:
+            self._terminals[key] = ends
+        else:
+            ends.close()
+
+    async def start(self, request: v3.StartRequest, call: Call) -> v3.StartResponse:
+        """Start the first process, or one that was added."""
+        place = await self._place(call)
+        key = (place.entry.sandbox_id, request.id, request.exec_id)
+        if request.exec_id:
+            started = await place.task.start(request.id, request.exec_id)
+        else:
+            async with place.entry.sharing.changing():
+                started = await place.task.start(request.id)
+        self._has_started(key)
+        if started.terminal is not None:
+            ends = self._terminals.pop(key, None) or Ends()
+            self._copies[key] = anyio.CancelScope()
+            self._group.start_soon(self._copy, key, self._copies[key], started.terminal, ends)
+        return v3.StartResponse(pid=started.pid or 0)
+
+    async def _copy(self, key: tuple[str, str, str], scope: anyio.CancelScope, master: int, ends: Ends) -> None:
+        """Copy a terminal; what fails ends this one alone."""
+        try:
+            with scope:
+                await copy_terminal(master, ends)
+        except Exception as error:
+            _logger.error("the terminal of %s in pod %s is not copied any more: %r", key[2] or key[1], key[0], error)
+        finally:
+            if self._copies.get(key) is scope:
+                del self._copies[key]
+
+    def _has_started(self, key: tuple[str, str, str]) -> None:
+        if event := self._starts.pop(key, None):
+            event.set()
+
+    async def exec(self, request: v3.ExecProcessRequest, call: Call) -> Empty:
+        """Add a process; it is not started yet."""
+        place = await self._place(call)
+        if request.spec is None:
+            raise InvalidArgumentError("exec needs an OCI process object")
+        streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal)
+        try:
+            text = request.spec.value.decode()
+        except UnicodeDecodeError as error:
+            raise InvalidArgumentError(f"the OCI process object is no text: {error}") from error
+        ends = Ends.open(streams)
+        key = (place.entry.sandbox_id, request.id, request.exec_id)
+        try:
+            wanted = ExecTask(request.id, request.exec_id, oci_process=text)
+            if not request.terminal:
+                wanted = attrs.evolve(wanted, stdio=ends.stdio())
+            await place.task.exec(wanted)
+            await self._keep(place, key, streams, ends)
+        except BaseException:
+            ends.close()
+            raise
+        return Empty()
+
+    async def delete(self, request: v3.DeleteRequest, call: Call) -> v3.DeleteResponse:
+        """Free an ended process, or a container that has ended or was never started."""
+        place = await self._place(call)
+        state = await self._state(place, request.id, request.exec_id)
+        if state.state in {"running", "paused"}:
+            raise FailedPreconditionError(f"process {request.exec_id or request.id!r} still runs")
+        if request.exec_id:
+            await place.task.delete(request.id, request.exec_id)
+        else:
+            async with place.entry.sharing.changing():
+                await place.task.delete(request.id)
+        self._forget(place, request.id, request.exec_id)
+        exit = state.exit
+        return v3.DeleteResponse(
+            exit_status=0 if exit is None else exit.code,
+            exited_at=None if exit is None else moment(exit.exited_at),
+        )
+
+    def _forget(self, place: _Place, container: str, exec_id: str) -> None:
+        place.streams.forget(container, exec_id)
+        self._forget_all(place.entry.sandbox_id, container, *filter(None, [exec_id]))
+
+    def _forget_pod(self, sandbox_id: str) -> None:
+        self._forget_all(sandbox_id)
+
+    def _forget_all(self, *beginning: str) -> None:
+        """Forget what never came to its start, wake whoever waits for that, and let terminals end."""
+        for key in {*self._terminals, *self._starts, *self._copies}:
+            if key[: len(beginning)] == beginning:
+                if copy := self._copies.pop(key, None):
+                    # By itself it would not end as long as nobody reads.
+                    copy.deadline = anyio.current_time() + _LAST_OUTPUT_SECONDS
+                self._has_started(key)
+                if ends := self._terminals.pop(key, None):
+                    ends.close()
+
+    # --- what is known of them ---
+
+    async def _state(self, place: _Place, container: str, exec_id: str) -> TaskState:
+        """The state, with the exit of what has ended."""
+        state = await place.task.state(container, exec_id)
+        if state.state == "stopped" and state.exit is None:
+            try:
+                state = attrs.evolve(state, exit=await place.task.wait(container, exec_id))
+            except FailedPreconditionError:  # it was added and never started, and its container has ended
+                state = attrs.evolve(state, state="created")
+        return state
+
+    async def state(self, request: v3.StateRequest, call: Call) -> v3.StateResponse:
+        """What a process does now; never waits for one."""
+        place = await self._place(call)
+        state = await self._state(place, request.id, request.exec_id)
+        streams = await place.streams.of(request.id, request.exec_id)
+        bundle = streams.bundle or (await place.streams.of(request.id, "")).bundle
+        return v3.StateResponse(
+            id=request.id,
+            bundle=bundle,
+            pid=state.pid or 0,
+            status=_STATES[state.state],
+            stdin=streams.stdin,
+            stdout=streams.stdout,
+            stderr=streams.stderr,
+            terminal=streams.terminal,
+            exit_status=0 if state.exit is None else state.exit.code,
+            exited_at=None if state.exit is None else moment(state.exit.exited_at),
+            exec_id=request.exec_id,
+        )
+
+    async def wait(self, request: v3.WaitRequest, call: Call) -> v3.WaitResponse:
+        """Wait for a process's end, also of one that is about to be started."""
+        place = await self._place(call)
+        state = await place.task.state(request.id, request.exec_id)
+        if state.state == "created" and request.exec_id:
+            await self._start_of(place, request.id, request.exec_id)
+        exit: Exit = await place.task.wait(request.id, request.exec_id)
+        return v3.WaitResponse(exit_status=exit.code, exited_at=moment(exit.exited_at))
+
+    async def _start_of(self, place: _Place, container: str, exec_id: str) -> None:
+        """Wait until a process that was added has started, or never will."""
+        starts = self._starts.setdefault((place.entry.sandbox_id, container, exec_id), anyio.Event())
+        async with anyio.create_task_group() as group:
+
+            async def end_of_container() -> None:
+                with contextlib.suppress(NotFoundError):
+                    await place.task.wait(container)
+                group.cancel_scope.cancel()
+
+            group.start_soon(end_of_container)
+            await starts.wait()
+            group.cancel_scope.cancel()
+
+    async def pids(self, request: v3.PidsRequest, call: Call) -> v3.PidsResponse:
+        """All its processes."""
+        place = await self._place(call)
+        return v3.PidsResponse(processes=[ProcessInfo(pid=pid) for pid in await place.task.pids(request.id)])
+
+    async def stats(self, request: v3.StatsRequest, call: Call) -> v3.StatsResponse:
+        """What it uses."""
+        place = await self._place(call)
+        unified = self._pods.core.host.cgroups.version == "v2"
+        return v3.StatsResponse(stats=any_of(await place.task.stats(request.id), unified=unified))
+
+    async def connect(self, request: v3.ConnectRequest, call: Call) -> v3.ConnectResponse:
+        """Who we are, and its first process."""
+        place = await self._place(call)
+        state = await place.task.state(request.id)
+        return v3.ConnectResponse(shim_pid=os.getpid(), task_pid=state.pid or 0, version=__version__)
+
+    async def shutdown(self, request: v3.ShutdownRequest, call: Call) -> Empty:
+        """Nothing: what a shim would do at its end is done with the pod."""
+        await self._place(call)
+        return Empty()
+
+    # --- what is done to them ---
+
+    async def kill(self, request: v3.KillRequest, call: Call) -> Empty:
+        """Send a signal; NOT_FOUND for what has ended, as engines expect."""
+        place = await self._place(call)
+        if (await place.task.state(request.id, request.exec_id)).state == "stopped":
+            raise NotFoundError("process already finished")
+        signal = request.signal or _SIGKILL
+        await place.task.kill(request.id, request.exec_id, signal=signal, all=request.all)
+        return Empty()
+
+    async def pause(self, request: v3.PauseRequest, call: Call) -> Empty:
+        """Stop all its processes."""
+        return await self._freeze(request, call, go_on=False)
+
+    async def resume(self, request: v3.ResumeRequest, call: Call) -> Empty:
+        """Let them go on."""
+        return await self._freeze(request, call, go_on=True)
+
+    async def _freeze(self, request: _Ids, call: Call, *, go_on: bool) -> Empty:
+        place = await self._place(call)
+        if not isinstance(place.task, SupportsPause):
+            raise UnsupportedError("pause", place.entry.backend)
+        await (place.task.resume if go_on else place.task.pause)(request.id)
+        return Empty()
+
+    async def resize_pty(self, request: v3.ResizePtyRequest, call: Call) -> Empty:
+        """Change a terminal's size."""
+        place = await self._place(call)
+        await place.task.resize_pty(request.id, request.exec_id, Terminal(request.height, request.width))
+        return Empty()
+
+    async def close_io(self, request: v3.CloseIoRequest, call: Call) -> Empty:
+        """No more comes to its standard input."""
+        place = await self._place(call)
+        await place.task.close_io(request.id, request.exec_id)
+        if request.stdin:
+            await place.streams.close_stdin(request.id, request.exec_id)
+            ends = self._terminals.get((place.entry.sandbox_id, request.id, request.exec_id))
+            if ends is not None and ends.outside[0] >= 0:
+                os.close(ends.outside[0])
+                ends.outside[0] = -1
+        return Empty()
+
+
+def _check_options(options: AnyMessage | None) -> None:
+    """Refuse what would be ignored."""
+    if options is None or (not options.type_url and not options.value):
+        return
+    if options.type_url.rpartition("/")[2] not in {"", _OPTIONS}:
+        raise UnsupportedError(f"options of type {options.type_url!r}", "serve", hint=f"Use {_OPTIONS}.")
+    given = codec.decode(Options, options.value)
+    for name in _REFUSED_OPTIONS:
+        if getattr(given, name):
+            raise UnsupportedError(f"the runtime option {name}", "serve", hint="Leave it out of containerd's config.")

@@ -1,0 +1,480 @@
+"""What engines call, in their order, and what they must get: real containers, without an engine's binary."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+import pytest
+from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, Fifos, engine_at, process
+
+from unisandbox.api import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from unisandbox.api.proto.containerd.services.sandbox import v1
+from unisandbox.api.proto.containerd.task import v3
+from unisandbox.api.proto.containerd.types import Sandbox
+from unisandbox.api.proto.containerd.v1.types import Status as TaskStatus
+from unisandbox.api.proto.google.protobuf import Any as AnyMessage
+from unisandbox.api.proto.methods import ControllerV1, TaskV3
+from unisandbox.engine.state import runtime_directory
+from unisandbox.serve import cri, tasks
+from unisandbox.serve.config import ANNOTATION, ServeConfig, read
+from unisandbox.serve.daemon import Server, is_trusted, serving
+from unisandbox.serve.pods import cgroup_path
+from unisandbox.serve.stdio import Ends, copy_terminal
+from unisandbox.wire.status import StatusError
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+Connect = Callable[..., AbstractAsyncContextManager[Engine]]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """grpclib knows asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServeConfig:
+    return ServeConfig(root=str(tmp_path / "root"), socket=str(tmp_path / "run/s.sock"))
+
+
+@pytest.fixture
+async def server(config: ServeConfig) -> AsyncIterator[Server]:
+    async with serving(config) as server:
+        yield server
+        for entry in server.pods.core.entries():
+            await entry.remove()
+
+
+@pytest.fixture
+async def engine(server: Server, config: ServeConfig, tmp_path: Path) -> AsyncIterator[Engine]:
+    async with engine_at(config.socket, tmp_path) as engine:
+        yield engine
+
+
+def shared(*, pid: int = cri.CONTAINER, **changes: Any) -> cri.LinuxPodSandboxConfig:
+    modes = cri.NamespaceOption(network=cri.NODE, pid=pid)
+    return cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(namespace_options=modes), **changes)
+
+
+async def status(engine: Engine) -> v1.ControllerStatusResponse:
+    return await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD, verbose=True))
+
+
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
+    server: Server, config: ServeConfig, tmp_path: Path, version: int
+) -> None:
+    async with engine_at(config.socket, tmp_path, version=version) as engine:
+        started = await engine.run_pod(linux=shared())
+        assert (started.pid, started.version) == (0, 3), "less than 3 makes containerd start a shim"
+        now = await status(engine)
+        assert (now.sandbox_id, now.state, now.address) == (POD, "SANDBOX_READY", started.address)
+        assert json.loads(now.info["unisandbox"])["backend"] == "runc"
+        platform = (await engine.call(ControllerV1.PLATFORM, v1.ControllerPlatformRequest(sandbox_id=POD))).platform
+        assert platform is not None
+        assert platform.os == "linux"
+
+        fifos = engine.fifos("main")
+        bundle = engine.bundle("sh", "-c", "hostname; cat /etc/hostname; echo err >&2; read x < /proc/1/fd/0; sleep 9")
+        created = await engine.create(bundle, fifos)
+        connected = await engine.tasks(TaskV3.CONNECT, v3.ConnectRequest(id=CONTAINER))
+        assert connected.task_pid == created.pid > 0
+        async with anyio.create_task_group() as group:
+            codes: list[int] = []
+
+            async def wait() -> None:
+                codes.append(await engine.wait())
+
+            group.start_soon(wait)  # containerd does not wait for the start before it waits for the end
+            await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
+            assert await fifos.read(until=b"pod-one\npod-one\n") == b"pod-one\npod-one\n"
+            state = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+            assert (state.status, state.bundle, state.pid) == (TaskStatus.RUNNING, str(bundle), created.pid)
+            pids = [one.pid for one in (await engine.tasks(TaskV3.PIDS, v3.PidsRequest(id=CONTAINER))).processes]
+            assert created.pid in pids
+            await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, signal=signal.SIGKILL))
+        assert codes == [128 + signal.SIGKILL]
+        with pytest.raises(NotFoundError, match="already finished"):
+            await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, signal=signal.SIGKILL))
+        gone = await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+        assert (gone.exit_status, gone.exited_at is not None) == (137, True)
+        assert await fifos.read() == b"", "its end is seen once nobody can write any more"
+        assert await fifos.read("stderr") == b"err\n"
+        fifos.close()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.call, ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD))
+            await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
+        await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
+        assert (await status(engine)).state == "SANDBOX_NOTREADY"
+        await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+        with pytest.raises(NotFoundError):
+            await status(engine)
+    assert os.listdir(Path(config.socket).parent) == ["s.sock"]
+
+
+async def test_processes_that_are_added_have_streams_terminals_and_exact_ends(engine: Engine) -> None:
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    fifos = engine.fifos("e1", stdin=True)
+    async with anyio.create_task_group() as group:
+        await engine.exec("e1", fifos, "sh", "-c", "cat; exit 3")
+        codes: list[int] = []
+
+        async def wait() -> None:
+            codes.append(await engine.wait("e1"))
+
+        group.start_soon(wait)
+        os.write(fifos.ends["stdin"], b"typed\n")
+        assert await fifos.read(until=b"\n") == b"typed\n"
+        os.close(fifos.ends["stdin"])
+        await engine.tasks(TaskV3.CLOSE_IO, v3.CloseIoRequest(id=CONTAINER, exec_id="e1", stdin=True))
+    assert codes == [3]
+    assert (await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))).exit_status == 3
+    os.close(fifos.ends["stdout"])
+    os.close(fifos.ends["stderr"])
+
+    screen = engine.fifos("e2", stdin=True)
+    await engine.exec("e2", screen, "sh", "-c", "tty; read x; stty size; exit 4", terminal=True)
+    resize = v3.ResizePtyRequest(id=CONTAINER, exec_id="e2", width=97, height=31)
+    await engine.tasks(TaskV3.RESIZE_PTY, resize)
+    os.write(screen.ends["stdin"], b"\n")
+    shown = await screen.read()
+    assert b"/dev/pts/0" in shown
+    assert b"31 97" in shown
+    assert await engine.wait("e2") == 4
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e2"))
+    screen.close()
+    with pytest.raises(FailedPreconditionError, match="still runs"):
+        await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+    await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+    paused = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+    assert paused.status == TaskStatus.PAUSED
+    await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+    stats = (await engine.tasks(TaskV3.STATS, v3.StatsRequest(id=CONTAINER))).stats
+    assert stats is not None
+    assert stats.type_url.startswith("io.containerd.cgroups.v")
+    main.close()
+
+
+async def on_screen(engine: Engine, name: str, *args: str) -> Fifos:
+    screen = engine.fifos(name, stdin=True)
+    await engine.exec(name, screen, *args, terminal=True)
+    return screen
+
+
+def _is_full(fifo: str) -> bool:
+    with open(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK), "wb", buffering=0) as end:
+        return not select.select([], [end], [], 0)[1]
+
+
+async def test_a_terminal_that_nobody_reads_is_freed_with_its_process(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "_LAST_OUTPUT_SECONDS", 0.05)
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    before = len(os.listdir("/proc/self/fd"))
+    screen = await on_screen(engine, "e1", "sh", "-c", "head -c 300000 /dev/zero & exec sleep 1000")
+    with anyio.fail_after(DEADLINE):
+        while not _is_full(screen.path("stdout")):
+            await anyio.sleep(0.01)
+    await anyio.wait_all_tasks_blocked()
+    await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, exec_id="e1", signal=signal.SIGKILL))
+    assert await engine.wait("e1") == 128 + signal.SIGKILL
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+    with anyio.fail_after(DEADLINE):
+        while len(os.listdir("/proc/self/fd")) > before + len(screen.ends):
+            await anyio.sleep(0.01)
+    screen.close()
+    main.close()
+
+
+async def test_a_terminal_that_cannot_be_copied_ends_neither_server_nor_container(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_descriptor_left(fd: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async def copy(master: int, ends: Ends) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "dup", no_descriptor_left)
+            await copy_terminal(master, ends)
+
+    monkeypatch.setattr(tasks, "copy_terminal", copy)
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    screen = await on_screen(engine, "e1", "sleep", "1000")
+    await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, exec_id="e1", signal=signal.SIGKILL))
+    assert await engine.wait("e1") == 128 + signal.SIGKILL
+    assert "is not copied any more" in caplog.text
+    assert (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).status == TaskStatus.RUNNING
+    screen.close()
+    main.close()
+
+
+async def test_no_more_input_can_be_said_of_a_terminal_at_any_time(engine: Engine) -> None:
+    await engine.run_pod(linux=shared())
+    fifos = engine.fifos("main")
+    await engine.create(engine.bundle("sleep", "1000"), fifos, terminal=True)
+    close = v3.CloseIoRequest(id=CONTAINER, stdin=True)
+    for _ in range(2):
+        await engine.tasks(TaskV3.CLOSE_IO, close)
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+    fifos.close()
+
+
+async def test_what_was_added_and_not_started_ends_with_its_container(engine: Engine) -> None:
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    spec = AnyMessage(value=json.dumps(process("true")).encode())
+    await engine.tasks(TaskV3.EXEC, v3.ExecProcessRequest(id=CONTAINER, exec_id="e1", spec=spec))
+    async with anyio.create_task_group() as group:
+
+        async def wait() -> None:
+            with pytest.raises(FailedPreconditionError, match="has not been started"):
+                await engine.wait("e1")
+
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, signal=signal.SIGKILL))
+        with anyio.fail_after(DEADLINE):
+            await engine.wait()
+    state = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER, exec_id="e1"))
+    assert state.status == TaskStatus.CREATED
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+    with pytest.raises(NotFoundError):
+        await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER, exec_id="e1"))
+    main.close()
+
+
+async def test_iSulads_calls_are_answered_too(server: Server, config: ServeConfig, tmp_path: Path) -> None:
+    """No namespace, options without a type, the root file system by Update, version 2 of the task service."""
+    async with engine_at(config.socket, tmp_path, namespace="", version=2) as engine:
+        await engine.run_pod(linux=shared())
+        bundle = engine.bundle("echo", "fine", mount_rootfs=False)
+        root = tmp_path / "mounted"
+        (bundle / "rootfs").rename(root)
+        tasks = {"tasks": [{"task_id": CONTAINER, "rootfs": [{"type": "bind", "source": str(root)}]}]}
+        said = AnyMessage(type_url="github.com/containerd/containerd/Tasks", value=json.dumps(tasks).encode())
+        announced = v1.ControllerUpdateRequest(
+            sandbox_id=POD, sandbox=Sandbox(extensions={"tasks": said}), fields=["extensions.tasks"]
+        )
+        await engine.call(ControllerV1.UPDATE, announced)
+        await engine.call(ControllerV1.PLATFORM, v1.ControllerPlatformRequest(sandbox_id=POD))
+        fifos = engine.fifos("main")
+        request = v3.CreateTaskRequest(id=CONTAINER, bundle=str(bundle), stdout=fifos.path("stdout"))
+        await engine.tasks(TaskV3.CREATE, request)
+        await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
+        assert await engine.wait() == 0
+        assert await fifos.read(until=b"\n") == b"fine\n"
+        await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+        await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD, timeout_secs=10))
+        await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+        fifos.close()
+
+
+async def test_containers_of_a_pod_with_a_shared_pid_namespace_see_each_other(engine: Engine) -> None:
+    await engine.run_pod(linux=shared(pid=cri.POD))
+    fifos = await engine.run("sh", "-c", "echo $$; sleep 1000", kinds=("ipc", "uts", "pid"))
+    assert (await fifos.read(until=b"\n")).strip() != b"1", "the first process there is the pod's"
+    fifos.close()
+
+
+async def test_a_pod_that_another_namespace_made_is_not_there(engine: Engine, config: ServeConfig) -> None:
+    await engine.run_pod(linux=shared())
+    async with engine_at(config.socket, engine.place, namespace="moby") as other:
+        with pytest.raises(NotFoundError):
+            await status(other)
+        with pytest.raises(NotFoundError):
+            await other.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+    other = attrs.evolve(engine, namespace="moby")
+    with pytest.raises(NotFoundError):
+        await other.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+
+
+async def test_ids_and_paths_that_are_no_good_are_refused_at_the_door(engine: Engine, tmp_path: Path) -> None:
+    for bad in ("../evil", "a/b", "", "x" * 77):
+        with pytest.raises(InvalidArgumentError):
+            await engine.call(ControllerV1.CREATE, engine.pod(bad))
+    await engine.run_pod(linux=shared())
+    with pytest.raises(AlreadyExistsError):
+        await engine.call(ControllerV1.CREATE, engine.pod())
+    bundle = engine.bundle("true")
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    for changes in (
+        {"id": "../evil"},
+        {"bundle": f"{bundle}/../bundle"},
+        {"bundle": str(tmp_path / "missing")},
+        {"stdout": str(plain)},
+        {"stdout": str(tmp_path / "no-fifo")},
+    ):
+        given: dict[str, Any] = {"id": CONTAINER, "bundle": str(bundle), "rootfs": engine.layers(bundle), **changes}
+        with pytest.raises(InvalidArgumentError):
+            await engine.tasks(TaskV3.CREATE, v3.CreateTaskRequest(**given))
+    assert plain.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "linux",
+    [
+        cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(privileged=True)),
+        cri.LinuxPodSandboxConfig(
+            security_context=cri.SecurityContext(
+                namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace(mode=cri.POD))
+            )
+        ),
+    ],
+    ids=["privileged", "userns"],
+)
+async def test_what_pods_cannot_have_is_refused_when_they_are_created(
+    engine: Engine, linux: cri.LinuxPodSandboxConfig
+) -> None:
+    with pytest.raises(StatusError) as refused:
+        await engine.call(ControllerV1.CREATE, engine.pod(linux=linux))
+    assert refused.value.status.code == 12
+    with pytest.raises(NotFoundError):
+        await status(engine)
+
+
+async def test_a_pods_cgroup_is_below_the_one_that_the_engine_names(engine: Engine, server: Server) -> None:
+    place = server.pods.core.host.cgroups.places[0]
+    top = f"/uni-{os.getpid()}"
+    try:
+        await engine.run_pod(linux=shared(cgroup_parent=f"{top}/pod"))
+        fifos = await engine.run("sh", "-c", "cat /proc/self/cgroup; sleep 1000")
+        assert f"{top}/pod/unisandbox-".encode() in await fifos.read(until=b"/c-")
+        fifos.close()
+        await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+        assert next(os.walk(f"{place.mount.directory}{top}/pod"))[1] == [], "nothing of ours is left in it"
+    finally:
+        for where in server.pods.core.host.cgroups.places:
+            for name in (f"{top}/pod", top):
+                os.rmdir(where.mount.directory + name)
+
+
+def test_a_slice_lies_below_those_that_its_name_begins_with() -> None:
+    assert cgroup_path("kubepods-burstable-pod1.slice") == (
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice"
+    )
+    assert cgroup_path("/kubepods/pod1/") == "/kubepods/pod1"
+    assert cgroup_path("") == ""
+
+
+async def test_streams_that_are_not_served_are_refused(engine: Engine) -> None:
+    await engine.run_pod(linux=shared())
+    bundle = engine.bundle("true")
+    request = v3.CreateTaskRequest(
+        id=CONTAINER, bundle=str(bundle), rootfs=engine.layers(bundle), stdout="ttrpc+unix:///run/x?streaming_id=1"
+    )
+    with pytest.raises(StatusError, match="ttrpc"):
+        await engine.tasks(TaskV3.CREATE, request)
+    with pytest.raises(StatusError):
+        await engine.tasks(TaskV3.UPDATE, v3.UpdateTaskRequest(id=CONTAINER))
+
+
+async def test_a_start_that_fails_leaves_nothing_and_can_be_asked_for_again(engine: Engine, server: Server) -> None:
+    await engine.call(ControllerV1.CREATE, engine.pod(netns="/proc/self/ns/ipc"))
+    with pytest.raises(InvalidArgumentError, match="no network namespace"):
+        await engine.call(ControllerV1.START, v1.ControllerStartRequest(sandbox_id=POD))
+    assert server.pods.core.entries() == []
+    await engine.run_pod(linux=shared())
+
+
+async def test_only_we_can_reach_the_sockets(engine: Engine, config: ServeConfig) -> None:
+    started = await engine.run_pod(linux=shared())
+    for path in (config.socket, started.address.removeprefix("ttrpc+unix://")):
+        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        assert stat.S_IMODE(os.stat(Path(path).parent).st_mode) == 0o700
+
+
+async def test_a_peer_of_another_user_is_not_trusted(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        os.chmod(tmp_path / "s", 0o666)
+        os.chmod(tmp_path, 0o755)
+        listener.listen()
+        for uid in (0, 12345):
+            child = os.fork()
+            if not child:
+                try:
+                    os.chdir(tmp_path)  # what is above it lets nobody else in
+                    os.setuid(uid)
+                    with socket.socket(socket.AF_UNIX) as peer:
+                        peer.connect("s")
+                        peer.recv(1)
+                finally:
+                    os._exit(0)
+            listener.settimeout(20)
+            connection, _ = listener.accept()
+            with connection:
+                assert is_trusted(connection) == (uid == 0)
+            os.waitpid(child, 0)  # noqa: ASYNC222 (it has nothing left to do)
+
+
+async def test_a_directory_that_others_can_enter_is_refused(config: ServeConfig) -> None:
+    Path(config.socket).parent.mkdir(mode=0o755)
+    with pytest.raises(FailedPreconditionError, match="nobody else may enter"):
+        async with serving(config):
+            pass
+
+
+async def test_a_directory_belongs_to_one_server_whatever_its_root(
+    engine: Engine, config: ServeConfig, tmp_path: Path
+) -> None:
+    await engine.run_pod(linux=shared())
+    directory = os.path.dirname(config.socket)
+    for name in ("s.sock", "other.sock"):
+        second = attrs.evolve(config, root=str(tmp_path / "other"), socket=f"{directory}/{name}")
+        there = sorted(os.listdir(directory))
+        with pytest.raises(FailedPreconditionError, match="is used by another server"):
+            async with serving(second):
+                pass
+        assert sorted(os.listdir(directory)) == there
+    assert (await status(engine)).state == "SANDBOX_READY"
+
+
+async def test_the_directory_that_all_engines_share_is_no_place_for_the_socket(config: ServeConfig) -> None:
+    wrong = attrs.evolve(config, socket=f"{runtime_directory()}/s.sock")
+    with pytest.raises(InvalidArgumentError, match="shared by all engines"):
+        async with serving(wrong):
+            pass
+
+
+def test_a_pods_backend_is_chosen_by_annotation_handler_sandboxer_or_default(tmp_path: Path) -> None:
+    path = tmp_path / "serve.toml"
+    path.write_text(
+        'isolation = "runc"\nannotation = ["gvisor"]\n'
+        '[handlers]\nquick = "wasm+process"\n[sandboxers]\nvmm = "microvm"\n'
+    )
+    config = read(str(path))
+    assert config.backend("", "uni", {}) == "runc"
+    assert config.backend("", "vmm", {}) == "microvm"
+    assert config.backend("quick", "vmm", {}) == "wasm+process"
+    assert config.backend("quick", "vmm", {ANNOTATION: "gvisor"}) == "gvisor"
+    with pytest.raises(InvalidArgumentError, match="may not choose 'runc'"):
+        config.backend("", "", {ANNOTATION: "runc"})
+    for bad in ("x = 1", 'root = "relative"', "root = 1", "[handlers]\na = '../x'", "="):
+        path.write_text(bad)
+        with pytest.raises(InvalidArgumentError):
+            read(str(path))

@@ -1,0 +1,205 @@
+"""With a real containerd, by crictl: what a user of Kubernetes' tools does with pods of ours.
+
+Needs containerd and crictl from a laboratory script (`make test-serve`); says so where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import pytest
+from tests.command_line import CLI
+from tests.keepers import until
+
+LAB: Final = os.environ.get("UNISANDBOX_CONTAINERD_LAB", "")
+SECONDS: Final = 60.0
+
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.skipif(not LAB, reason="needs a real containerd: make test-serve"),
+]
+
+
+@attrs.define
+class Lab:
+    """containerd, and our server where it expects it."""
+
+    place: Path
+    server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def socket(self) -> str:
+        return os.environ.get("UNISANDBOX_SOCKET", "/run/unisandbox/serve/sandboxer.sock")
+
+    def start(self) -> None:
+        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket]
+        with (self.place / "log").open("ab") as log:
+            self.server = subprocess.Popen(words, stderr=log)
+        until(lambda: b"serving" in self.said(), "the server serves", SECONDS)
+
+    def said(self) -> bytes:
+        return (self.place / "log").read_bytes()
+
+    def end(self, number: int = signal.SIGTERM) -> None:
+        assert self.server is not None
+        self.server.send_signal(number)
+        self.server.wait(SECONDS)
+        (self.place / "log").rename(self.place / f"log-{uuid.uuid4().hex}")
+
+    def crictl(self, *words: str, stdin: bytes = b"", code: int | None = 0) -> str:
+        done = subprocess.run([LAB, "crictl", *words], input=stdin, capture_output=True, check=False, timeout=SECONDS)
+        assert code is None or done.returncode == code, done.stderr.decode() + self.said().decode()
+        return done.stdout.decode().strip()
+
+    def file(self, content: dict[str, Any]) -> str:
+        path = self.place / f"{uuid.uuid4().hex}.json"
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    def pod(self, **changes: Any) -> tuple[str, str]:
+        """A pod: its id, and the file that says what it is."""
+        name = uuid.uuid4().hex[:8]
+        file = self.file(
+            {
+                "metadata": {"name": name, "namespace": "default", "uid": name, "attempt": 1},
+                "log_directory": str(self.place),
+                "hostname": "pod-one",
+                "dns_config": {"servers": ["10.1.1.1"], "searches": ["x.local"], "options": ["ndots:2"]},
+                **changes,
+            }
+        )
+        return self.crictl("runp", "--runtime", "uni", file), file
+
+    def container(self, pod: tuple[str, str], *command: str, **changes: Any) -> str:
+        """A started container."""
+        name = uuid.uuid4().hex[:8]
+        file = self.file(
+            {
+                "metadata": {"name": name},
+                "image": {"image": "lab.local/busybox:1"},
+                "command": list(command),
+                "log_path": f"{name}.log",
+                "linux": {},
+                **changes,
+            }
+        )
+        made = self.crictl("create", pod[0], file, pod[1])
+        self.crictl("start", made)
+        return made
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(tmp_path)
+    lab.start()
+    try:
+        # Built before; see tools/test_serve.sh.
+        subprocess.run([LAB, "up"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
+        # gRPC's client in containerd waits a moment before it comes again to where nobody was.
+        until(lambda: _reached(lab), "containerd has found the server", SECONDS)
+        yield lab
+    finally:
+        lab.crictl("rmp", "-af", code=None)
+        subprocess.run([LAB, "down"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
+        lab.end()
+
+
+def _reached(lab: Lab) -> bool:
+    pod = lab.file({"metadata": {"name": "probe", "namespace": "default", "uid": "p", "attempt": 1}})
+    made = lab.crictl("runp", "--runtime", "uni", pod, code=None)
+    if made:
+        lab.crictl("rmp", "-f", made)
+    return bool(made)
+
+
+def test_a_pods_life_by_crictl(lab: Lab) -> None:
+    sysctls = {"net.ipv4.ip_local_port_range": "1024 65000"}
+    pod = lab.pod(linux={"sysctls": sysctls})
+    script = "echo started; read x < /proc/self/fd/0; sleep 1000"
+    first = lab.container(pod, "sh", "-c", script)
+    look = "hostname; cat /etc/resolv.conf /proc/sys/net/ipv4/ip_local_port_range; ip -4 a show eth0 | grep -c inet"
+    said = lab.crictl("exec", "-s", first, "sh", "-c", look).split("\n")
+    assert said == ["pod-one", "nameserver 10.1.1.1", "search x.local", "options ndots:2", "1024\t65000", "1"]
+    lab.crictl("exec", first, "sh", "-c", "exit 3", code=1)
+    assert lab.crictl("exec", "-i", first, "cat", stdin=b"typed") == "typed"
+    until(lambda: "started" in lab.crictl("logs", first), "its output is in the log", SECONDS)
+    second = lab.container(pod, "sh", "-c", "sleep 1000")
+    assert "sleep 1000" in lab.crictl("exec", "-s", first, "ps"), "the containers of a pod see each other"
+    stats = json.loads(lab.crictl("stats", "-o", "json", first))["stats"]
+    assert int(stats[0]["memory"]["workingSetBytes"]["value"]) > 0
+    lab.crictl("stop", first)
+    state = json.loads(lab.crictl("inspect", first))["status"]
+    assert (state["state"], state["exitCode"]) in {("CONTAINER_EXITED", 143), ("CONTAINER_EXITED", 137)}
+    lab.crictl("stopp", pod[0])
+    assert json.loads(lab.crictl("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY"
+    lab.crictl("rm", second)
+    lab.crictl("rmp", pod[0])
+    assert lab.crictl("pods", "-q") == ""
+    assert b"which is a bug" not in lab.said()
+
+
+def test_a_terminal_by_crictl(lab: Lab) -> None:
+    container = lab.container(lab.pod(), "sleep", "1000")
+    child, screen = pty.fork()
+    if not child:
+        os.execv(  # noqa: S606
+            LAB,
+            [LAB, "crictl", "exec", "-it", container, "sh", "-c", "tty; read x; echo got $x; exit 4"],
+        )
+    try:
+        assert b"/dev/pts/0" in _seen(screen, b"/dev/pts/0")
+        os.write(screen, b"word\n")
+        assert b"got word" in _seen(screen, b"exit code 4")
+    finally:
+        os.close(screen)
+        os.waitpid(child, 0)
+
+
+def _seen(screen: int, wanted: bytes) -> bytes:
+    seen, end = b"", time.monotonic() + SECONDS
+    while wanted not in seen:
+        assert select.select([screen], [], [], max(end - time.monotonic(), 0))[0], seen
+        seen += os.read(screen, 4096)
+    return seen
+
+
+@contextmanager
+def _without_server(lab: Lab, number: int) -> Iterator[None]:
+    lab.end(number)
+    yield
+    lab.start()
+
+
+def test_pods_live_on_when_the_server_is_killed(lab: Lab) -> None:
+    pod = lab.pod()
+    container = lab.container(pod, "sh", "-c", "echo $$; exec sleep 1000")
+    with _without_server(lab, signal.SIGKILL):
+        pass
+    until(lambda: bool(lab.crictl("inspectp", pod[0], code=None)), "containerd has found the server", SECONDS)
+    assert json.loads(lab.crictl("inspectp", pod[0]))["status"]["state"] == "SANDBOX_READY"
+    # What containerd makes of a container whose task service was gone: see docs/serve.md.
+    until(lambda: container in lab.crictl("ps", "-aq", "--no-trunc", "--state", "Exited"), "it was noticed", SECONDS)
+    again = lab.container(pod, "sh", "-c", "sleep 1000")
+    assert lab.crictl("exec", "-s", again, "hostname") == "pod-one"
+    lab.crictl("rmp", "-f", pod[0])
+
+
+def test_containers_live_on_when_containerd_is_restarted(lab: Lab) -> None:
+    container = lab.container(lab.pod(), "sh", "-c", "while :; do echo line; sleep 0.1; done")
+    subprocess.run([LAB, "restart"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
+    until(lambda: container in lab.crictl("ps", "-q", "--no-trunc", code=None), "containerd has it again", SECONDS)
+    before = len(lab.crictl("logs", container))
+    until(lambda: len(lab.crictl("logs", container)) > before, "its output goes on", SECONDS)
+    assert lab.crictl("exec", "-s", container, "hostname") == "pod-one"

@@ -1,0 +1,109 @@
+"""What runtimes say about themselves and about a failure is understood; the texts are recorded from real ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
+from unisandbox.oci import features
+from unisandbox.oci.answers import failure, read_log, why
+from unisandbox.oci.features import RuntimeProgram, pick_runtime
+
+YOUKI_VERSION = """\
+youki version: 0.7.0
+commit: 0.7.0-VERGEN_IDEMPOTENT_OUTPUT
+spec: 1.1.0
+rustc: 1.95.0
+libseccomp: unknown
+"""
+YOUKI_FEATURES = {
+    "ociVersionMin": "1.0.0",
+    "ociVersionMax": "1.1.0",
+    "mountOptions": ["ro", "rw", "bind", "rbind"],
+    "linux": {"seccomp": None, "mountExtensions": {"idmap": {"enabled": False}}},
+}
+EXEC_FAILED = (
+    "error in executing command: failed to create container: exec process failed with error error in executing"
+)
+NOT_CREATED = "failed operation due to incompatible container status: `Running`"
+NO_PROGRAM = "executable '/no/such/program' not found in $PATH"
+NOT_EXECUTABLE = "executable '/usr' at path '\"/usr\"' does not have correct permissions"
+
+Pick = Callable[[str], RuntimeProgram]
+
+
+@pytest.fixture
+def pick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pick:
+    """A youki whose --version says what is given."""
+
+    def ask(version: str) -> RuntimeProgram:
+        told = {"--version": version, "features": json.dumps(YOUKI_FEATURES)}
+        monkeypatch.setattr(features, "_query", lambda argv: told[argv[1]].encode())
+        program = tmp_path / "youki"
+        program.touch()
+        return pick_runtime(str(program))
+
+    return ask
+
+
+def test_youki_is_known_by_its_own_words(pick: Pick) -> None:
+    found = pick(YOUKI_VERSION)
+    assert (found.name, found.version, found.version_text, found.oci_version) == ("youki", (0, 7, 0), "0.7.0", "1.1.0")
+    assert found.features.seccomp
+    assert not found.features.recursive_readonly
+    assert not found.features.idmapped_mounts
+    assert not found.features.held_userns
+
+
+def test_a_youki_without_seccomp_is_not_believed_to_have_it(pick: Pick) -> None:
+    assert not pick(YOUKI_VERSION.replace("libseccomp: unknown\n", "")).features.seccomp
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "exit_code"),
+    [
+        ([{"message": f"{EXEC_FAILED} process : {NO_PROGRAM}"}], InvalidArgumentError, 127),
+        ([{"message": f"{EXEC_FAILED} process : {NOT_EXECUTABLE}"}], InvalidArgumentError, 126),
+        (
+            [
+                {"message": "failed to chdir", "e": "ENOENT"},
+                {"message": f"{EXEC_FAILED} process : failed to unix syscall"},
+            ],
+            InvalidArgumentError,
+            126,
+        ),
+        # Not the program's: a namespace could not be opened.
+        ([{"message": f"{EXEC_FAILED} process : EACCES: Permission denied"}], BackendError, None),
+        (
+            [{"message": f"failed to start c1\n\nCaused by:\n    {NOT_CREATED}"}],
+            FailedPreconditionError,
+            None,
+        ),
+        ([{"message": "error in executing command: container c1 does not exist."}], NotFoundError, None),
+    ],
+    ids=["missing", "refused", "chdir", "namespace", "running", "unknown"],
+)
+def test_a_failure_of_youki_has_its_type(
+    tmp_path: Path, lines: list[dict[str, str]], kind: type[SandboxError], exit_code: int | None
+) -> None:
+    frame = {"timestamp": "2026-11-29T20:07:15.967748Z", "level": "ERROR", "target": "youki"}
+    log = tmp_path / "log"
+    log.write_text("".join(json.dumps(frame | line) + "\n" for line in lines))
+
+    error = failure("youki exec", 255, read_log(str(log)), starts_program=True)
+
+    assert type(error) is kind
+    if isinstance(error, InvalidArgumentError):
+        assert error.exit_code == exit_code
+    assert "timestamp" not in str(error)
+
+
+def test_the_reason_is_the_last_error_and_the_first_where_there_are_several() -> None:
+    assert why("") == ""
+    assert why("warning: odd\nit broke") == "it broke"
+    assert why("warning: odd") == "warning: odd"
+    assert why("failed to chdir: ENOENT\nfailed to wait\nfailed") == "failed to chdir: ENOENT; failed"

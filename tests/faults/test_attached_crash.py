@@ -121,11 +121,11 @@ async def test_who_attaches_sees_nothing_of_a_former_keeper_while_the_owner_reco
             with anyio.move_on_after(0.3) as waited:
                 await Engine.attach(state)
             assert waited.cancelled_caught, "it did not wait for the recovery"
-            os.write(writing, b"go")
+            os.write(writing, b"1")
             assert owner.heard() == {"recovered": 1}
             async with Engine.attach(state) as other:
                 assert await other.list() == []
-            os.write(writing, b"end")
+            os.write(writing, b"2")
             assert owner.finish()[0] == 0
         finally:
             os.close(reading)

@@ -276,6 +276,23 @@ def test_what_a_client_has_started_is_listed_again_after_a_take_over_when_that_c
         play(sequence, Client(state, "open", stack), Client(state, "attach", stack))
 
 
+def test_a_client_goes_on_starting_processes_after_a_take_over_beside_those_it_had_started(tmp_path: Path) -> None:
+    sequence = [
+        ("owner", "create", "a", 0),
+        ("other", "exec", "a", 4),
+        ("owner", "kill", "", 0),
+        ("other", "run", "a", 75),
+        ("other", "exec", "a", 5),
+        ("other", "end", "a", 0),
+        ("owner", "exec", "a", 6),
+        ("owner", "close", "", 0),
+        ("owner", "run", "a", 76),
+    ]
+    with ExitStack() as stack:
+        state = str(tmp_path / "state")
+        play(sequence, Client(state, "open", stack), Client(state, "attach", stack))
+
+
 def play(sequence: Sequence[tuple[str, str, str, int]], owner: Client, other: Client) -> None:
     """Compare, call by call."""
     model = Model()

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import anyio
 import pytest
-from tests.wasm.guests import READS, SPINS, Pipe, Runner, program, wait_for
+from tests.wasm.guests import READS, SPINS, GuestModule, Pipe, Runner, program, wait_for
 
 from unisandbox.backends.wasm.config import configuration_key
 from unisandbox.backends.wasm.domain import Domain
@@ -207,7 +207,7 @@ def test_a_mistake_in_a_call_of_ours_ends_that_guest_and_says_so(
 @pytest.mark.anyio
 @pytest.mark.parametrize("busy", ["spins", "calls", "polls"])
 async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy: str) -> None:
-    """4 busy guests for each processor; how late an event loop wakes, and how long a start of another takes."""
+    """8 busy guests are less in the way of an event loop, and of a start of another, than as many Python threads."""
     text = {
         "spins": SPINS,
         "calls": program("(loop (drop (call $fd_fdstat_set_flags (i32.const 1) (i32.const 0))) br 0)"),
@@ -217,27 +217,53 @@ async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy:
         ),
     }[busy]
     module, other = runner.module(text), runner.module(READS)
-    for _ in range(8):
-        runner.start(module)
-    while not all(guest.cpu_seconds > 0.01 for guest in runner.guests):
+    with busy_threads(8):
+        late_beside_threads, starts_beside_threads = await responsiveness(runner, other, rounds=3)
+    guests = [runner.start(module) for _ in range(8)]
+    while not all(guest.cpu_seconds > 0.01 for guest in guests):
         await anyio.sleep(0.005)
+    late, starts = await responsiveness(runner, other, rounds=50)
+    print(
+        f"\nmeasured beside 8 guests that {busy}: loop late p50 {late[25]:.1f}, p99 {late[-1]:.1f} ms;"
+        f" start to end of another p50 {starts[25]:.1f}, p99 {starts[-1]:.1f} ms;"
+        f" beside as many Python threads p50 {late_beside_threads[1]:.1f} and {starts_beside_threads[1]:.1f} ms"
+    )
+    assert late[25] < late_beside_threads[1]
+    assert starts[25] < starts_beside_threads[1]
+
+
+async def responsiveness(runner: Runner, module: GuestModule, *, rounds: int) -> tuple[list[float], list[float]]:
+    """How late the event loop wakes, and how long a short guest takes from start to end: sorted, in milliseconds."""
     late, starts = [], []
-    for _ in range(50):
+    for _ in range(rounds):
         began = time.perf_counter()
         await anyio.sleep(0.005)
         late.append((time.perf_counter() - began - 0.005) * 1000)
         began = time.perf_counter()
-        guest = runner.start(other)
+        guest = runner.start(module)
         await guest.wait()
         starts.append((time.perf_counter() - began) * 1000)
-    late.sort()
-    starts.sort()
-    print(
-        f"\nmeasured beside 8 guests that {busy}: loop late p50 {late[25]:.1f}, p99 {late[-1]:.1f} ms;"
-        f" start to end of another p50 {starts[25]:.1f}, p99 {starts[-1]:.1f} ms"
-    )
-    assert late[25] < 50
-    assert starts[25] < 200
+    return sorted(late), sorted(starts)
+
+
+@contextlib.contextmanager
+def busy_threads(count: int) -> Iterator[None]:
+    """Threads that do nothing but Python, as any program may have them: each gives the lock away when asked to."""
+    ended = False
+
+    def spin() -> None:
+        while not ended:
+            pass
+
+    threads = [threading.Thread(target=spin) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended = True
+        for thread in threads:
+            thread.join()
 
 
 def test_a_module_may_be_closed_while_guests_begin_to_run_it() -> None:

@@ -166,8 +166,12 @@ class Programs:
     def next_exec_id(self) -> str:
         """A new id for a process, never reused in this sandbox."""
         self._execs += 1
-        # Other processes count, too, each for itself.
-        return f"p{self._execs}" + (f"-{self._host.keeper.hello.client}" if self._host.shared else "")
+        if not self._host.shared:
+            return f"p{self._execs}"
+        # Other processes count, too, each for itself; and each begins anew after a take-over.
+        exec_id = f"p{self._execs}-{self._host.keeper.hello.client}"
+        generation = self._entry.record.generation
+        return exec_id if generation == 1 else f"{exec_id}-{generation}"
 
     def started(self, exec_id: str) -> None:
         """A process was started in the main container."""

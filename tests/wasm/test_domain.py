@@ -14,10 +14,10 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.wasm.guests import READS, SPINS, GuestModule, Pipe, Runner, program, wait_for
+from tests.wasm.guests import READS, SPINS, Pipe, Runner, program, wait_for
 
 from unisandbox.backends.wasm.config import configuration_key
-from unisandbox.backends.wasm.domain import Domain
+from unisandbox.backends.wasm.domain import Domain, GuestModule
 from unisandbox.backends.wasm.guest import Guest, GuestLimits, GuestSpec
 
 HOST = """

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+from tests.places import take_own_places
 
-from unisandbox.conformance.inventory import leaves_nothing_behind
+from unisandbox.conformance.inventory import Inventory, leaves_nothing_behind, settle
 from unisandbox.conformance.scope import run_cgroup
 from unisandbox.conformance.waiting import bound
 
@@ -21,8 +22,48 @@ hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
+# Of a run that is shared out among workers: what was there before, and what was left.
+BEFORE = pytest.StashKey[Inventory]()
+LEFT = pytest.StashKey[list[str]]()
+OF_THE_MACHINE = tuple(
+    f"left behind: {kind} "
+    for kind in ("process", "cgroup", "hidden cgroup directory", "unix socket", "file", "loop device")
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="run the big counts in full instead of at a tenth")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if is_worker(config) and os.geteuid() == 0:
+        take_own_places(config.option.basetemp)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_sessionfinish(session: pytest.Session) -> Iterator[None]:
+    """What no worker can tell (see `Inventory`) is looked at when all of them have ended."""
+    before = session.config.stash.get(BEFORE, None)
+    yield
+    left = [] if before is None else [line for line in settle(before) if line.startswith(OF_THE_MACHINE)]
+    if left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.config.stash[LEFT] = left
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("numprocesses", None) and not is_worker(session.config):
+        session.config.stash[BEFORE] = Inventory.take()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(LEFT, []):
+        terminalreporter.write_line(f"ERROR after all tests: {line}", red=True)
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Whether this process runs a part of the tests for another one."""
+    return hasattr(config, "workerinput")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

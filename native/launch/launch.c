@@ -111,6 +111,8 @@ static void become(struct order *o)
 	if (o->has_nofile)
 		must(o, STAGE_EXEC, CALL4(prlimit64, 0, RLIMIT_NOFILE, &o->nofile, 0));
 	must(o, STAGE_EXEC, default_signals());
+	/* From here on it ends with the keeper, which may die before it can tell anybody about it. */
+	must(o, STAGE_EXEC, CALL2(prctl, PR_SET_PDEATHSIG, SIGKILL));
 	if (CALL0(getppid) != o->keeper)
 		exit(LOST);
 	fail(o, STAGE_EXEC, CALL3(execve, argv[0], argv, env), 0);

@@ -305,16 +305,16 @@ def script(path: Path, text: str) -> None:
 
 
 @pytest.fixture
-def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
-    """Let the engine find one runtime and no other: a fake crun that does as told, or none at all."""
+def only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the engine find one runtime and no other: a fake that does as told, or none at all."""
     from unisandbox.oci import features
 
-    def arrange(text: str | None) -> None:
+    def arrange(text: str | None, name: str = "crun") -> None:
         monkeypatch.setattr(features, "_USUAL_PLACES", ())
         monkeypatch.setattr(features, "_known", {})
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         if text is not None:
-            script(tmp_path / "bin" / "crun", f"export PATH=/usr/bin:/bin\n{text}")
+            script(tmp_path / "bin" / name, f"export PATH=/usr/bin:/bin\n{text}")
 
     return arrange
 
@@ -337,13 +337,13 @@ async def fails(kind: type[SandboxError], words: str, within: float = 20.0) -> N
         assert await engine.list() == []
 
 
-async def test_no_runtime_at_all(only: Callable[[str | None], None]) -> None:
+async def test_no_runtime_at_all(only: Callable[..., None]) -> None:
     only(None)
     await fails(UnavailableError, r"no OCI runtime found \(looked for crun, runc, youki in PATH\).*apt install crun")
 
 
 async def test_what_a_runtime_cannot_do_is_refused_before_anything_is_done(
-    only: Callable[[str | None], None], tmp_path: Path
+    only: Callable[..., None], tmp_path: Path
 ) -> None:
     only(None)
     script(tmp_path / "bin" / "youki", 'echo "youki version: 0.7.0"')
@@ -364,14 +364,12 @@ async def test_what_a_runtime_cannot_do_is_refused_before_anything_is_done(
         ("printf '\\377\\376\\000'", "not that of a known runtime"),
     ],
 )
-async def test_a_runtime_that_does_not_know_its_version(
-    only: Callable[[str | None], None], text: str, words: str
-) -> None:
+async def test_a_runtime_that_does_not_know_its_version(only: Callable[..., None], text: str, words: str) -> None:
     only(text)
     await fails(UnavailableError, words)
 
 
-async def test_a_runtime_that_hangs_at_its_version(only: Callable[[str | None], None]) -> None:
+async def test_a_runtime_that_hangs_at_its_version(only: Callable[..., None]) -> None:
     only("sleep 1000")
     await fails(UnavailableError, "within 5 s", within=8.0)
 
@@ -398,16 +396,14 @@ async def test_a_runtime_that_hangs_at_its_version(only: Callable[[str | None], 
     ids=["fails", "dies", "does-nothing", "floods", "garbage-pid", "pid-1"],
 )
 async def test_a_runtime_that_cannot_create(
-    only: Callable[[str | None], None], text: str, kind: type[SandboxError], words: str
+    only: Callable[..., None], text: str, kind: type[SandboxError], words: str
 ) -> None:
     only(f'{VERSION}case "$*" in *create*) {text};; esac\n{REAL}')
     await fails(kind, words)
 
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/crun"), reason="crun is not installed")
-async def test_a_runtime_that_breaks_harms_neither_engine_nor_others(
-    only: Callable[[str | None], None], tmp_path: Path
-) -> None:
+async def test_a_runtime_that_breaks_harms_neither_engine_nor_others(only: Callable[..., None], tmp_path: Path) -> None:
     switch = tmp_path / "broken"
     only(f'{VERSION}test -e {switch} && case "$*" in *create*) echo broken >&2; exit 1;; esac\n{REAL}')
     async with engine_with_a_sandbox() as (engine, check):
@@ -421,7 +417,7 @@ async def test_a_runtime_that_breaks_harms_neither_engine_nor_others(
 
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/crun"), reason="crun is not installed")
-async def test_a_slow_create_can_be_cancelled_and_killed(only: Callable[[str | None], None], tmp_path: Path) -> None:
+async def test_a_slow_create_can_be_cancelled_and_killed(only: Callable[..., None], tmp_path: Path) -> None:
     begun = tmp_path / "begun"
     slow = tmp_path / "slow"
     only(f'{VERSION}test -e {slow} && case "$*" in *create*) echo $$ > {begun}; sleep 1000;; esac\n{REAL}')
@@ -457,3 +453,13 @@ async def test_an_unreadable_rootfs_option_is_not_taken_for_the_hosts() -> None:
     assert Rootfs.parse("./host").kind == "dir"
     assert Rootfs.parse(Path("host")).kind == "dir"
     assert Rootfs.parse("HOST").kind == "image"
+
+
+@pytest.mark.parametrize("name", [name for name in ("crun", "runc") if os.path.exists(f"/usr/bin/{name}")])
+async def test_a_runtime_that_is_started_as_the_keeper_dies_is_ended(only: Callable[..., None], name: str) -> None:
+    """The keeper can tell nobody about it any more."""
+    only(f'case "$*" in *create*) kill -9 $PPID; exec sleep 86551;; esac\nexec /usr/bin/{name} "$@"', name)
+    async with Engine.open() as engine:
+        with pytest.raises(UnavailableError, match="keeper"):
+            async with engine.create(resources=SMALL) as sandbox:
+                await sandbox.run(["true"])

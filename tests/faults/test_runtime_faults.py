@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import attrs
@@ -20,6 +21,7 @@ from tests.keepers import keeper_at, until
 from tests.oci_bundles import Lab, lab, process_json
 
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
+from unisandbox.host.keeper import Spawned
 from unisandbox.oci import features
 from unisandbox.oci.features import Features, FifoKind, RuntimeProgram, find_runtimes, pick_runtime
 from unisandbox.oci.runtime import Runtime
@@ -189,11 +191,12 @@ async def test_a_runtime_that_fails_is_quoted(place: Lab, tmp_path: Path) -> Non
         (": >$pidfile", "wrote no pid into its pid-file"),
         ("head -c 100000 /dev/zero | tr '\\0' 7 >$pidfile", "wrote no pid into its pid-file"),
         ("echo 4000000 >$pidfile", "process 4000000 is not there, or not its process"),
-        (f"echo {os.getpid()} >$pidfile", f"process {os.getpid()} is not there, or not its process"),
+        ("echo SELF >$pidfile", "process SELF is not there, or not its process"),
         ("mkdir $pidfile", "wrote no pid-file"),
     ],
 )
 async def test_garbage_from_a_runtime_is_one_clear_error(place: Lab, tmp_path: Path, text: str, message: str) -> None:
+    text, message = (words.replace("SELF", str(os.getpid())) for words in (text, message))
     place, bundle = await bundle_for(place, fake(tmp_path / "r", text))
     with pytest.raises(BackendError) as caught:
         await place.create("c1", bundle)
@@ -347,16 +350,28 @@ async def test_a_state_directory_that_cannot_be_made_is_named(place: Lab, tmp_pa
 
 async def test_a_keeper_that_dies_is_an_error_and_no_hang(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
+        spawn = keeper.spawn
+
+        async def told(*args: Any, **options: Any) -> Spawned:
+            spawned = await spawn(*args, **options)
+            os.kill(keeper.pid, signal.SIGKILL)
+            return spawned
+
+        keeper.spawn = told  # type: ignore[method-assign]
         runtime = Runtime(fake(tmp_path / "r", "sleep 86548"), f"{tmp_path}/runtime", keeper)
-        pidfd = os.pidfd_open(keeper.pid)
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(_kill_soon, pidfd)
-                with anyio.fail_after(5), pytest.raises(UnavailableError, match="keeper"):
-                    await runtime.create("c1", str(tmp_path), stdio=(0, 1, 2))
-        finally:
-            os.close(pidfd)
+        with anyio.fail_after(20), pytest.raises(UnavailableError, match="keeper"):
+            await runtime.create("c1", str(tmp_path), stdio=(0, 1, 2))
     until(lambda: not alive("86548"), "what was killed is gone")
+    os.rmdir(f"{tmp_path}/work")
+
+
+async def test_a_keeper_that_dies_as_it_starts_a_runtime_takes_that_with_it(tmp_path: Path) -> None:
+    """It may not have come to telling its pid to anybody."""
+    async with keeper_at(tmp_path) as keeper:
+        runtime = Runtime(fake(tmp_path / "r", "kill -9 $PPID; exec sleep 86549"), f"{tmp_path}/runtime", keeper)
+        with anyio.fail_after(20), pytest.raises(UnavailableError, match="keeper"):
+            await runtime.create("c1", str(tmp_path), stdio=(0, 1, 2))
+    until(lambda: not alive("86549"), "what was started is gone")
     os.rmdir(f"{tmp_path}/work")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unisandbox.host import pidfd
+from unisandbox.host import pidfd, syscalls
 
 
 def _sleeper() -> int:
@@ -83,3 +83,31 @@ def test_a_hostile_name_does_not_confuse_the_start_time(tmp_path: Path) -> None:
 def test_what_is_no_pidfd_is_refused() -> None:
     with Path("/dev/null").open() as file, pytest.raises(OSError, match="no pidfd"):
         pidfd.host_pid(file.fileno())
+
+
+def _has_group_signals() -> bool:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        signal.pidfd_send_signal(fd, 0, None, syscalls.PIDFD_SIGNAL_PROCESS_GROUP)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+@pytest.mark.skipif(not _has_group_signals(), reason="before Linux 6.9")
+def test_the_group_of_a_reaped_process_is_killed_and_no_other() -> None:
+    leader = os.posix_spawn("/bin/sleep", ["sleep", "60"], {}, setpgroup=0)
+    member = os.posix_spawn("/bin/sleep", ["sleep", "60"], {}, setpgroup=leader)
+    stranger = _sleeper()
+    fd = os.pidfd_open(leader)
+    try:
+        _end(leader)
+        pidfd.kill_group(fd)
+        assert os.waitpid(member, 0)[1] == signal.SIGKILL
+        assert os.waitpid(stranger, os.WNOHANG) == (0, 0)
+        pidfd.kill_group(fd)  # nobody is left in it
+    finally:
+        os.close(fd)
+        _end(stranger)

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 _PR_SET_CHILD_SUBREAPER = 36
 
 
+@pytest.fixture(autouse=True)
+def _whole_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is listed, also where other tests run beside these."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @contextmanager
 def _open_fd() -> Iterator[None]:
     fd = os.open("/dev/null", os.O_RDONLY)
@@ -194,8 +200,8 @@ def test_no_test_can_forget_the_check(tmp_path: Path) -> None:
     test.write_text("import os\ndef test_leaks(): os.open('/dev/null', os.O_RDONLY)\ndef test_clean(): pass\n")
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = root: x\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-p", "no:cacheprovider", str(test)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        [sys.executable, "-m", "pytest", "-q", "-p", "tests.conftest", "-p", "no:cacheprovider", str(test)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

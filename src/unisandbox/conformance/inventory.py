@@ -6,6 +6,9 @@ time to settle, for the kernel frees some things late: the cgroup of a dying pro
 What counts as ours when the listing meets the rest of the machine: descendants of this process; processes and
 cgroup directories below the cgroup of this test run (see `scope.py`); outside of such a run, whatever carries the
 project's name (processes `unisandbox-keep`, cgroup directories, sockets and files `unisandbox*`).
+
+A worker of a run that pytest-xdist shares out leaves out what the whole machine has but once (sockets' names, loop
+devices, cgroups elsewhere): whose those are cannot be told there. What has them open is a process, and that is listed.
 """
 
 from __future__ import annotations
@@ -66,19 +69,20 @@ class Inventory:
     def take(cls) -> Inventory:
         """List what is there now. Opens nothing that stays open and changes nothing."""
         own = own_cgroups()
-        cgroups = Counter(_cgroup_directories(own))
+        alone = "PYTEST_XDIST_WORKER" not in os.environ
+        cgroups = Counter(_cgroup_directories(own, elsewhere=alone))
         return cls(
             {
                 "process": Counter(_processes(own, cgroups)),
                 "cgroup": cgroups,
-                "hidden cgroup directory": Counter(_hidden_below_mount_points()),
+                "hidden cgroup directory": Counter(_hidden_below_mount_points() if alone else ()),
                 "mount": Counter(_lines("/proc/self/mounts")),
                 "namespace": Counter(_namespaces()),
-                "unix socket": Counter(line.rsplit(" ", 1)[-1] for line in _lines("/proc/net/unix") if _NAME in line),
+                "unix socket": Counter(_sockets() if alone else ()),
                 "fd": Counter(_descriptors()),
                 "thread": Counter(_threads()),
                 "file": Counter(_files()),
-                "loop device": Counter(_loop_devices()),
+                "loop device": Counter(_loop_devices() if alone else ()),
                 "process state": Counter(_process_state()),
                 "environment": Counter(f"{k}={v}" for k, v in os.environ.items() if k not in _VOLATILE_ENVIRONMENT),
             }
@@ -181,12 +185,12 @@ def _is_run(path: str) -> bool:
     return path.rsplit("/", 1)[-1].startswith(RUN_PREFIX)
 
 
-def _cgroup_directories(own: Mapping[str, str]) -> Iterator[str]:
+def _cgroup_directories(own: Mapping[str, str], *, elsewhere: bool) -> Iterator[str]:
     for where, path in own.items():
         for child in _subdirectories(path):
             if _is_run(path) or (child.startswith(_NAME) and not child.startswith(RUN_PREFIX) and child != _SLICE):
                 yield from _tree(f"{path}/{child}")
-        if path != where:
+        if path != where and elsewhere:
             for child in _subdirectories(where):
                 if child.startswith(f"{_NAME}-") and not child.startswith(RUN_PREFIX):
                     yield from _tree(f"{where}/{child}")
@@ -365,7 +369,13 @@ def _process_state() -> Iterator[str]:
     yield f"child subreaper {subreaper.value}"
 
 
-# files and devices
+# files, sockets and devices
+
+
+def _sockets() -> Iterator[str]:
+    for line in _lines("/proc/net/unix"):
+        if _NAME in line:
+            yield line.rsplit(" ", 1)[-1]
 
 
 def _files() -> Iterator[str]:

@@ -216,6 +216,7 @@ def kill_tree(pid: int, pidfd: int) -> None:
     Each is stopped before its children are looked up, so that none can fork away meanwhile.
     """
     if not pidfds.send_signal(pidfd, signal.SIGSTOP):
+        pidfds.kill_group(pidfd)  # it has died with the keeper; a hook of it may go on
         return
     found = {pid: pidfd}
     opened: list[int] = []

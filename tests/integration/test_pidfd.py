@@ -89,6 +89,8 @@ def _has_group_signals() -> bool:
     fd = os.pidfd_open(os.getpid())
     try:
         signal.pidfd_send_signal(fd, 0, None, syscalls.PIDFD_SIGNAL_PROCESS_GROUP)
+    except ProcessLookupError:
+        return True  # this process leads no group
     except OSError:
         return False
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from tests.places import take_own_places
+from tests.places import own_places
 
 from unisandbox.conformance.inventory import Inventory, leaves_nothing_behind, settle
 from unisandbox.conformance.scope import run_cgroup
@@ -26,8 +27,7 @@ hypothesis.settings.load_profile("patient")
 BEFORE = pytest.StashKey[Inventory]()
 LEFT = pytest.StashKey[list[str]]()
 OF_THE_MACHINE = tuple(
-    f"left behind: {kind} "
-    for kind in ("process", "cgroup", "hidden cgroup directory", "unix socket", "file", "loop device")
+    f"left behind: {kind} " for kind in ("cgroup", "hidden cgroup directory", "unix socket", "loop device")
 )
 
 
@@ -37,7 +37,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if is_worker(config) and os.geteuid() == 0:
-        take_own_places(config.option.basetemp)
+        stack = ExitStack()
+        config.add_cleanup(stack.close)
+        stack.enter_context(own_places(config.option.basetemp))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,27 +7,41 @@ worker has there at this moment: so each has those places for itself, in a mount
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from unisandbox.host.syscalls import CLONE_NEWNS, MS_BIND, MS_PRIVATE, MS_REC, mount, unshare
+from unisandbox.host.syscalls import CLONE_NEWNS, MNT_DETACH, MS_BIND, MS_PRIVATE, MS_REC, mount, umount, unshare
 
-_OWN = {"/tmp": "1777", "/var/tmp": "1777", "/dev/shm": "1777", "/var/lib/unisandbox": "755"}
+_OWN = {"/tmp": "1777", "/dev/shm": "1777", "/var/lib/unisandbox": "755"}
+# Not in memory: what is large is to be on a disk there, as it is for everybody.
+_ON_DISK = "/var/tmp"
 
 
-def take_own_places(basetemp: str | None) -> None:
-    """Leave the host's mount namespace, and put an empty file system over each place.
+@contextmanager
+def own_places(basetemp: str | None) -> Iterator[None]:
+    """Leave the host's mount namespace, and have something empty at each place.
 
     Args:
         basetemp: a directory that is to be there: what pytest would have made.
     """
     Path("/var/lib/unisandbox").mkdir(exist_ok=True)
+    disk = tempfile.mkdtemp(prefix="tests-", dir=_ON_DISK)
     unshare(CLONE_NEWNS)
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
     _take_run()
     for place, mode in _OWN.items():
         mount("tmpfs", place, "tmpfs", data=f"mode={mode}")
+    mount(disk, _ON_DISK, flags=MS_BIND)
     if basetemp:
         Path(basetemp).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        umount(_ON_DISK, MNT_DETACH)
+        shutil.rmtree(disk, ignore_errors=True)
 
 
 def _take_run() -> None:

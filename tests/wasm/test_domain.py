@@ -14,11 +14,13 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.wasm.guests import READS, SPINS, Pipe, Runner, program, wait_for
+from tests.keepers import until
+from tests.wasm.guests import DEADLINE, READS, SPINS, Pipe, Runner, program, wait_for
 
 from unisandbox.backends.wasm.config import configuration_key
 from unisandbox.backends.wasm.domain import Domain, GuestModule
 from unisandbox.backends.wasm.guest import Guest, GuestLimits, GuestSpec
+from unisandbox.backends.wasm.waiting import Watch
 
 HOST = """
 import os, sys, time
@@ -264,6 +266,27 @@ def busy_threads(count: int) -> Iterator[None]:
         ended = True
         for thread in threads:
             thread.join()
+
+
+def test_a_watch_that_is_closed_as_it_is_woken_for_something_else_ends() -> None:
+    ticked, go_on = threading.Event(), threading.Event()
+
+    def tick() -> None:
+        ticked.set()
+        go_on.wait(DEADLINE)
+
+    watch = Watch(tick)
+    watch.want_ticks()
+    assert ticked.wait(DEADLINE)  # its thread has been woken, and has not yet taken note of what for
+    watch.need_no_ticks()
+    closing = threading.Thread(target=watch.close, daemon=True)
+    closing.start()
+    until(lambda: watch._closed, "it is about to close")
+    with watch._guard:
+        pass  # the closing has rung
+    go_on.set()
+    closing.join(DEADLINE)
+    assert not closing.is_alive()
 
 
 def test_a_module_may_be_closed_while_guests_begin_to_run_it() -> None:

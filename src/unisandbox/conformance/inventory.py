@@ -185,10 +185,14 @@ def _is_run(path: str) -> bool:
     return path.rsplit("/", 1)[-1].startswith(RUN_PREFIX)
 
 
+def _is_named(name: str) -> bool:
+    return name.startswith(_NAME) and not name.startswith(RUN_PREFIX) and name != _SLICE
+
+
 def _cgroup_directories(own: Mapping[str, str], *, elsewhere: bool) -> Iterator[str]:
     for where, path in own.items():
         for child in _subdirectories(path):
-            if _is_run(path) or (child.startswith(_NAME) and not child.startswith(RUN_PREFIX) and child != _SLICE):
+            if _is_run(path) or (elsewhere and _is_named(child)):
                 yield from _tree(f"{path}/{child}")
         if path != where and elsewhere:
             for child in _subdirectories(where):

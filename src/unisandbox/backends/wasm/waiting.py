@@ -157,11 +157,10 @@ class Watch:
             self._at_work.release()
 
     def _watch(self, epoll: select.epoll) -> None:
-        while True:
+        # Looked at after the bell was taken note of: one sound of it may be for a wish for ticks and for the end.
+        while not self._closed:
             ready = epoll.poll(TICK_SECONDS if self._wants_ticks else None)
-            if self._closed:
-                return
-            if self._wants_ticks:
+            if self._wants_ticks and not self._closed:
                 self._tick()
             for fd, _events in ready:
                 if fd == self._bell:

@@ -24,6 +24,7 @@ from unisandbox.backends.runc import pidns
 from unisandbox.cli import doctor
 from unisandbox.engine import leftovers, recovery, sharing, state
 from unisandbox.engine.closing import abandon
+from unisandbox.engine.leftovers.finding import Leftover
 from unisandbox.host import boundary
 from unisandbox.sandbox import containers
 
@@ -139,7 +140,12 @@ async def test_doctor_leaves_what_has_come_since_it_looked(tmp_path: Path) -> No
         os.kill(keeper, signal.SIGKILL)
         wait_ended(keeper)
         host.kill()
-    [found] = [left for left in leftovers.find() if left.state_dir == str(tmp_path) and left.kind == "state"]
+
+    def states() -> list[Leftover]:
+        return [left for left in leftovers.find() if left.state_dir == str(tmp_path) and left.kind == "state"]
+
+    until(lambda: bool(states()), "the keeper's workers, which have its lock, too, have ended")
+    [found] = states()
     async with Engine.open(tmp_path, policy="keep") as engine:
         process = await (await engine.create(name="fresh", resources=SMALL)).exec(["sleep", "1000"])
     await doctor._remove(found)

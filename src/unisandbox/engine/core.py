@@ -28,6 +28,7 @@ from unisandbox.api import (
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
+from unisandbox.engine.held import OpenStreams
 from unisandbox.engine.locks import locked
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
@@ -77,6 +78,8 @@ class EngineCore:
         # By isolation and kind of root file system, which is what "auto" looks at.
         self._chosen: dict[tuple[str, str], Backend] = {}
         self._entries: dict[str, Entry] = {}
+        # By id, also of those that are known no more and may be again, in a new generation.
+        self._streams: dict[str, OpenStreams] = {}
 
     async def explain(self, spec: SandboxSpec) -> Choice:
         """Which backend a sandbox would get, and why; nothing is created."""
@@ -288,9 +291,20 @@ class EngineCore:
         return self._entries.get(entry.sandbox_id) is entry
 
     def drop(self, entry: Entry) -> None:
-        """Know a sandbox no more."""
+        """Know a sandbox no more. What is open of it stays so: it may have been taken over."""
         if self.knows(entry):
             del self._entries[entry.sandbox_id]
+            if not entry.streams.closing:
+                self._streams.pop(entry.sandbox_id, None)
+
+    def streams_of(self, sandbox_id: str) -> OpenStreams:
+        """What this process has open of the processes of a sandbox."""
+        return self._streams.setdefault(sandbox_id, OpenStreams())
+
+    def close_streams(self) -> None:
+        """Close all that this process has open of processes."""
+        for streams in self._streams.values():
+            streams.close()
 
     def check_keeper(self, *, after_error: bool = False) -> None:
         """Raise UnavailableError when the keeper is dead: nothing can be started any more, and nothing runs on.

@@ -73,6 +73,7 @@ class SharedPids:
             raise
         made = cls(oci_id, cgroup, created)
         try:
+            await planner.restrict_root(created.pid)
             await runtime.start(oci_id, created=created, timeout=START_SECONDS)
             fd = os.open(f"/proc/{created.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
             try:

@@ -72,6 +72,7 @@ class EngineCore:
         self.directory: StateDirectory = state
         self.regaining: Regaining = Regaining(self, state)
         self.sandboxers: dict[str, Sandboxer] = {}
+        self._opening: dict[str, anyio.Lock] = {}
         self.closing: anyio.Lock = anyio.Lock()
         self.removes_own: bool = False
         self._registry = registry
@@ -94,7 +95,7 @@ class EngineCore:
         self._check_open()
         backend, _ = await choose(self._registry, spec)
         check_supported(backend, spec, self.policy)
-        sandboxer = self.sandboxer(backend.name)
+        sandboxer = await self.sandboxer(backend.name)
         if not isinstance(sandboxer, SupportsPrefetch):
             raise UnsupportedError("prefetch", backend.name, reason="its programs need no preparation")
         await sandboxer.prefetch(spec.rootfs, program)
@@ -164,6 +165,7 @@ class EngineCore:
         if backend is None:
             backend, _ = await choose(self._registry, spec)
         check_supported(backend, spec, self.policy)
+        sandboxer = await self.sandboxer(backend.name)
         now = time.time()
         record = Record(
             sandbox_id=identity,
@@ -178,7 +180,7 @@ class EngineCore:
             expires_at=None if spec.ttl is None else now + spec.ttl,
             operation_id=operation_id,
         )
-        entry = Entry(self, record, spec, self.sandboxer(backend.name))
+        entry = Entry(self, record, spec, sandboxer)
         async with contextlib.AsyncExitStack() as stack:
             async with self._naming({identity, *filter(None, [spec.name])} if is_given or spec.name else set()):
                 self._check_open()
@@ -266,7 +268,7 @@ class EngineCore:
             try:
                 record = self.records.read(sandbox_id)
                 if record is not None and record.phase != "removing":
-                    self.take_in(record)
+                    await self.take_in(record)
             except SandboxError:
                 continue  # damaged, or of a backend that is missing here: for the next owner to tell
         # After that: also one that nobody here has known may have expired, and its record is to be removed.
@@ -274,11 +276,12 @@ class EngineCore:
             if entry.expired or entry in gone:
                 await entry.sharing.part()
 
-    def take_in(self, record: Record) -> Entry:
+    async def take_in(self, record: Record) -> Entry:
         """Know a sandbox from its record."""
-        entry = Entry(self, record, spec_of(record), self.sandboxer(record.backend))
-        self._entries[record.sandbox_id] = entry
-        return entry
+        sandboxer = await self.sandboxer(record.backend)
+        if record.sandbox_id not in self._entries:  # or another task was quicker
+            self._entries[record.sandbox_id] = Entry(self, record, spec_of(record), sandboxer)
+        return self._entries[record.sandbox_id]
 
     def forget(self, entry: Entry) -> None:
         """A sandbox is gone: its record and its name are free."""
@@ -331,14 +334,16 @@ class EngineCore:
         """Raise UnsupportedError for a limit that this backend does not know."""
         check_resources(self._registry.get(backend), resources)
 
-    def sandboxer(self, name: str) -> Sandboxer:
+    async def sandboxer(self, name: str) -> Sandboxer:
         """The sandboxer of the backend of this name.
 
         Raises:
             InvalidArgumentError, UnavailableError: there is none, or it cannot be had here.
         """
         if name not in self.sandboxers:
-            self.sandboxers[name] = self._registry.get(name).open(self.host)
+            async with self._opening.setdefault(name, anyio.Lock()):
+                if name not in self.sandboxers:
+                    self.sandboxers[name] = await self._registry.get(name).open(self.host)
         return self.sandboxers[name]
 
     @contextlib.asynccontextmanager

@@ -103,7 +103,8 @@ class Recovery:
             return
         try:
             client = core.host.keeper.hello.client
-            entry = core.take_in(record._replace(generation=record.generation + 1, owner=this_process(), client=client))
+            ours = record._replace(generation=record.generation + 1, owner=this_process(), client=client)
+            entry = await core.take_in(ours)
         except SandboxError as error:
             core.left[record.sandbox_id] = record
             self._tell(record, "failed", error.message)
@@ -220,7 +221,7 @@ async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
         action: RecoveryAction = "removed"
         reason = f"its {cut} was cut when process {record.owner[0]} ended"
         try:
-            entry = core.take_in(record)
+            entry = await core.take_in(record)
             entry.recovered = reason
             if not await entry.sharing.free_cut():
                 continue  # another process was quicker

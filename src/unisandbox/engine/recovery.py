@@ -25,7 +25,7 @@ from unisandbox.api import (
 from unisandbox.engine.records import Record, this_process
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import Cgroups, ending
+from unisandbox.host.cgroups import Cgroups, ending, patience
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -65,7 +65,7 @@ class Recovery:
         images = self._images()
         records = core.records.read_all(repair=repair)
         if self._is_new and repair:
-            self._end_all(self._places(former, everywhere=bool(records.damaged)))
+            await self._end_all(self._places(former, everywhere=bool(records.damaged)))
         for record in sorted(records.records, key=lambda record: record.created_at):
             await self._recover(record)
         if repair:
@@ -158,11 +158,11 @@ class Recovery:
             places |= {path for engine_id, path in engine_cgroups() if engine_id == host.engine_id}
         return places
 
-    def _end_all(self, places: set[str]) -> None:
+    async def _end_all(self, places: set[str]) -> None:
         """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
         dirs = [directory for found in _children(places).values() for directory in found]
-        ending.kill(dirs, _KILL_SECONDS)
-        ending.remove(dirs, _REMOVE_SECONDS)
+        await patience.kill(dirs, _KILL_SECONDS)
+        await patience.remove(dirs, _REMOVE_SECONDS)
         for place in places - self._places(None, everywhere=False):
             ending.remove_leaf(place)
 
@@ -188,7 +188,7 @@ class Recovery:
     async def _free_stray(self, short: str, dirs: Sequence[str]) -> None:
         """Free what no record speaks of: one was damaged."""
         host = self._core.host
-        ending.kill(dirs, _KILL_SECONDS)
+        await patience.kill(dirs, _KILL_SECONDS)
         # The keeper knows by its guards what else there is. Its numbers are free when all that had them is gone.
         await host.keeper.expire(f"{short}/", 0)
         with anyio.move_on_after(_REMOVE_SECONDS):

@@ -41,6 +41,7 @@ from unisandbox.api import (
     check_id,
 )
 from unisandbox.host.boundary import reached
+from unisandbox.host.cgroups import patience
 from unisandbox.host.ends import HeldEnd
 from unisandbox.host.init import ended, ended_now
 from unisandbox.host.keeper import Keeper
@@ -455,8 +456,8 @@ class OciTaskService:
         container.deleting = True
         self.kill_now(container.name)
         # Init tells how they ended; one that does not answer (stopped, say) is killed too, and the kernel may tell.
-        for patience in (_TOLD_SECONDS, _END_SECONDS):
-            with anyio.move_on_after(patience) as scope:
+        for seconds in (_TOLD_SECONDS, _END_SECONDS):
+            with anyio.move_on_after(seconds) as scope:
                 for exec_id, process in list(container.processes.items()):
                     if process.starting is not None:
                         await process.starting.wait()
@@ -486,10 +487,7 @@ class OciTaskService:
             process.cgroup = None
             if process.pid is not None:
                 self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
-        with anyio.move_on_after(_END_SECONDS):
-            while not container.plan.cgroup.remove():
-                # The kernel frees the last process a moment after its end, and no event tells.
-                await anyio.sleep(0.001)
+        await patience.remove(container.plan.cgroup.dirs, _END_SECONDS)  # the last process goes a moment after its end
         await self._planner.free(container.name)
         self._ledger.forget_container(container.name)
         self._containers.pop(container.name, None)
@@ -551,7 +549,7 @@ class OciTaskService:
         """See `SupportsPause.pause`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
         try:
-            self._container(container_id).plan.cgroup.freeze(_END_SECONDS)
+            await patience.freeze(self._container(container_id).plan.cgroup, _END_SECONDS)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"container {container_id!r} of sandbox {self._label!r} could not be paused within {_END_SECONDS:g} s",

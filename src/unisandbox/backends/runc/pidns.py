@@ -16,7 +16,7 @@ import attrs
 from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.backends.runc.pod import Pod
 from unisandbox.host import namespaces
-from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.services import Host
 from unisandbox.oci.made import Created
@@ -29,6 +29,8 @@ EMPTY_ROOT: Final = "/empty"
 
 # Its name where containers have theirs, which begin with a letter or a digit.
 _NAME: Final = ".pid"
+# How long the kernel may take to free the process after its end.
+_END_SECONDS: Final = 5.0
 # The name, below the sandbox's prefix, of what is known of the process.
 _FIRST: Final = "pid-first"
 
@@ -69,7 +71,8 @@ class SharedPids:
                 )
         except BaseException:
             cgroup.kill()
-            cgroup.remove(timeout=5.0)  # or every later start would meet it
+            with anyio.CancelScope(shield=True):
+                await patience.remove(cgroup.dirs, _END_SECONDS)  # or every later start would meet it
             raise
         made = cls(oci_id, cgroup, created)
         try:
@@ -121,7 +124,7 @@ class SharedPids:
         with contextlib.suppress(FileNotFoundError):
             cgroup = pod.cgroup.find("pid")
             cgroup.kill()
-            cgroup.remove(timeout=5.0)
+            await patience.remove(cgroup.dirs, _END_SECONDS)
         await runtime.delete(f"{pod.short}-{_NAME}", force=True)
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
@@ -141,5 +144,5 @@ class SharedPids:
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
         pod.inodes.pop("pid", None)
-        self.cgroup.remove(timeout=5.0)
+        await patience.remove(self.cgroup.dirs, _END_SECONDS)
         self.close()

@@ -310,6 +310,8 @@ class Sandbox:
     async def pause(self) -> None:
         """Stop every process of the sandbox until `resume`; nothing can be started in it meanwhile. May be repeated.
 
+        What is to end meanwhile ends: `Process.kill`, a timeout, `stop`, `remove`. Other signals arrive at the resume.
+
         Raises:
             FailedPreconditionError: nothing runs in it.
         """

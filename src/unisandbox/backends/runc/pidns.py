@@ -19,8 +19,9 @@ from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.services import Host
+from unisandbox.oci.ends import wait_end_of_init
 from unisandbox.oci.made import Created
-from unisandbox.oci.processes import ended_process, streams
+from unisandbox.oci.processes import streams
 from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.starting import START_SECONDS
 
@@ -139,7 +140,7 @@ class SharedPids:
     async def end(self, host: Host, runtime: Runtime, pod: Pod) -> None:
         """End it: with it everything that is still in the namespace ends. May be repeated until it has returned."""
         self.cgroup.kill()
-        await ended_process(host.keeper, self.created)
+        await wait_end_of_init(host.keeper, self.created)
         await runtime.delete(self.oci_id)
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)

@@ -22,10 +22,10 @@ from unisandbox.api import (
     SandboxSpec,
     SandboxStatus,
     SupportsGrace,
-    SupportsPause,
     TaskService,
     UnsupportedError,
 )
+from unisandbox.engine import pausing
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
@@ -414,38 +414,12 @@ class Entry:
             return await self.sandboxer.metrics(self.sandbox_id)
 
     async def pause(self) -> None:
-        """Stop every process of it until `resume`; all or none. Repeating is harmless.
-
-        Raises:
-            FailedPreconditionError: nothing runs in it.
-        """
-        async with self.sharing.changing():
-            task, running = await self._pausing()
-            if not running:
-                raise FailedPreconditionError(
-                    f"nothing runs in sandbox {self.label!r} that could be paused", hint="stop() keeps it from running."
-                )
-            try:
-                for container_id in running:
-                    await task.pause(container_id)
-            except BaseException:
-                await self.cleaning.run(lambda: _resume(task, running))
-                raise
-        self.telling.emit("sandbox.paused")
+        """See `pausing.pause`."""
+        await pausing.pause(self)
 
     async def resume(self) -> None:
-        """Let its processes go on; those that run do."""
-        async with self.sharing.changing():
-            await _resume(*await self._pausing())
-        self.telling.emit("sandbox.resumed")
-
-    async def _pausing(self) -> tuple[SupportsPause, list[str]]:
-        """Who can pause it, and the containers in which something runs."""
-        self.check_started()
-        task = self.task
-        if not isinstance(task, SupportsPause):
-            raise UnsupportedError("pause", self.backend)
-        return task, [name for name in task.container_ids if (await task.state(name)).state != "stopped"]
+        """See `pausing.resume`."""
+        await pausing.resume(self)
 
     async def update(self, resources: Resources) -> None:
         """Change the limits of the whole sandbox."""
@@ -495,9 +469,3 @@ class Entry:
                 tell_recovered(self._core.events, self.sandbox_id, "removed", self.recovered)
             self.telling.emit("sandbox.removed")
         self._core.forget(self)
-
-
-async def _resume(task: SupportsPause, containers: list[str]) -> None:
-    for container_id in containers:
-        with contextlib.suppress(NotFoundError):  # it was removed meanwhile
-            await task.resume(container_id)

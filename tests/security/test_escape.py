@@ -30,6 +30,7 @@ from tests.security.attacks import (
 
 from unisandbox import Engine, Mount, Rootfs
 from unisandbox.api import DEFAULT_CAPABILITIES
+from unisandbox.backends.runc import RuncBackend
 from unisandbox.sandbox import SandboxOptions
 
 pytestmark = [
@@ -216,16 +217,19 @@ async def test_a_read_only_mount_cannot_be_written(engine: Engine, tmp_path: Pat
     assert os.listdir(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("path", ["/x", "/etc/x"])
-async def test_the_base_that_all_sandboxes_share_cannot_be_written_by_root_of_the_host(
-    engine: Engine, path: str
-) -> None:
-    body = f'open("{path}", "w")'
-    async with engine.create(isolation="runc") as other:
-        assert "held: OSError(30" in await attack(engine, body, userns="host")
-        assert (await other.run(["test", "-e", path])).exit_code == 1
-    body = without_mount_flags("/", f'{body}\n    os.unlink("{path}")')
-    assert await attack(engine, body, **privileged("SYS_ADMIN")) == "escaped"
+@pytest.mark.parametrize("runtime", ["crun", "runc", "youki"])
+async def test_the_base_that_all_sandboxes_share_cannot_be_written_by_root_of_the_host(runtime: str) -> None:
+    backend = RuncBackend(runtime)
+    if not (await backend.probe()).available:
+        pytest.skip(f"{runtime} is not installed")
+    async with Engine.open(backends={"runc": backend}) as engine:
+        for path in ("/x", "/etc/x"):
+            body = f'open("{path}", "w")'
+            async with engine.create(isolation="runc") as other:
+                assert "held: OSError(30" in await attack(engine, body, userns="host")
+                assert (await other.run(["test", "-e", path])).exit_code == 1
+            body = without_mount_flags("/", f'{body}\n    os.unlink("{path}")')
+            assert await attack(engine, body, **privileged("SYS_ADMIN")) == "escaped"
 
 
 async def test_the_root_of_a_shared_pid_namespace_cannot_be_written_by_root_of_the_host(engine: Engine) -> None:

@@ -37,8 +37,8 @@ WRITABLE: Final = ("tmp", "run", "home")
 
 
 def root_attributes(rootfs: Rootfs) -> list[str]:
-    """Those of the mount that is the root directory. One of a directory that is only read has no upper layer."""
-    return SAFE_READONLY if rootfs.kind == "host" else _SAFE
+    """Those of the mount that is the root directory."""
+    return SAFE_READONLY if rootfs.readonly else _SAFE
 
 
 class Layer(NamedTuple):

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, cast
 
+import anyio
 import attrs
 
 from benchmarks import spawner
@@ -124,7 +125,7 @@ class Bare:
     """
 
     def __init__(self) -> None:
-        self.programs: dict[str, RuntimeProgram] = {program.name: program for program in find_runtimes()}
+        self.programs: dict[str, RuntimeProgram] = {program.name: program for program in anyio.run(find_runtimes)}
         self._stack = contextlib.ExitStack()
         self._scratch = ""
         self._pid = 0

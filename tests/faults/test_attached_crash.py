@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import anyio
@@ -67,6 +68,19 @@ def die(name, of):
 async def main():
     boundary.watch(die)
     await Engine.open(sys.argv[1], policy="keep", on_recover="stop")
+
+anyio.run(main)
+"""
+
+
+# Starts what writes when nobody reads any more: its own end is the keeper's word that it does.
+STARTER = """
+async def main():
+    engine = await Engine.open(sys.argv[1], policy="keep")
+    sandbox = await engine.create(name="a", resources=Resources(memory="64M"))
+    process = await sandbox.exec(["sh", "-c", "echo kept and more; cat"], stdin="pipe")
+    tell(id=process.id)
+    signal.pause()
 
 anyio.run(main)
 """
@@ -206,4 +220,56 @@ async def test_handles_of_what_another_owner_has_taken_over_do_nothing(tmp_path:
                 os.kill(pid, 0)
             again = await (await other.get("a")).containers.get(container.name)
             assert (await again.kill()).signal == 9
-            terminal._close_ends()
+
+
+async def test_who_has_attached_goes_on_with_its_processes_when_another_owner_has_taken_over(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    first = await Engine.open(state, policy="keep")
+    await first.create(name="a", resources=SMALL)
+    async with Engine.attach(state) as other:
+        old = await other.get("a")
+        process = await old.exec(["sh", "-c", "echo before; cat; exit 3"], stdin="pipe")
+        terminal = await old.exec(["sh", "-c", "read line; stty size; exit 4"], tty=True)
+        async with anyio.create_task_group() as group:
+            await first.close()
+            async with Engine.open(state):
+                group.start_soon(_expect_closed, process.stderr.receive)
+                await anyio.wait_all_tasks_blocked()
+                again, tty = await (await other.get("a")).processes()
+                assert (again.id, again.pid, tty.id) == (process.id, process.pid, terminal.id)
+                with pytest.raises(anyio.ClosedResourceError):
+                    await process.stdin.send(b"by two")
+                await again.stdin.send(b"after\n")
+                await again.stdin.aclose()
+                assert b"".join([output.data async for output in again]) == b"before\nafter\n"
+                assert (await process.wait(), (await again.wait()).code) == (await again.wait(), 3)
+                await tty.resize(11, 22)
+                await tty.stdin.send(b"\n")
+                assert b"11 22" in b"".join([output.data async for output in tty])
+                assert ((await tty.wait()).code, (await terminal.wait()).code) == (4, 4)
+                assert await (await other.get("a")).processes() == []
+                await again.aclose()
+                await tty.aclose()
+
+
+async def test_what_was_kept_of_an_output_is_not_lost_by_a_second_take_over(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with program(STARTER, state) as starter:
+        starter.heard()
+        starter.kill()
+    owner = await Engine.open(state, policy="keep")
+    async with Engine.attach(state) as other:
+        [process] = await (await other.get("a")).processes()
+        assert await process.stdout.receive(4) == b"kept"
+        await owner.close()
+        async with Engine.open(state):
+            [again] = await (await other.get("a")).processes()
+            await again.stdin.aclose()
+            assert b"".join([output.data async for output in again]) == b" and more\n"
+            assert (await again.wait()).code == 0
+            await again.aclose()
+
+
+async def _expect_closed(receive: Callable[[], Awaitable[object]]) -> None:
+    with pytest.raises(anyio.ClosedResourceError):
+        await receive()

@@ -100,12 +100,11 @@ class Running:
 
     Attributes:
         code: with which it will end.
-        reader: the client that reads what it writes; None: that one is gone. "fenced": a client whose handle of it is
-            none any more, since another owner has taken the sandbox over; it is listed again when that client is gone.
+        reader: the client that reads what it writes, whoever owns the engine; None: that one is gone.
     """
 
     code: int
-    reader: Who | Literal["fenced"] | None
+    reader: Who | None
 
 
 @attrs.define
@@ -167,10 +166,8 @@ class Model:
         """A client has left or died: its processes are for whoever comes."""
         for box in self.boxes.values():
             for running in box.processes.values():
-                if running.reader == who or (who == "other" and running.reader == "fenced"):
+                if running.reader == who:
                     running.reader = None
-                elif who == "owner" and running.reader == "other":
-                    running.reader = "fenced"
 
 
 NAMES: Final = st.sampled_from(["a", "b"])
@@ -258,13 +255,16 @@ def test_any_sequence_of_two_clients_calls_and_crashes_is_as_the_model_says(
     follows()
 
 
-def test_what_a_client_has_started_is_listed_again_after_a_take_over_when_that_client_is_gone(tmp_path: Path) -> None:
+def test_what_a_client_has_started_is_its_own_after_a_take_over_too_until_it_is_gone(tmp_path: Path) -> None:
     sequence = [
         ("owner", "create", "a", 0),
         ("other", "exec", "a", 4),
+        ("other", "exec", "a", 7),
         ("owner", "kill", "", 0),
-        ("other", "end", "a", 0),
         ("owner", "end", "a", 0),
+        ("other", "end", "a", 0),
+        ("other", "exec", "a", 8),
+        ("owner", "kill", "", 0),
         ("other", "kill", "", 0),
         ("owner", "end", "a", 0),
         ("owner", "exec", "a", 5),

@@ -20,7 +20,9 @@ import pytest
 from tests.keepers import keeper_at, until
 from tests.oci_bundles import Lab, lab, process_json
 
+from unisandbox import Engine
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
+from unisandbox.backends.runc import RuncBackend
 from unisandbox.host.keeper import Spawned
 from unisandbox.oci import features
 from unisandbox.oci.features import Features, FifoKind, RuntimeProgram, find_runtimes, pick_runtime
@@ -52,8 +54,21 @@ def fake(path: Path, text: str, *, fifo: FifoKind = "write", sealed: bool = Fals
     return RuntimeProgram("crun", str(path), (1, 8, 1), "1.8.1", "1.0.2", able, (0, 0, 0, 0))
 
 
-def crun() -> RuntimeProgram:
-    for program in find_runtimes():
+def silent(place: Path) -> str:
+    """A runtime that gives no answer."""
+    text = f"echo $$ >{place}/pid.new; mv {place}/pid.new {place}/pid; sleep 87654"
+    return str(script(place / "crun", text))
+
+
+async def end_silent(place: Path) -> None:
+    """Kill it from another task of the loop, before the time for an answer is over."""
+    while not (place / "pid").exists():
+        await anyio.sleep(0.005)
+    os.killpg(int((place / "pid").read_text()), signal.SIGKILL)
+
+
+async def crun() -> RuntimeProgram:
+    for program in await find_runtimes():
         if program.name == "crun":
             return program
     pytest.skip("crun is not installed")
@@ -91,9 +106,9 @@ async def bundle_for(place: Lab, program: RuntimeProgram) -> tuple[Lab, str]:
 # --- looking for one ---
 
 
-def test_no_runtime_at_all_says_what_was_looked_for_and_how_to_get_one(tmp_path: Path) -> None:
+async def test_no_runtime_at_all_says_what_was_looked_for_and_how_to_get_one(tmp_path: Path) -> None:
     with pytest.raises(UnavailableError) as caught:
-        pick_runtime(path=str(tmp_path))
+        await pick_runtime(path=str(tmp_path))
     assert "no OCI runtime found (looked for crun, runc, youki" in str(caught.value)
     assert "apt install crun" in caught.value.hint
 
@@ -112,36 +127,66 @@ def test_no_runtime_at_all_says_what_was_looked_for_and_how_to_get_one(tmp_path:
     ],
     ids=["mode", "hello", "version", "name", "code", "signal", "gibibyte", "hangs"],
 )
-def test_a_file_that_is_no_runtime_is_rejected_with_its_reason(
+async def test_a_file_that_is_no_runtime_is_rejected_with_its_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, mode: int, reason: str
 ) -> None:
     monkeypatch.setattr(features, "_QUERY_SECONDS", 0.3 if "sleep" in text else 5.0)
     path = script(tmp_path / "crun", text, mode)
-    assert find_runtimes(str(tmp_path)) == []
+    assert await find_runtimes(str(tmp_path)) == []
     with pytest.raises(UnavailableError) as caught:
-        pick_runtime(path=str(tmp_path))
+        await pick_runtime(path=str(tmp_path))
     assert f"{path}: " in str(caught.value)
     assert reason in str(caught.value)
     until(lambda: not alive("8765"), "what was killed is gone")
 
 
-def test_a_directory_or_a_dangling_link_is_no_runtime(tmp_path: Path) -> None:
+async def test_one_that_does_not_answer_keeps_nobody_else_waiting(tmp_path: Path) -> None:
+    backends = {"runc": RuncBackend(silent(tmp_path))}
+    async with Engine.open(backends=backends) as engine, anyio.create_task_group() as group:
+        group.start_soon(end_silent, tmp_path)
+        with pytest.raises(UnavailableError, match="failed with signal 9"):
+            await engine.create(isolation="runc")
+
+
+async def test_one_that_does_not_answer_holds_up_no_task_beside_a_recovery(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path / "state", policy="keep") as engine:
+        await engine.create(isolation="runc", name="kept")
+    backends = {"runc": RuncBackend(silent(tmp_path))}
+    async with anyio.create_task_group() as group:
+        group.start_soon(end_silent, tmp_path)
+        async with Engine.open(tmp_path / "state", policy="keep", backends=backends) as engine:
+            [found] = engine.recovery.sandboxes
+            assert (found.action, "failed with signal 9" in found.reason) == ("failed", True)
+    async with Engine.open(tmp_path / "state") as engine:
+        assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
+
+
+async def test_who_gives_up_waiting_for_an_answer_leaves_nothing_of_the_question(tmp_path: Path) -> None:
+    async with anyio.create_task_group() as group:
+        group.start_soon(pick_runtime, silent(tmp_path))
+        while not (tmp_path / "pid").exists():
+            await anyio.sleep(0.005)
+        group.cancel_scope.cancel()
+    until(lambda: not alive("8765"), "what was asked is gone")
+
+
+async def test_a_directory_or_a_dangling_link_is_no_runtime(tmp_path: Path) -> None:
     (tmp_path / "crun").mkdir()
     (tmp_path / "runc").symlink_to("nowhere")
-    assert find_runtimes(str(tmp_path)) == []
+    assert await find_runtimes(str(tmp_path)) == []
 
 
-def test_a_broken_one_does_not_hide_a_good_one(tmp_path: Path) -> None:
+async def test_a_broken_one_does_not_hide_a_good_one(tmp_path: Path) -> None:
     for name, text in (("first", "exit 1"), ("second", "echo crun version 9.9")):
         (tmp_path / name).mkdir()
         script(tmp_path / name / "crun", text)
-    found = find_runtimes(f"{tmp_path}/first:{tmp_path}/second")
+    found = await find_runtimes(f"{tmp_path}/first:{tmp_path}/second")
     assert [program.path for program in found] == [f"{tmp_path}/second/crun"]
 
 
-def test_a_version_that_nobody_has_tested_is_not_trusted_with_private_interfaces(tmp_path: Path) -> None:
+async def test_a_version_that_nobody_has_tested_is_not_trusted_with_private_interfaces(tmp_path: Path) -> None:
     script(tmp_path / "crun", "echo crun version 2.0; echo spec: 9.9.9; echo +SECCOMP")
-    (found,) = find_runtimes(str(tmp_path))
+    (found,) = await find_runtimes(str(tmp_path))
     assert found.version == (2, 0)
     assert found.features.fifo == ""
     assert not found.features.sealed
@@ -149,19 +194,19 @@ def test_a_version_that_nobody_has_tested_is_not_trusted_with_private_interfaces
     assert found.oci_version == "1.2.1"
 
 
-def test_the_current_directory_is_never_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_current_directory_is_never_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(tmp_path / "crun", "echo crun version 1.8.1")
     monkeypatch.chdir(tmp_path)
-    assert find_runtimes(f":.:{tmp_path.name}") == []
+    assert await find_runtimes(f":.:{tmp_path.name}") == []
 
 
-def test_an_upgrade_is_noticed_and_an_unchanged_file_is_asked_once(tmp_path: Path) -> None:
+async def test_an_upgrade_is_noticed_and_an_unchanged_file_is_asked_once(tmp_path: Path) -> None:
     path = script(tmp_path / "crun", f"echo x >>{tmp_path}/asked; echo crun version 1.8.1")
-    assert find_runtimes(str(tmp_path))[0].version == (1, 8, 1)
-    assert find_runtimes(str(tmp_path))[0].version == (1, 8, 1)
+    assert (await find_runtimes(str(tmp_path)))[0].version == (1, 8, 1)
+    assert (await find_runtimes(str(tmp_path)))[0].version == (1, 8, 1)
     assert (tmp_path / "asked").read_text() == "x\n"
     path.write_text(path.read_text().replace("1.8.1", "1.21"))
-    assert find_runtimes(str(tmp_path))[0].version == (1, 21)
+    assert (await find_runtimes(str(tmp_path)))[0].version == (1, 21)
 
 
 # --- calling one ---
@@ -321,7 +366,7 @@ async def test_a_cgroup_that_is_gone_is_named(place: Lab, tmp_path: Path) -> Non
 
 
 async def test_a_full_disk_under_the_state_directory_is_said(place: Lab, tmp_path: Path) -> None:
-    program = crun()
+    program = await crun()
     bundle = await place.bundle(["/bin/true"])
     full = f"{place.work}/full"
     os.mkdir(place.seen(full))
@@ -376,7 +421,7 @@ async def test_a_keeper_that_dies_as_it_starts_a_runtime_takes_that_with_it(tmp_
 
 
 async def test_a_state_that_a_killed_runtime_left_half_written_can_be_deleted(place: Lab, tmp_path: Path) -> None:
-    program = crun()
+    program = await crun()
     runtime = Runtime(program=program, root=f"{place.work}/runtime", keeper=place.keeper)
     for number, content in enumerate((None, "", "{", '{"pid": 1}', '{"pid": "x", "process-start-time": 3}', "[]")):
         state = place.seen(f"{runtime.root}/state/c{number}")

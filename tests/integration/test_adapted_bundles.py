@@ -23,7 +23,7 @@ from unisandbox.oci.features import find_runtimes
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
-RUNTIMES: Final = [program.name for program in find_runtimes()]
+RUNTIMES: Final = [program.name for program in anyio.run(find_runtimes)]
 KINDS: Final = {"network": "net", "ipc": "ipc", "uts": "uts"}
 
 

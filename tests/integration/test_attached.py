@@ -352,7 +352,7 @@ async def test_what_another_task_is_making_is_waited_for_when_it_is_used(
 ) -> None:
     begun, go = anyio.Event(), anyio.Event()
     async with Engine.open(tmp_path if shared else None) as engine:
-        sandboxer = engine._core.sandboxer("runc")
+        sandboxer = await engine._core.sandboxer("runc")
         start = sandboxer.start
 
         async def slow(sandbox_id: str) -> StartedSandbox:

@@ -387,10 +387,10 @@ def test_frozen_processes_do_not_run_until_thawed(root: Cgroup, spawn: Spawn) ->
 
     until(runs)
     assert not container.is_frozen
-    container.freeze(PATIENCE)
+    until(container.freeze)
     assert not runs()
     assert container.is_frozen
-    container.freeze(PATIENCE)  # again: fine
+    until(container.freeze)  # again: fine
     container.thaw()
     until(runs)
     assert not container.is_frozen
@@ -404,14 +404,14 @@ def test_what_is_frozen_can_be_killed(root: Cgroup, spawn: Spawn) -> None:
     actor = spawn("while True:\n  pass")
     container.child("p1", for_process=True).enter(actor.pid)
     actor.go()
-    container.freeze(PATIENCE)
+    until(container.freeze)
     sandbox.kill()
     assert actor.wait() == -9
 
 
 def test_a_process_that_enters_a_frozen_cgroup_is_frozen_and_can_be_killed(root: Cgroup, spawn: Spawn) -> None:
     cgroup = root.child("c1").child("p1", for_process=True)
-    cgroup.freeze(PATIENCE)
+    until(cgroup.freeze)
     actor = spawn("print('ran')")
     cgroup.enter(actor.pid)
     actor.go()

@@ -22,7 +22,7 @@ class Files:
     async def probe(self, *, deep: bool = False) -> Probe:
         return Probe(self.name, available=True, deep=deep)
 
-    def open(self, host: Host) -> Sandboxer:
+    async def open(self, host: Host) -> Sandboxer:
         raise UnavailableError(f"{self.name} is only looked at, on {host.engine_id}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 import pytest
-from tests.keepers import until, wait_ended
+from tests.keepers import children_of, until, wait_ended
 from tests.programs import Program, program
 
 from unisandbox import Engine, FailedPreconditionError, Resources
@@ -24,11 +24,10 @@ from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
 from unisandbox.engine.leftovers import Leftover, traces, verdicts
 from unisandbox.engine.records import Record, RecordStore
-from unisandbox.engine.state import RUNTIME_DIRECTORY, StateDirectory
+from unisandbox.engine.state import RUNTIME_DIRECTORY, StateDirectory, end_leases
 from unisandbox.host import loop, syscalls
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Keeper
-from unisandbox.host.keeper.leases import Leases
 
 pytestmark = pytest.mark.root
 
@@ -382,24 +381,37 @@ async def test_a_keeper_that_nobody_needs_is_told_with_its_directory(tmp_path: P
     assert left_of(state.engine_id) == []
 
 
+# Leases a number, as a keeper does. A fork of it, if wanted, lives until the descriptor that is named second ends.
+LEASER = """
+from unisandbox.host.keeper.leases import Leases
+leases = Leases()
+number = leases.lease(sys.argv[1], 0, 10)
+if sys.argv[2] and os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    os.read(int(sys.argv[2]), 1)
+    os._exit(0)
+tell(number=number)
+signal.pause()
+"""
+
+
 def test_the_file_of_leased_numbers_is_left_over_when_nobody_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(traces, "runtime_directory", lambda: str(tmp_path))
-    leases = Leases()
-    number = leases.lease(str(tmp_path), 0, 10)
     (tmp_path / "other").touch()
-    assert [leftover for leftover in leftovers.find() if leftover.kind == "file"] == []
-    leases.release(str(tmp_path), number)
-    assert sorted(os.listdir(tmp_path)) == ["other"]
-    (tmp_path / "ids").touch()  # as a killed keeper leaves it
+    with program(LEASER, str(tmp_path), "") as leaser:
+        leaser.heard()
+        assert [leftover for leftover in leftovers.find() if leftover.kind == "file"] == []
+        leaser.kill()
     [found] = [leftover for leftover in leftovers.find() if leftover.kind == "file"]
     assert found.what == str(tmp_path / "ids")
-    held = leases.lease(str(tmp_path), 0, 10)
-    leftovers.remove(found)
-    assert sorted(os.listdir(tmp_path)) == ["ids", "other"], "somebody leases again"
-    leases._close(str(tmp_path))  # its locks end without a word, as at a kill
-    assert held == 1
+    with program(LEASER, str(tmp_path), "") as leaser:
+        leaser.heard()
+        leftovers.remove(found)
+        assert sorted(os.listdir(tmp_path)) == ["ids", "other"], "somebody leases again"
+        leaser.kill()
     leftovers.remove(found)
     assert sorted(os.listdir(tmp_path)) == ["other"]
 
@@ -433,3 +445,22 @@ async def test_an_engine_that_follows_a_crash_at_once_has_its_pointer(tmp_path: 
         os.kill(told["keeper"], signal.SIGCONT)
         async with Engine.open(tmp_path) as engine:
             assert os.readlink(f"{RUNTIME_DIRECTORY}/{engine.id}.state") == str(tmp_path)
+
+
+def test_the_numbers_of_a_killed_keeper_are_free_although_a_fork_of_it_lives_for_a_moment(tmp_path: Path) -> None:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        with program(LEASER, str(tmp_path), str(reading), pass_fds=[reading]) as leaser:
+            number = leaser.heard()["number"]
+            [fork] = children_of(leaser.pid)
+            leaser.kill()
+            assert os.path.exists(f"/proc/{fork}")
+            with program(LEASER, str(tmp_path), "") as successor:
+                assert successor.heard() == {"number": number}
+                successor.kill()
+            end_leases(str(tmp_path))
+            assert os.listdir(tmp_path) == []
+    finally:
+        os.close(writing)
+        os.close(reading)
+    wait_ended(fork)

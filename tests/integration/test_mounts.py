@@ -451,7 +451,10 @@ def test_descriptors_are_named_and_given(tmp_path: Path) -> None:
             {
                 "do": "mounts",
                 "root": str(where / "root"),
-                "ops": [_bind({"name": "layer"}, "/x", idmap=True), {"op": "readonly", "path": "/x"}],
+                "ops": [
+                    _bind({"name": "layer"}, "/x", idmap=True),
+                    {"op": "restrict", "path": "/x", "attributes": ["readonly"]},
+                ],
             },
             {"do": "dirfd", "path": str(where / "root/x"), "name": "files"},
         ]

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 @pytest.fixture(params=["crun", "runc", "youki"])
 async def place(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Lab]:
-    found = [program for program in find_runtimes() if program.name == request.param]
+    found = [program for program in await find_runtimes() if program.name == request.param]
     if not found:
         pytest.skip(f"{request.param} is not installed")
     async with lab(found[0], tmp_path) as made:
@@ -350,12 +350,11 @@ async def test_a_second_driver_shares_the_sealed_copy(place: Lab) -> None:
 
 
 async def test_what_is_found_is_what_runs() -> None:
-    programs = find_runtimes()
+    programs = await find_runtimes()
     assert programs
-    assert pick_runtime() == programs[0]
-    assert pick_runtime(programs[-1].path) == programs[-1]
+    assert await pick_runtime() == programs[0]
+    assert await pick_runtime(programs[-1].path) == programs[-1]
     for program in programs:
         assert os.path.isabs(program.path)
         assert program.version > (0,)
         assert program.oci_version.startswith("1.")
-    await anyio.lowlevel.checkpoint()

@@ -40,7 +40,7 @@ from unisandbox.oci.runtime import Runtime
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
-RUNTIMES: Final = [program.name for program in find_runtimes()]
+RUNTIMES: Final = [program.name for program in anyio.run(find_runtimes)]
 
 
 @pytest.fixture(params=[pytest.param(name) for name in ("crun", "runc", "youki")])

@@ -15,8 +15,9 @@ from typing import NamedTuple, get_args
 
 import pytest
 
+from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.conformance.inventory import leaves_nothing_behind, tolerating
-from unisandbox.conformance.programs import BLOCK, Bad, GuestPrograms
+from unisandbox.conformance.programs import BLOCK, Bad
 
 wasmtime = pytest.importorskip("wasmtime")
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import anyio
 import pytest
 
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
@@ -42,10 +43,14 @@ def pick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pick:
 
     def ask(version: str) -> RuntimeProgram:
         told = {"--version": version, "features": json.dumps(YOUKI_FEATURES)}
-        monkeypatch.setattr(features, "_query", lambda argv: told[argv[1]].encode())
+
+        async def query(argv: list[str]) -> bytes:
+            return told[argv[1]].encode()
+
+        monkeypatch.setattr(features, "_query", query)
         program = tmp_path / "youki"
         program.touch()
-        return pick_runtime(str(program))
+        return anyio.run(pick_runtime, str(program))
 
     return ask
 

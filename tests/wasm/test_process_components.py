@@ -17,7 +17,7 @@ from unisandbox.backends.runc import RuncBackend
 from unisandbox.backends.wasm import WasmBackend
 from unisandbox.backends.wasm.process import WasmProcessBackend
 from unisandbox.backends.wasm.process.worker import MOST_INSTANCES, MOST_TABLES
-from unisandbox.conformance.programs import GuestPrograms
+from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.engine.registry import Backend
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]

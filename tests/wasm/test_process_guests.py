@@ -34,7 +34,7 @@ from unisandbox.backends.runc import RuncBackend
 from unisandbox.backends.wasm.process import WasmProcessBackend, pool
 from unisandbox.backends.wasm.process.report import new_report, told
 from unisandbox.backends.wasm.process.task import WasmProcessTasks
-from unisandbox.conformance.programs import GuestPrograms
+from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.engine.registry import Backend
 from unisandbox.sandbox import Process
 

@@ -12,7 +12,7 @@ from unisandbox import Engine
 from unisandbox.api import Exit
 from unisandbox.backends.runc import RuncBackend
 from unisandbox.backends.wasm.process import WasmProcessBackend
-from unisandbox.conformance.programs import GuestPrograms
+from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.engine.registry import Backend
 from unisandbox.sandbox import Process
 

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import attrs
 
 from unisandbox.api.by_fields import by_fields
+from unisandbox.api.checks import (
+    is_at_least,
+    is_at_most,
+    is_of,
+    is_one_of,
+    is_positive,
+    is_whole,
+    kernel_text,
+    matches,
+    several,
+)
 from unisandbox.api.errors import InvalidArgumentError
 from unisandbox.api.names import CAPABILITIES, check_isolation, check_name
 from unisandbox.api.units import GIB, MIB, parse_size
@@ -40,36 +50,12 @@ LEAST_DISK: Final = 64 << 10
 _MOST_PIDS: Final = 4 << 20  # PID_MAX_LIMIT of the kernel
 
 
-def _is(kind: type, *, optional: bool = False) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not (isinstance(value, kind) or (optional and value is None)):
-            raise InvalidArgumentError(f"{attribute.name} must be of type {kind.__name__}, got {value!r}")
-
-    return check
-
-
-def _one_of(*words: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    # A typo must never open what is closed.
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not isinstance(value, str) or value not in words:
-            known = " or ".join(map(repr, words))
-            raise InvalidArgumentError(f"{attribute.name} must be {known}, got {value!r}")
-
-    return check
-
-
-def _several(values: object, what: str) -> tuple[Any, ...]:
-    if not isinstance(values, Iterable) or isinstance(values, Mapping | str | bytes):
-        raise InvalidArgumentError(f"{what} must be a list, got {values!r}")
-    return tuple(values)
-
-
 def _words(values: Iterable[str]) -> tuple[str, ...]:
-    return (values,) if isinstance(values, str) else _several(values, "a part of resolv.conf")
+    return (values,) if isinstance(values, str) else several(values, "a part of resolv.conf")
 
 
 def _mounts(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    mounts = _several(values, "mounts")
+    mounts = several(values, "mounts")
     for mount in mounts:
         if not isinstance(mount, Mount):
             raise InvalidArgumentError(
@@ -93,51 +79,6 @@ def _mount_size(value: int | str | None) -> int | None:
     return None if value is None else parse_size(value, "size of a mount")
 
 
-def _text(value: object, what: str) -> str:
-    """Text that the kernel takes: without NUL, and encodable."""
-    if not isinstance(value, str):
-        raise InvalidArgumentError(f"{what} must be text, got {value!r}")
-    try:
-        encoded = os.fsencode(value)
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(f"{what} {value!r} cannot be encoded: {error.reason}") from error
-    if b"\0" in encoded:
-        raise InvalidArgumentError(f"{what} {value!r} holds a NUL byte")
-    return value
-
-
-def _matches(pattern: str, value: object) -> bool:
-    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
-
-
-def _positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise InvalidArgumentError(f"{attribute.name} must be > 0, got {value!r}")
-
-
-def _whole(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 62):
-        raise InvalidArgumentError(f"{attribute.name} must be a whole number >= 0, got {value!r}")
-
-
-def _at_most(most: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and value > most:
-            raise InvalidArgumentError(f"{attribute.name} must be at most {most}, got {value}")
-
-    return check
-
-
-def _at_least(least: int) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None and 0 != value < least:
-            raise InvalidArgumentError(f"{attribute.name} must be at least {least} bytes, got {value}")
-
-    return check
-
-
 @attrs.frozen
 @by_fields
 class Resources:
@@ -158,13 +99,13 @@ class Resources:
     """
 
     memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_memory_size)
-    swap: int | None = attrs.field(default=0, validator=_whole)
-    cpu: float | None = attrs.field(default=None, validator=_positive)
-    pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[_whole, _positive, _at_most(_MOST_PIDS)])
-    disk: int | None = attrs.field(default=0, converter=_disk_size, validator=_at_least(LEAST_DISK))
-    nofile: int | None = attrs.field(default=4096, validator=[_whole, _positive])
-    core: int | None = attrs.field(default=0, validator=_whole)
-    cpu_seconds: float | None = attrs.field(default=None, validator=_positive)
+    swap: int | None = attrs.field(default=0, validator=is_whole)
+    cpu: float | None = attrs.field(default=None, validator=is_positive)
+    pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[is_whole, is_positive, is_at_most(_MOST_PIDS)])
+    disk: int | None = attrs.field(default=0, converter=_disk_size, validator=is_at_least(LEAST_DISK))
+    nofile: int | None = attrs.field(default=4096, validator=[is_whole, is_positive])
+    core: int | None = attrs.field(default=0, validator=is_whole)
+    cpu_seconds: float | None = attrs.field(default=None, validator=is_positive)
 
     @property
     def disk_limit(self) -> int | None:
@@ -194,21 +135,21 @@ class Rootfs:
         local: kind "host" shows /usr/local too.
     """
 
-    kind: Literal["host", "dir", "image"] = attrs.field(validator=_one_of("host", "dir", "image"))
+    kind: Literal["host", "dir", "image"] = attrs.field(validator=is_one_of("host", "dir", "image"))
     path: str = ""
     ref: str = ""
-    readonly: bool = attrs.field(default=False, validator=_is(bool))
-    local: bool = attrs.field(default=False, validator=_is(bool))
+    readonly: bool = attrs.field(default=False, validator=is_of(bool))
+    local: bool = attrs.field(default=False, validator=is_of(bool))
 
     def __attrs_post_init__(self) -> None:
-        if (self.kind == "dir") != _text(self.path, "rootfs path").startswith("/"):
+        if (self.kind == "dir") != kernel_text(self.path, "rootfs path").startswith("/"):
             raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with path {self.path!r}: only 'dir' has one")
         if self.kind == "dir" and os.path.normpath(self.path).strip("/") == "":
             raise InvalidArgumentError(
                 "'/' cannot be a sandbox's root directory",
                 hint="Use Rootfs.host() for this machine's programs without its data.",
             )
-        if (self.kind == "image") != bool(_text(self.ref, "image reference")):
+        if (self.kind == "image") != bool(kernel_text(self.ref, "image reference")):
             raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with ref {self.ref!r}: only 'image' has one")
 
     @classmethod
@@ -219,7 +160,7 @@ class Rootfs:
     @classmethod
     def dir(cls, path: str | os.PathLike[str], *, readonly: bool = False) -> Rootfs:
         """A directory: read-only, or with a private layer on top that takes the writes. It is never changed itself."""
-        return cls(kind="dir", path=os.path.abspath(_text(os.fspath(path), "path")), readonly=readonly)
+        return cls(kind="dir", path=os.path.abspath(kernel_text(os.fspath(path), "path")), readonly=readonly)
 
     @classmethod
     def image(cls, ref: str) -> Rootfs:
@@ -233,7 +174,7 @@ class Rootfs:
             return value
         if not isinstance(value, str | os.PathLike):
             raise InvalidArgumentError(f"rootfs must be a Rootfs, 'host' or a path, got {value!r}")
-        text = _text(os.fspath(value), "rootfs")
+        text = kernel_text(os.fspath(value), "rootfs")
         if value == "host":
             return cls.host()
         if not text:
@@ -254,12 +195,12 @@ class Network:
     """
 
     kind: Literal["none", "host", "namespace"] = attrs.field(
-        default="none", validator=_one_of("none", "host", "namespace")
+        default="none", validator=is_one_of("none", "host", "namespace")
     )
     path: str = ""
 
     def __attrs_post_init__(self) -> None:
-        if (self.kind == "namespace") != _text(self.path, "network namespace path").startswith("/"):
+        if (self.kind == "namespace") != kernel_text(self.path, "network namespace path").startswith("/"):
             raise InvalidArgumentError(
                 f"network of kind {self.kind!r} with path {self.path!r}: only 'namespace' has one, and it is absolute"
             )
@@ -284,7 +225,7 @@ class Network:
         """ "none", "host", or the absolute path of a network namespace."""
         if isinstance(value, Network):
             return value
-        value = _text(value, "network")
+        value = kernel_text(value, "network")
         if value == "none":
             return cls.none()
         if value == "host":
@@ -295,7 +236,7 @@ class Network:
 
 
 def _target(value: str) -> str:
-    parts = [part for part in _text(value, "mount target").split("/") if part not in {"", "."}]
+    parts = [part for part in kernel_text(value, "mount target").split("/") if part not in {"", "."}]
     if not value.startswith("/") or ".." in parts:
         raise InvalidArgumentError(f"mount target must be an absolute path without '..', got {value!r}")
     if not parts:
@@ -322,12 +263,12 @@ class Mount:
 
     target: str = attrs.field(converter=_target)
     source: str = ""
-    readonly: bool = attrs.field(default=True, validator=_is(bool))
+    readonly: bool = attrs.field(default=True, validator=is_of(bool))
     size: int | None = attrs.field(default=None, converter=_mount_size)
-    idmap: bool = attrs.field(default=True, validator=_is(bool))
+    idmap: bool = attrs.field(default=True, validator=is_of(bool))
 
     def __attrs_post_init__(self) -> None:
-        _text(self.source, "mount source")
+        kernel_text(self.source, "mount source")
         if self.source and not os.path.isabs(self.source):
             raise InvalidArgumentError(f"mount source must be absolute, got {self.source!r}")
         if self.source and self.size is not None:
@@ -336,7 +277,7 @@ class Mount:
     @classmethod
     def bind(cls, source: str | os.PathLike[str], target: str, *, readonly: bool = True, idmap: bool = True) -> Mount:
         """A directory or file of the host."""
-        absolute = os.path.abspath(_text(os.fspath(source), "mount source"))
+        absolute = os.path.abspath(kernel_text(os.fspath(source), "mount source"))
         return cls(target=target, source=absolute, readonly=readonly, idmap=idmap)
 
     @classmethod
@@ -356,14 +297,14 @@ class Dns:
 
     def __attrs_post_init__(self) -> None:
         for word in (*self.servers, *self.search, *self.options):
-            if not _matches(r"[A-Za-z0-9_.:%-]+", word):
+            if not matches(r"[A-Za-z0-9_.:%-]+", word):
                 raise InvalidArgumentError(f"{word!r} cannot stand in resolv.conf")
 
 
 def _capabilities(names: Iterable[str]) -> frozenset[str]:
     if names is DEFAULT_CAPABILITIES:
         return DEFAULT_CAPABILITIES  # of every sandbox that does not say otherwise
-    upper = [_text(name, "capability").upper() for name in _several(names, "capabilities")]
+    upper = [kernel_text(name, "capability").upper() for name in several(names, "capabilities")]
     wanted = frozenset(name if name.startswith("CAP_") else f"CAP_{name}" for name in upper)
     for name in wanted:
         if name not in CAPABILITIES:
@@ -386,18 +327,18 @@ class Security:
 
     capabilities: frozenset[str] = attrs.field(default=DEFAULT_CAPABILITIES, converter=_capabilities)
     seccomp: Literal["default", "unconfined"] = attrs.field(
-        default="default", validator=_one_of("default", "unconfined")
+        default="default", validator=is_one_of("default", "unconfined")
     )
-    no_new_privileges: bool = attrs.field(default=True, validator=_is(bool))
-    devices: Literal["usual", "all"] = attrs.field(default="usual", validator=_one_of("usual", "all"))
+    no_new_privileges: bool = attrs.field(default=True, validator=is_of(bool))
+    devices: Literal["usual", "all"] = attrs.field(default="usual", validator=is_one_of("usual", "all"))
 
 
 def _environment(value: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise InvalidArgumentError(f"env must map names to values, got {value!r}", hint="For example {'A': '1'}.")
     for name, text in value.items():
-        _text(text, f"environment variable {name!r}")
-        if not _text(name, "environment name") or "=" in name:
+        kernel_text(text, f"environment variable {name!r}")
+        if not kernel_text(name, "environment name") or "=" in name:
             raise InvalidArgumentError(f"environment name {name!r} must not be empty nor hold '='")
     return dict(value)
 
@@ -410,7 +351,7 @@ def _argv(value: Sequence[str]) -> tuple[str, ...]:
         )
     if not isinstance(value, Iterable):
         raise InvalidArgumentError(f"a command is a list of words, got {value!r}")
-    words = tuple(_text(word, "a command's word") for word in value)
+    words = tuple(kernel_text(word, "a command's word") for word in value)
     if not words or not words[0]:
         raise InvalidArgumentError("a command needs at least a program's name")
     return words
@@ -428,7 +369,7 @@ def _user(value: str | int | None) -> str | None:
 
 
 def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not _text(value, attribute.name).startswith("/"):
+    if not kernel_text(value, attribute.name).startswith("/"):
         raise InvalidArgumentError(f"{attribute.name} must be an absolute path, got {value!r}")
 
 
@@ -437,8 +378,8 @@ def _cwd(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
 class Terminal:
     """A terminal's size in characters."""
 
-    rows: int = attrs.field(default=24, validator=[_is(int), _positive, _at_most(0xFFFF)])
-    columns: int = attrs.field(default=80, validator=[_is(int), _positive, _at_most(0xFFFF)])
+    rows: int = attrs.field(default=24, validator=[is_of(int), is_positive, is_at_most(0xFFFF)])
+    columns: int = attrs.field(default=80, validator=[is_of(int), is_positive, is_at_most(0xFFFF)])
 
 
 @attrs.frozen
@@ -458,7 +399,7 @@ class ProcessSpec:
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str | None = attrs.field(default=None, validator=attrs.validators.optional(_cwd))
     user: str | None = attrs.field(default=None, converter=_user)
-    terminal: Terminal | None = attrs.field(default=None, validator=_is(Terminal, optional=True))
+    terminal: Terminal | None = attrs.field(default=None, validator=is_of(Terminal, optional=True))
 
 
 def _container_name(_: object, __: attrs.Attribute[Any], value: Any) -> None:
@@ -481,14 +422,14 @@ class ContainerSpec:
     """
 
     name: str = attrs.field(validator=_container_name)
-    process: ProcessSpec | None = attrs.field(default=None, validator=_is(ProcessSpec, optional=True))
-    rootfs: Rootfs | None = attrs.field(default=None, validator=_is(Rootfs, optional=True))
-    resources: Resources | None = attrs.field(default=None, validator=_is(Resources, optional=True))
+    process: ProcessSpec | None = attrs.field(default=None, validator=is_of(ProcessSpec, optional=True))
+    rootfs: Rootfs | None = attrs.field(default=None, validator=is_of(Rootfs, optional=True))
+    resources: Resources | None = attrs.field(default=None, validator=is_of(Resources, optional=True))
     mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str | None = attrs.field(default=None, validator=attrs.validators.optional(_cwd))
     user: str | None = attrs.field(default=None, converter=_user)
-    own_mounts_only: bool = attrs.field(default=False, validator=_is(bool))
+    own_mounts_only: bool = attrs.field(default=False, validator=is_of(bool))
 
     def __attrs_post_init__(self) -> None:
         if self.own_mounts_only and self.rootfs is None:
@@ -500,14 +441,14 @@ class ContainerSpec:
 
 def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     # 64 bytes: __NEW_UTS_LEN of the kernel.
-    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", _text(value, "hostname")):
+    if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}", kernel_text(value, "hostname")):
         raise InvalidArgumentError(f"hostname {value!r} is not valid", hint="Letters, digits, '-' and '.', at most 64.")
 
 
 def _cgroup_parent(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     # No part may be "." or "..": it becomes a part of paths.
     part = r"/[A-Za-z0-9_][A-Za-z0-9_.:@\\-]{0,199}"
-    if value != "" and not _matches(f"({part})+", value):
+    if value != "" and not matches(f"({part})+", value):
         raise InvalidArgumentError(
             f"cgroup_parent {value!r} is not valid",
             hint="An absolute path in the cgroup file system, such as '/pods/a'.",
@@ -518,9 +459,9 @@ def _labels(value: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise InvalidArgumentError(f"labels and annotations map names to text, got {value!r}")
     for name, text in value.items():
-        if not _text(name, "name of a label"):
+        if not kernel_text(name, "name of a label"):
             raise InvalidArgumentError(f"the name of label {text!r} is empty")
-        _text(text, f"label {name!r}")
+        kernel_text(text, f"label {name!r}")
     return dict(value)
 
 
@@ -553,21 +494,21 @@ class SandboxSpec:
 
     isolation: str = "auto"
     name: str | None = attrs.field(default=None)
-    rootfs: Rootfs = attrs.field(factory=Rootfs.host, validator=_is(Rootfs))
-    resources: Resources = attrs.field(factory=Resources, validator=_is(Resources))
-    network: Network = attrs.field(factory=Network, validator=_is(Network))
+    rootfs: Rootfs = attrs.field(factory=Rootfs.host, validator=is_of(Rootfs))
+    resources: Resources = attrs.field(factory=Resources, validator=is_of(Resources))
+    network: Network = attrs.field(factory=Network, validator=is_of(Network))
     mounts: tuple[Mount, ...] = attrs.field(default=(), converter=_mounts)
     env: Mapping[str, str] = attrs.field(factory=dict, converter=_environment)
     cwd: str = attrs.field(default="/", validator=_cwd)
     user: str | None = attrs.field(default=None, converter=_user)
-    userns: Literal["private", "host"] = attrs.field(default="private", validator=_one_of("private", "host"))
+    userns: Literal["private", "host"] = attrs.field(default="private", validator=is_one_of("private", "host"))
     hostname: str | None = attrs.field(default=None, validator=_hostname)
     sysctls: Mapping[str, str] = attrs.field(factory=dict)
-    dns: Dns | None = attrs.field(default=None, validator=_is(Dns, optional=True))
+    dns: Dns | None = attrs.field(default=None, validator=is_of(Dns, optional=True))
     hosts: Mapping[str, str] = attrs.field(factory=dict)
-    security: Security = attrs.field(factory=Security, validator=_is(Security))
-    share_pid: bool = attrs.field(default=False, validator=_is(bool))
-    ttl: float | None = attrs.field(default=None, validator=_positive)
+    security: Security = attrs.field(factory=Security, validator=is_of(Security))
+    share_pid: bool = attrs.field(default=False, validator=is_of(bool))
+    ttl: float | None = attrs.field(default=None, validator=is_positive)
     labels: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     annotations: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     cgroup_parent: str = attrs.field(default="", validator=_cgroup_parent)
@@ -580,12 +521,12 @@ class SandboxSpec:
             if not isinstance(given, Mapping):
                 raise InvalidArgumentError(f"{field} must map names to text, got {given!r}")
         for name, value in self.sysctls.items():
-            if not _matches(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):
+            if not matches(r"[a-z0-9_]+([./][a-z0-9_-]+)+", name) or not isinstance(value, str):
                 raise InvalidArgumentError(
                     f"sysctl {name!r} is not valid", hint="For example 'net.ipv4.ip_forward': '1'."
                 )
         for host, address in self.hosts.items():
-            if not _matches(r"[A-Za-z0-9.-]+", host) or not _matches(r"[0-9A-Fa-f.:]+", address):
+            if not matches(r"[A-Za-z0-9.-]+", host) or not matches(r"[0-9A-Fa-f.:]+", address):
                 raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")
         targets = [mount.target for mount in self.mounts]
         if len(set(targets)) != len(targets):

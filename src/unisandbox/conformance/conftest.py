@@ -15,9 +15,10 @@ from typing_extensions import Unpack
 from unisandbox import Engine, Opening, Sandbox, SandboxError, UnavailableError
 from unisandbox.api import Capabilities
 from unisandbox.conformance import selection
+from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.conformance.hosts import Hosts, keeper_pid
 from unisandbox.conformance.inventory import RUN_PREFIX, leaves_nothing_behind, own_cgroups, tolerating
-from unisandbox.conformance.programs import GuestPrograms, Programs
+from unisandbox.conformance.programs import Programs
 from unisandbox.conformance.scope import run_cgroup
 from unisandbox.conformance.waiting import bound
 from unisandbox.sandbox import SandboxOptions

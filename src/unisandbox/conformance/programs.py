@@ -1,7 +1,7 @@
 """The programs that the tests run: words for what a test needs, and what says them in a sandbox of either kind.
 
 Most technologies run this machine's programs: a shell, coreutils and python3 (`MachinePrograms`). A Wasm sandbox runs
-none of them; there the words are commands of one small module (`GuestPrograms`; its source is `native/guest/tool.c`).
+none of them; there the words are commands of one small module (`guest_programs`; its source is `native/guest/tool.c`).
 What only processes can do (fork, handlers of signals, /proc, users, devices) is not in here: tests of that need the
 capability `processes`, and speak to a shell.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
@@ -158,7 +157,7 @@ class Programs(Protocol):
         """Make an empty directory a root file system in which these programs run, with these mounts."""
 
 
-def _octal(text: str | bytes) -> str:
+def octal(text: str | bytes) -> str:
     """The text with everything but letters and digits as \\ooo, which both `printf` and our guest understand."""
     data = text.encode() if isinstance(text, str) else text
     return "".join(chr(byte) if chr(byte).isascii() and chr(byte).isalnum() else f"\\{byte:03o}" for byte in data)
@@ -180,7 +179,7 @@ class MachinePrograms:
         return ["echo", text]
 
     def says(self, *pieces: tuple[Stream, str | bytes], code: int = 0) -> Argv:
-        steps = [f"printf '{_octal(text)}'{' >&2' if stream == 'stderr' else ''}" for stream, text in pieces]
+        steps = [f"printf '{octal(text)}'{' >&2' if stream == 'stderr' else ''}" for stream, text in pieces]
         return ["sh", "-c", "; ".join([*steps, f"exit {code}"])]
 
     def announces(self, text: str) -> Argv:
@@ -326,187 +325,3 @@ class MachinePrograms:
                 os.symlink(os.readlink(f"/{name}"), path / name)
         (path / "usr").mkdir()
         return [Mount.bind("/usr", "/usr")]
-
-
-class GuestPrograms:
-    """The commands of `tool.wasm`, each a module of its own name in /bin."""
-
-    COMMANDS: Final = (
-        *(
-            "abort",
-            "append",
-            "args",
-            "ask",
-            "await",
-            "cat",
-            "churn",
-            "count",
-            "deep",
-            "divide",
-            "do",
-            "eat",
-            "echo",
-            "env",
-        ),
-        *(
-            "err",
-            "exit",
-            "fds",
-            "files",
-            "fill",
-            "fit",
-            "flood",
-            "litter",
-            "ln",
-            "ls",
-            "mkdir",
-            "mv",
-            "out",
-            "pwd",
-            "random",
-        ),
-        *("read", "refill", "rm", "rmdir", "sha256sum", "sleep", "sockets", "spin", "stat", "store", "swap", "tool"),
-        *("true", "truncate", "whole", "write"),
-    )
-
-    def nothing(self) -> Argv:
-        return ["true"]
-
-    def exits(self, code: int) -> Argv:
-        return ["exit", str(code)]
-
-    def aborts(self) -> Argv:
-        return ["abort"]
-
-    def echo(self, text: str) -> Argv:
-        return ["echo", text]
-
-    def says(self, *pieces: tuple[Stream, str | bytes], code: int = 0) -> Argv:
-        steps = [["err" if stream == "stderr" else "out", _octal(text)] for stream, text in pieces]
-        return _in_turn(*steps, ["exit", str(code)])
-
-    def announces(self, text: str) -> Argv:
-        return _in_turn(["out", _octal(text + "\n")], ["sleep", "1000"])
-
-    def lingers(self, seconds: float, text: str, code: int) -> Argv:
-        return _in_turn(["sleep", f"{seconds:g}"], ["out", _octal(text + "\n")], ["exit", str(code)])
-
-    def copies(self) -> Argv:
-        return ["cat"]
-
-    def digest(self) -> Argv:
-        return ["sha256sum"]
-
-    def sleeps(self, seconds: float) -> Argv:
-        return ["sleep", f"{seconds:g}"]
-
-    def stubborn(self) -> Argv:
-        return ["sleep", "1000"]  # it has no handlers of signals
-
-    def asks(self, code: int, *, before: str = "", after: str = "", log: str = "", patient: bool = False) -> Argv:
-        steps = [["append", log, _octal("started\n")]] if log else []
-        steps += [["out", _octal(before + "\n")]] if before else []
-        steps += [["await" if patient else "read", *([f"{after} "] if after else [])]]
-        return _in_turn(*steps, ["exit", str(code)])
-
-    def writes(self, blocks: int) -> Argv:
-        return ["write", str(blocks)]
-
-    def repeats(self) -> Argv:
-        return ["flood"]
-
-    def floods(self) -> Argv:
-        return ["flood"]
-
-    def counts(self, end: int) -> Argv:
-        return ["count", str(end)]
-
-    def works(self, seconds: float) -> Argv:
-        return ["spin", str(seconds)]
-
-    def fits(self, size: int) -> Argv:
-        return ["fit", str(size)]
-
-    def eats(self) -> Argv:
-        return ["eat"]
-
-    def stores(self, path: str, line: str) -> Argv:
-        return ["store", path, _octal(line + "\n")]
-
-    def shows(self, path: str) -> Argv:
-        return ["cat", path]
-
-    def replaces(self, path: str, line: str) -> Argv:
-        return _in_turn(["cat", path], ["store", path, _octal(line + "\n")], ["cat", path])
-
-    def lists(self, path: str) -> Argv:
-        return ["ls", path]
-
-    def fills(self, path: str, size: int, *, keep: bool = False) -> Argv:
-        return ["fill", path, str(size), *([] if keep else ["remove"])]
-
-    def makes_files(self, directory: str, limit: int) -> Argv:
-        return ["files", directory, str(limit)]
-
-    def pretends(self, path: str) -> Argv:
-        return ["truncate", path, str(1 << 50), str(1 << 40), str(1 << 30)]
-
-    def churns(self, directory: str) -> Argv:
-        return _in_turn(["out", _octal("go\n")], ["churn", directory])
-
-    def swaps(self, one: str, other: str, path: str) -> Argv:
-        return _in_turn(["out", _octal("go\n")], ["swap", one, other, path])
-
-    def finds_whole(self, path: str, size: int) -> Argv:
-        return _in_turn(["out", _octal("go\n")], ["whole", path, str(size)])
-
-    def nests(self, directory: str, depth: int) -> Argv:
-        return ["deep", directory, str(depth)]
-
-    def environment(self) -> Argv:
-        return ["env"]
-
-    def arguments(self, *words: str) -> Argv:
-        return ["args", *words]
-
-    def directory(self) -> Argv:
-        return ["pwd"]
-
-    def variable_and_directory(self, name: str) -> Argv:
-        return _in_turn(["env", name], ["out", _octal("\n")], ["pwd"])
-
-    def descriptors(self) -> Argv:
-        return ["fds"]
-
-    def bad(self, what: Bad) -> Argv:
-        commands: dict[Bad, Argv] = {
-            "a busy loop": ["spin"],
-            "unread output": ["flood"],
-            "unread errors": ["flood", "err"],
-            "endless files": ["litter", "/tmp"],
-            "endless data": ["refill", "/tmp/fill"],
-            "endless calls": ["ask"],
-        }
-        return _in_turn(["out", _octal("started\n")], commands[what])
-
-    def worst(self) -> Argv:
-        return ["spin"]
-
-    def program(self) -> bytes:
-        return resources.files("unisandbox.conformance").joinpath("guest", "tool.wasm").read_bytes()
-
-    def make_root(self, path: Path) -> Sequence[Mount]:
-        for name in ("bin", "etc", "home", "mnt", "root", "run", "tmp", "usr", "var"):
-            (path / name).mkdir()
-        (path / "etc" / "passwd").write_text("root:x:0:0:root:/root:/bin/true\n")
-        module = path / "bin" / "tool.wasm"
-        module.write_bytes(self.program())
-        for name in self.COMMANDS:
-            if name != "tool":
-                os.link(module, path / "bin" / f"{name}.wasm")
-        return []
-
-
-def _in_turn(*steps: Argv) -> Argv:
-    """One command after the other in one program."""
-    return ["do", *(word for step in steps for word in (*step, ";"))][:-1]

@@ -11,7 +11,8 @@ import pytest
 from _pytest.mark import ParameterSet
 
 from unisandbox.api import Capabilities, Probe, SandboxError, Security
-from unisandbox.conformance.programs import GuestPrograms, MachinePrograms, Programs
+from unisandbox.conformance.guest_programs import GuestPrograms
+from unisandbox.conformance.programs import MachinePrograms, Programs
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.sandbox import SandboxOptions
 

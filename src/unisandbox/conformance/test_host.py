@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import anyio
@@ -16,9 +18,12 @@ import pytest
 from unisandbox import Engine, Sandbox
 from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
+from unisandbox.conformance.hosts import Watched
 from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.conformance.notebook import notebook
 from unisandbox.conformance.programs import Programs
 from unisandbox.conformance.selection import Candidate, options, options_in_source
+from unisandbox.conformance.waiting import line
 
 # Kinds of what may differ while an engine is open: its keeper, its socket, its directories.
 _OPEN = (
@@ -138,27 +143,27 @@ def test_a_loop_that_ends_by_an_error_takes_what_was_not_removed(
     assert settle(before) == []
 
 
-def test_inside_a_running_loop_as_in_a_notebook(backend: Candidate, rootfs: str, programs: Programs) -> None:
-    """A notebook's loop runs for ever; each cell is a task of its own."""
-    found: list[Sandbox] = []
-
-    async def cell_1() -> None:
-        found.append(await Sandbox.create(**options(backend, rootfs)))
-
-    async def cell_2() -> None:
-        assert (await found[0].run(programs.echo("x"))).text == "x\n"
-
-    async def cell_3() -> None:
-        await found[0].remove()
-
+def test_a_notebooks_loop_goes_on_between_cells_and_has_nothing_to_do_there(
+    backend: Candidate, rootfs: str, programs: Programs, capabilities: Capabilities
+) -> None:
     before = Inventory.take()
-    loop = asyncio.new_event_loop()
-    try:
-        for cell in (cell_1, cell_2, cell_3):
-            loop.run_until_complete(loop.create_task(cell()))
-        loop.run_until_complete(loop.shutdown_asyncgens())
-    finally:
-        loop.close()
+    with notebook() as book:
+        sandbox = book.cell(lambda: Sandbox.create(**options(backend, rootfs)))
+        book.check_rest()
+        assert book.cell(lambda: sandbox.run(programs.echo("x"))).text == "x\n"
+        process = book.cell(lambda: sandbox.exec(programs.asks(5, before="ready"), stdin="pipe"))
+        assert book.cell(lambda: line(process)) == b"ready\n"
+        with Watched(process.pid) if capabilities.processes else nullcontext() as watched:
+            book.cell(lambda: process.stdin.send(b"end\n"))
+            assert watched is None or watched.ended()
+        # It ends while nobody waits for it.
+        book.check_rest()
+        begun = time.time()
+        exit = book.cell(process.wait)
+        assert (exit.code, exit.exited_at <= begun or watched is None) == (5, True)
+        book.cell(process.aclose)
+        book.cell(sandbox.remove)
+        book.check_rest()
     assert settle(before) == []
 
 

@@ -109,8 +109,7 @@ async def _detach(core: EngineCore) -> None:
 def _let_go(core: EngineCore) -> None:
     """Close what this process holds. The connection first: what is closed after it is not closed for others."""
     core.host.keeper.abandon()
-    for entry in core.entries():
-        entry.close_streams()
+    core.close_streams()
     for sandboxer in core.sandboxers.values():
         sandboxer.abandon()
 
@@ -128,7 +127,7 @@ def abandon(core: EngineCore) -> None:
     for entry in core.entries():
         with contextlib.suppress(SandboxError, OSError):  # the keeper's guards kill what this could not
             entry.kill_now()
-        entry.close_streams()
+    core.close_streams()
     _sweep(core)
 
 

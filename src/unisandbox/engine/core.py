@@ -28,6 +28,7 @@ from unisandbox.api import (
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
+from unisandbox.engine.held import OpenStreams
 from unisandbox.engine.locks import locked
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
@@ -71,12 +72,15 @@ class EngineCore:
         self.directory: StateDirectory = state
         self.regaining: Regaining = Regaining(self, state)
         self.sandboxers: dict[str, Sandboxer] = {}
+        self._opening: dict[str, anyio.Lock] = {}
         self.closing: anyio.Lock = anyio.Lock()
         self.removes_own: bool = False
         self._registry = registry
         # By isolation and kind of root file system, which is what "auto" looks at.
         self._chosen: dict[tuple[str, str], Backend] = {}
         self._entries: dict[str, Entry] = {}
+        # By id, also of those that are known no more and may be again, in a new generation.
+        self._streams: dict[str, OpenStreams] = {}
 
     async def explain(self, spec: SandboxSpec) -> Choice:
         """Which backend a sandbox would get, and why; nothing is created."""
@@ -91,7 +95,7 @@ class EngineCore:
         self._check_open()
         backend, _ = await choose(self._registry, spec)
         check_supported(backend, spec, self.policy)
-        sandboxer = self.sandboxer(backend.name)
+        sandboxer = await self.sandboxer(backend.name)
         if not isinstance(sandboxer, SupportsPrefetch):
             raise UnsupportedError("prefetch", backend.name, reason="its programs need no preparation")
         await sandboxer.prefetch(spec.rootfs, program)
@@ -161,6 +165,7 @@ class EngineCore:
         if backend is None:
             backend, _ = await choose(self._registry, spec)
         check_supported(backend, spec, self.policy)
+        sandboxer = await self.sandboxer(backend.name)
         now = time.time()
         record = Record(
             sandbox_id=identity,
@@ -175,7 +180,7 @@ class EngineCore:
             expires_at=None if spec.ttl is None else now + spec.ttl,
             operation_id=operation_id,
         )
-        entry = Entry(self, record, spec, self.sandboxer(backend.name))
+        entry = Entry(self, record, spec, sandboxer)
         async with contextlib.AsyncExitStack() as stack:
             async with self._naming({identity, *filter(None, [spec.name])} if is_given or spec.name else set()):
                 self._check_open()
@@ -263,7 +268,7 @@ class EngineCore:
             try:
                 record = self.records.read(sandbox_id)
                 if record is not None and record.phase != "removing":
-                    self.take_in(record)
+                    await self.take_in(record)
             except SandboxError:
                 continue  # damaged, or of a backend that is missing here: for the next owner to tell
         # After that: also one that nobody here has known may have expired, and its record is to be removed.
@@ -271,11 +276,12 @@ class EngineCore:
             if entry.expired or entry in gone:
                 await entry.sharing.part()
 
-    def take_in(self, record: Record) -> Entry:
+    async def take_in(self, record: Record) -> Entry:
         """Know a sandbox from its record."""
-        entry = Entry(self, record, spec_of(record), self.sandboxer(record.backend))
-        self._entries[record.sandbox_id] = entry
-        return entry
+        sandboxer = await self.sandboxer(record.backend)
+        if record.sandbox_id not in self._entries:  # or another task was quicker
+            self._entries[record.sandbox_id] = Entry(self, record, spec_of(record), sandboxer)
+        return self._entries[record.sandbox_id]
 
     def forget(self, entry: Entry) -> None:
         """A sandbox is gone: its record and its name are free."""
@@ -288,9 +294,20 @@ class EngineCore:
         return self._entries.get(entry.sandbox_id) is entry
 
     def drop(self, entry: Entry) -> None:
-        """Know a sandbox no more."""
+        """Know a sandbox no more. What is open of it stays so: it may have been taken over."""
         if self.knows(entry):
             del self._entries[entry.sandbox_id]
+            if not entry.streams.closing:
+                self._streams.pop(entry.sandbox_id, None)
+
+    def streams_of(self, sandbox_id: str) -> OpenStreams:
+        """What this process has open of the processes of a sandbox."""
+        return self._streams.setdefault(sandbox_id, OpenStreams())
+
+    def close_streams(self) -> None:
+        """Close all that this process has open of processes."""
+        for streams in self._streams.values():
+            streams.close()
 
     def check_keeper(self, *, after_error: bool = False) -> None:
         """Raise UnavailableError when the keeper is dead: nothing can be started any more, and nothing runs on.
@@ -317,14 +334,16 @@ class EngineCore:
         """Raise UnsupportedError for a limit that this backend does not know."""
         check_resources(self._registry.get(backend), resources)
 
-    def sandboxer(self, name: str) -> Sandboxer:
+    async def sandboxer(self, name: str) -> Sandboxer:
         """The sandboxer of the backend of this name.
 
         Raises:
             InvalidArgumentError, UnavailableError: there is none, or it cannot be had here.
         """
         if name not in self.sandboxers:
-            self.sandboxers[name] = self._registry.get(name).open(self.host)
+            async with self._opening.setdefault(name, anyio.Lock()):
+                if name not in self.sandboxers:
+                    self.sandboxers[name] = await self._registry.get(name).open(self.host)
         return self.sandboxers[name]
 
     @contextlib.asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio.lowlevel
@@ -22,12 +22,12 @@ from unisandbox.api import (
     SandboxSpec,
     SandboxStatus,
     SupportsGrace,
-    SupportsPause,
     TaskService,
     UnsupportedError,
 )
+from unisandbox.engine import pausing
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
-from unisandbox.engine.held import HeldProcesses
+from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.programs import MAIN, Programs
 from unisandbox.engine.records import Phase, Record, plain_spec, this_process
@@ -54,7 +54,7 @@ class Entry:
         held: its processes, as far as the keeper holds what outlives this process.
         telling: what the readers of events are told of it.
         cleaning: what was cut of what it did, and has to be finished.
-        closing: what `close_streams` calls; the handles of processes put themselves in.
+        streams: what this process has open of its processes.
         recovered: why it is removed, when that is the work of a recovery.
         recorded: its record is on disk. One that ends with this process, and that no other can know of, needs none.
     """
@@ -69,7 +69,7 @@ class Entry:
         self.state: Literal["new", "unread", "ready", "stopped", "removed"] = "new"
         if record.phase != "creating" or record.client != core.host.keeper.hello.client:
             self.state = "unread"
-        self.closing: set[Callable[[], None]] = set()
+        self.streams: OpenStreams = core.streams_of(record.sandbox_id)
         self.recovered: str = ""
         self.recorded: bool = core.records_of(record.backend)
         self.held: HeldProcesses = HeldProcesses(core.host, record.sandbox_id)
@@ -414,38 +414,12 @@ class Entry:
             return await self.sandboxer.metrics(self.sandbox_id)
 
     async def pause(self) -> None:
-        """Stop every process of it until `resume`; all or none. Repeating is harmless.
-
-        Raises:
-            FailedPreconditionError: nothing runs in it.
-        """
-        async with self.sharing.changing():
-            task, running = await self._pausing()
-            if not running:
-                raise FailedPreconditionError(
-                    f"nothing runs in sandbox {self.label!r} that could be paused", hint="stop() keeps it from running."
-                )
-            try:
-                for container_id in running:
-                    await task.pause(container_id)
-            except BaseException:
-                await self.cleaning.run(lambda: _resume(task, running))
-                raise
-        self.telling.emit("sandbox.paused")
+        """See `pausing.pause`."""
+        await pausing.pause(self)
 
     async def resume(self) -> None:
-        """Let its processes go on; those that run do."""
-        async with self.sharing.changing():
-            await _resume(*await self._pausing())
-        self.telling.emit("sandbox.resumed")
-
-    async def _pausing(self) -> tuple[SupportsPause, list[str]]:
-        """Who can pause it, and the containers in which something runs."""
-        self.check_started()
-        task = self.task
-        if not isinstance(task, SupportsPause):
-            raise UnsupportedError("pause", self.backend)
-        return task, [name for name in task.container_ids if (await task.state(name)).state != "stopped"]
+        """See `pausing.resume`."""
+        await pausing.resume(self)
 
     async def update(self, resources: Resources) -> None:
         """Change the limits of the whole sandbox."""
@@ -479,15 +453,10 @@ class Entry:
     def let_go(self) -> None:
         """It is gone: close what its handles hold of it."""
         self.state = "removed"
-        self.close_streams()
-
-    def close_streams(self) -> None:
-        """Close what this process holds of its processes' streams."""
-        for close in tuple(self.closing):
-            close()
+        self.streams.close()
 
     async def _free(self) -> None:
-        self.close_streams()
+        self.streams.close()
         containers = self.telling.identities()
         if self.record.expires_at is not None and self._core.host.keeper.alive:
             await self.sharing.set_expiry(None)
@@ -500,9 +469,3 @@ class Entry:
                 tell_recovered(self._core.events, self.sandbox_id, "removed", self.recovered)
             self.telling.emit("sandbox.removed")
         self._core.forget(self)
-
-
-async def _resume(task: SupportsPause, containers: list[str]) -> None:
-    for container_id in containers:
-        with contextlib.suppress(NotFoundError):  # it was removed meanwhile
-            await task.resume(container_id)

@@ -7,7 +7,7 @@ the keeper keeps the last of what is written, until another process takes the st
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Literal, NamedTuple
 
 import anyio
@@ -20,6 +20,22 @@ StreamName = Literal["stdin", "stdout", "stderr", "terminal"]
 
 SPOOL_BYTES: Final = 1 << 20
 """So much of each stream is kept while nobody reads it."""
+
+
+class OpenStreams:
+    """What this process itself has open of one sandbox's processes, under whichever generation it was opened.
+
+    Attributes:
+        closing: what `close` calls; the handles of processes put themselves in.
+    """
+
+    def __init__(self) -> None:
+        self.closing: set[Callable[[], None]] = set()
+
+    def close(self) -> None:
+        """Close all of it."""
+        for close in tuple(self.closing):
+            close()
 
 
 class HeldProcess(NamedTuple):

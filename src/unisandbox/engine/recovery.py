@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio
@@ -24,7 +25,7 @@ from unisandbox.api import (
 from unisandbox.engine.records import Record, this_process
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import Cgroups, ending
+from unisandbox.host.cgroups import Cgroups, ending, patience
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -61,18 +62,19 @@ class Recovery:
         core = self._core
         repair = self._on_recover != "report"
         # Looked at before the records: who makes one of these has written the record first.
-        strays = set() if self._is_new else _children(core.host.cgroups)
         images = self._images()
         records = core.records.read_all(repair=repair)
         if self._is_new and repair:
-            self._end_all(former or core.host.cgroups)
+            await self._end_all(self._places(former, everywhere=bool(records.damaged)))
         for record in sorted(records.records, key=lambda record: record.created_at):
             await self._recover(record)
         if repair:
-            known = {short_name(core.host.engine_id, record.sandbox_id) for record in records.records}
-            for short in sorted(strays - known):
-                await self._free_stray(short)
+            # For the same reason before the ids.
+            strays = {} if self._is_new else _children(self._places(former, everywhere=bool(records.damaged)))
             lives = {short_name(core.host.engine_id, sandbox_id) for sandbox_id in core.records.ids()}
+            known = {short_name(core.host.engine_id, record.sandbox_id) for record in records.records}
+            for short in sorted(strays.keys() - lives - known):
+                await self._free_stray(short, strays[short])
             for short in sorted(images.keys() - lives):
                 self._unlink(images[short])
             if not self._is_new:
@@ -101,7 +103,8 @@ class Recovery:
             return
         try:
             client = core.host.keeper.hello.client
-            entry = core.take_in(record._replace(generation=record.generation + 1, owner=this_process(), client=client))
+            ours = record._replace(generation=record.generation + 1, owner=this_process(), client=client)
+            entry = await core.take_in(ours)
         except SandboxError as error:
             core.left[record.sandbox_id] = record
             self._tell(record, "failed", error.message)
@@ -138,13 +141,30 @@ class Recovery:
             return "its ttl was over"
         return "its keeper holds nothing of it any more"
 
-    def _end_all(self, cgroups: Cgroups) -> None:
+    def _places(self, former: Cgroups | None, *, everywhere: bool) -> set[str]:
+        """The engine's own cgroups, in which those of its sandboxes are.
+
+        Args:
+            former: see `run`.
+            everywhere: also those below a parent that a sandbox has chosen. Usually its record tells which.
+        """
+        host = self._core.host
+        places = {
+            f"{place.parent}/{tree.name}" for tree in (former or host.cgroups, host.cgroups) for place in tree.places
+        }
+        if everywhere:
+            from unisandbox.engine.leftovers.traces import engine_cgroups  # hardly ever needed
+
+            places |= {path for engine_id, path in engine_cgroups() if engine_id == host.engine_id}
+        return places
+
+    async def _end_all(self, places: set[str]) -> None:
         """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
-        for tree in (cgroups, self._core.host.cgroups):
-            dirs = [f"{place.parent}/{tree.name}/{name}" for place in tree.places for name in _children(tree)]
-            there = [directory for directory in dirs if os.path.isdir(directory)]
-            ending.kill(there, _KILL_SECONDS)
-            ending.remove(there, _REMOVE_SECONDS)
+        dirs = [directory for found in _children(places).values() for directory in found]
+        await patience.kill(dirs, _KILL_SECONDS)
+        await patience.remove(dirs, _REMOVE_SECONDS)
+        for place in places - self._places(None, everywhere=False):
+            ending.remove_leaf(place)
 
     def _images(self) -> dict[str, str]:
         """Paths of disk images by short names of sandboxes: one has a name only until it is mounted, or for good when
@@ -165,11 +185,10 @@ class Recovery:
             os.unlink(image)
         reached("after image.unlink", image)
 
-    async def _free_stray(self, short: str) -> None:
+    async def _free_stray(self, short: str, dirs: Sequence[str]) -> None:
         """Free what no record speaks of: one was damaged."""
         host = self._core.host
-        dirs = [f"{place.parent}/{host.cgroups.name}/{short}" for place in host.cgroups.places]
-        ending.kill(dirs, _KILL_SECONDS)
+        await patience.kill(dirs, _KILL_SECONDS)
         # The keeper knows by its guards what else there is. Its numbers are free when all that had them is gone.
         await host.keeper.expire(f"{short}/", 0)
         with anyio.move_on_after(_REMOVE_SECONDS):
@@ -202,7 +221,7 @@ async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
         action: RecoveryAction = "removed"
         reason = f"its {cut} was cut when process {record.owner[0]} ended"
         try:
-            entry = core.take_in(record)
+            entry = await core.take_in(record)
             entry.recovered = reason
             if not await entry.sharing.free_cut():
                 continue  # another process was quicker
@@ -219,13 +238,12 @@ def _is_halfway(record: Record) -> bool:
     return record.phase not in {"ready", "stopped"}
 
 
-def _children(cgroups: Cgroups) -> set[str]:
-    """The names of the cgroups of sandboxes."""
-    found: set[str] = set()
-    for place in cgroups.places:
-        try:
-            entries = list(os.scandir(f"{place.parent}/{cgroups.name}"))
-        except FileNotFoundError:
-            continue
-        found |= {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+def _children(places: Collection[str]) -> dict[str, list[str]]:
+    """The directories of the cgroups of sandboxes, by their names."""
+    found: dict[str, list[str]] = {}
+    for place in places:
+        with contextlib.suppress(FileNotFoundError), os.scandir(place) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    found.setdefault(entry.name, []).append(entry.path)
     return found

@@ -34,8 +34,8 @@ class Backend(Protocol):
         """Whether it can run here: in under 50 ms from cheap facts, or by really running something (`deep`)."""
         ...
 
-    def open(self, host: Host) -> Sandboxer:
-        """The sandboxer of one engine. Called once per engine, on first use; must not block."""
+    async def open(self, host: Host) -> Sandboxer:
+        """The sandboxer of one engine. Called once per engine, on first use; may wait, but must not block."""
         ...
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, TypeVar
@@ -48,6 +49,7 @@ _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 _TRIES: Final = 50
 # Seconds that a keeper may take to end after it has said that it cannot begin.
 _LAST_BREATH: Final = 2.0
+_ending_leases: Final = threading.Lock()
 
 _T = TypeVar("_T")
 
@@ -294,10 +296,12 @@ def remove_if_empty(path: str) -> None:
 
 def end_leases(runtime: str) -> None:
     """Remove the file of leased numbers if nobody leases any: a keeper that was killed could not."""
-    if os.path.exists(os.path.join(runtime, LEASES_NAME)):
-        leases = Leases()
-        with contextlib.suppress(OSError):  # another engine is about to remove it
-            leases.release(runtime, leases.lease(runtime, 0, 1))
+    # One thread at a time: the locks are the process's, so that two would not keep each other out.
+    with _ending_leases:
+        if os.path.exists(os.path.join(runtime, LEASES_NAME)):
+            leases = Leases()
+            with contextlib.suppress(OSError):  # another engine is about to remove it
+                leases.release(runtime, leases.lease(runtime, 0, 1))
 
 
 def _remove_tree(path: str) -> None:

@@ -15,7 +15,7 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
   `mounts.detached_tree` made).
 - `overlay`: `lower` (sources, the uppermost first), `front=[]` (lower ones above these whose ids are never mapped),
   `upper=null`, `work=null` (sources), `idmap=false`, `volatile=false`, `attributes`.
-- `readonly`: `recursive=true`.
+- `restrict`: `attributes` (what the mount at `path` has besides stays), `recursive=true`.
 """
 
 from __future__ import annotations
@@ -148,8 +148,9 @@ def _op_overlay(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
     return mapped or userns_fd is None
 
 
-def _op_readonly(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
-    tree.readonly(path, recursive=fields.flag("recursive", True), follow=fields.flag("follow", False))
+def _op_restrict(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
+    attributes, recursive = _attributes(fields), fields.flag("recursive", True)
+    tree.restrict(path, attributes, recursive=recursive, follow=fields.flag("follow", False))
     return True
 
 
@@ -161,5 +162,5 @@ OPERATIONS: dict[str, Callable[[Job, Tree, str, Fields], bool]] = {
     "image": _op_image,
     "bind": _op_bind,
     "overlay": _op_overlay,
-    "readonly": _op_readonly,
+    "restrict": _op_restrict,
 }

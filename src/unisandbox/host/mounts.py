@@ -94,6 +94,17 @@ def clone(fd: int, recursive: bool) -> int:
     return syscalls.open_tree(fd, "", flags)
 
 
+def can_be_cloned(fd: int) -> bool:
+    """Whether the kernel lets us clone the mount that `fd` is open on: it is not one of another mount namespace."""
+    try:
+        os.close(clone(fd, False))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
 def clone_source(fd: int, recursive: bool) -> int:
     """A detached copy of what `fd` is open on, wherever it was opened.
 

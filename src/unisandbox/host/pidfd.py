@@ -149,6 +149,21 @@ def host_pid(pidfd: int) -> int:
     raise OSError(errno.EINVAL, f"file descriptor {pidfd} is no pidfd")
 
 
+def zombie_status(pidfd: int) -> int | None:
+    """The wait status of a process that has ended and was not reaped. None: it lives, or is gone.
+
+    Source: field 52 of proc_pid_stat(5), counted after the last ")" since a name may hold anything.
+    """
+    try:
+        with open(f"/proc/{host_pid(pidfd)}/stat", "rb", buffering=0) as file:
+            text = file.read(4096)
+        host_pid(pidfd)  # it has not been reaped meanwhile: what was read is its own
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()
+    return int(fields[49]) if fields[0] == b"Z" else None
+
+
 def exit_status(pidfd: int) -> int | None:
     """The wait status of an ended and reaped process, also a stranger's child. None: alive, or not to be known."""
     return syscalls.pidfd_exit_status(pidfd)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import attrs
 
@@ -12,7 +12,7 @@ from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Keeper
 
 
-def _alone(name: str) -> Sandboxer:
+async def _alone(name: str) -> Sandboxer:
     raise UnavailableError(f"backend {name!r} is to be had from an engine, and there is none")
 
 
@@ -40,7 +40,7 @@ class Host:
     keeper: Keeper
     cgroups: Cgroups
     shared: bool = False
-    sandboxer: Callable[[str], Sandboxer] = attrs.field(default=_alone, eq=False, repr=False)
+    sandboxer: Callable[[str], Awaitable[Sandboxer]] = attrs.field(default=_alone, eq=False, repr=False)
 
     def prefix(self, sandbox_id: str) -> str:
         """What the names of everything begin with that the keeper holds, guards and leases for a sandbox."""

@@ -288,18 +288,23 @@ class Tree:
         if upper is None:
             attributes |= syscalls.MOUNT_ATTR_RDONLY
         staged: list[int] = []
-        mapper = -1 if userns_fd is None else userns_fd
+        layered: list[int] = []
         mapped = userns_fd is not None
         target = self.open(path, follow=follow)
         try:
-            for fd in () if userns_fd is None else lower:
+            for fd in lower:
+                if userns_fd is None and mounts.can_be_cloned(fd):
+                    layered.append(fd)
+                    continue
                 tree = mounts.clone_source(fd, False)
                 staged.append(tree)
+                layered.append(tree)
                 syscalls.mount_setattr(tree, "", propagation=syscalls.MS_PRIVATE)
-                mapped = mounts.idmap(tree, mapper, False, require_idmap) and mapped
+                if userns_fd is not None:
+                    mapped = mounts.idmap(tree, userns_fd, False, require_idmap) and mapped
                 # Before Linux 6.15 a layer must be mounted in our namespace: for a moment, where the overlay will be.
                 syscalls.move_mount(tree, "", target, "", _ATTACH)
-            layers = _Layers([*(front or []), *(staged or lower)], upper, work, volatile)
+            layers = _Layers([*(front or []), *layered], upper, work, volatile)
             try:
                 mount_fd = _overlay_mount(layers, attributes)
             except OSError as error:
@@ -325,13 +330,13 @@ class Tree:
             mounts.detach(top)
             os.close(top)
 
-    def readonly(self, path: str, *, recursive: bool = True, follow: bool = False) -> None:
-        """Make the mount at `path` read-only, and all below it."""
+    def restrict(self, path: str, attributes: int, *, recursive: bool = True, follow: bool = False) -> None:
+        """Give the mount at `path`, and all below it, these attributes (MOUNT_ATTR_*)."""
         fd = self.open(path, follow=follow)
         try:
-            syscalls.mount_setattr(fd, "", set=syscalls.MOUNT_ATTR_RDONLY, recursive=recursive)
+            syscalls.mount_setattr(fd, "", set=attributes, recursive=recursive)
         except OSError as error:
-            raise OSError(error.errno, f"making {path} read-only: {error.strerror}", path) from None
+            raise OSError(error.errno, f"restricting {path}: {error.strerror}", path) from None
         finally:
             os.close(fd)
 

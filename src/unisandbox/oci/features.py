@@ -13,9 +13,10 @@ import os
 import re
 import select
 import signal
-import time
 from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, cast
+
+import anyio
 
 from unisandbox.api.errors import UnavailableError
 
@@ -103,30 +104,30 @@ class Rejected(NamedTuple):
 _known: dict[tuple[str, tuple[int, int, int, int]], RuntimeProgram | Rejected] = {}
 
 
-def find_runtimes(path: str | None = None) -> list[RuntimeProgram]:
+async def find_runtimes(path: str | None = None) -> list[RuntimeProgram]:
     """The runtimes that are installed, the one to prefer first; at most one of each name, by the order of `path`.
 
     Args:
         path: directories separated by ":"; by default PATH and then the usual places. A broken program in an earlier
             directory does not hide a good one in a later.
     """
-    return [verdict for verdict in _verdicts(path) if isinstance(verdict, RuntimeProgram)]
+    return [verdict for verdict in await _verdicts(path) if isinstance(verdict, RuntimeProgram)]
 
 
-def pick_runtime(prefer: str | None = None, path: str | None = None) -> RuntimeProgram:
+async def pick_runtime(prefer: str | None = None, path: str | None = None) -> RuntimeProgram:
     """The runtime to use: `prefer` (a name or an absolute path), or the first of crun, runc, youki that is there.
 
     Raises:
         UnavailableError: none, or not the one asked for; says what was looked at and how to get one.
     """
     if prefer is not None and "/" in prefer:
-        verdict = _examine(os.path.abspath(prefer))
+        verdict = await _examine(os.path.abspath(prefer))  # noqa: ASYNC240 (of a short string)
         if isinstance(verdict, RuntimeProgram):
             return verdict
         raise UnavailableError(f"{prefer} cannot be used as an OCI runtime: {verdict.reason}", hint=_HINT)
     names: Sequence[str] = RUNTIMES if prefer is None else (prefer,)
     rejected: list[Rejected] = []
-    for verdict in _verdicts(path, names):
+    for verdict in await _verdicts(path, names):
         if isinstance(verdict, RuntimeProgram):
             return verdict
         rejected.append(verdict)
@@ -137,21 +138,12 @@ def pick_runtime(prefer: str | None = None, path: str | None = None) -> RuntimeP
     raise UnavailableError(message, hint="Install it: apt install runc." if prefer == "runc" else _HINT)
 
 
-def _verdicts(path: str | None, names: Sequence[str] = RUNTIMES) -> list[RuntimeProgram | Rejected]:
+async def _verdicts(path: str | None, names: Sequence[str] = RUNTIMES) -> list[RuntimeProgram | Rejected]:
     """One program of each name (after the files that were rejected on the way to it), in order of preference."""
-    if path is None:
-        directories = [*os.environ.get("PATH", "").split(os.pathsep), *_USUAL_PLACES]
-    else:
-        directories = path.split(os.pathsep)
-    # An empty or relative entry means the current directory: whoever may write there must not choose what root runs.
-    absolute = list(dict.fromkeys(os.path.normpath(each) for each in directories if os.path.isabs(each)))
     verdicts: list[RuntimeProgram | Rejected] = []
     for name in names:
-        for directory in absolute:
-            candidate = os.path.join(directory, name)
-            if not os.path.lexists(candidate):
-                continue
-            verdict = _examine(candidate)
+        for candidate in _candidates(name, path):
+            verdict = await _examine(candidate)
             if isinstance(verdict, RuntimeProgram) and verdict.name != name:
                 verdict = Rejected(candidate, f"says that it is {verdict.name}")
             verdicts.append(verdict)
@@ -160,7 +152,19 @@ def _verdicts(path: str | None, names: Sequence[str] = RUNTIMES) -> list[Runtime
     return verdicts
 
 
-def _examine(path: str) -> RuntimeProgram | Rejected:
+def _candidates(name: str, path: str | None) -> list[str]:
+    """The files of a name, in the order in which they are looked at."""
+    if path is None:
+        directories = [*os.environ.get("PATH", "").split(os.pathsep), *_USUAL_PLACES]
+    else:
+        directories = path.split(os.pathsep)
+    # An empty or relative entry means the current directory: whoever may write there must not choose what root runs.
+    absolute = dict.fromkeys(os.path.normpath(each) for each in directories if os.path.isabs(each))
+    candidates = [os.path.join(directory, name) for directory in absolute]
+    return list(filter(os.path.lexists, candidates))
+
+
+async def _examine(path: str) -> RuntimeProgram | Rejected:
     try:
         status = os.stat(path)
     except OSError as error:
@@ -168,14 +172,14 @@ def _examine(path: str) -> RuntimeProgram | Rejected:
     identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
     known = _known.get((path, identity))
     if known is None:
-        known = _ask(path, identity)
+        known = await _ask(path, identity)
         _known[path, identity] = known
     return known
 
 
-def _ask(path: str, identity: tuple[int, int, int, int]) -> RuntimeProgram | Rejected:
+async def _ask(path: str, identity: tuple[int, int, int, int]) -> RuntimeProgram | Rejected:
     try:
-        text = _query([path, "--version"]).decode("utf-8", "replace")
+        text = (await _query([path, "--version"])).decode("utf-8", "replace")
     except OSError as error:
         return Rejected(path, error.strerror or str(error))
     match = _VERSION.match(text)
@@ -186,7 +190,7 @@ def _ask(path: str, identity: tuple[int, int, int, int]) -> RuntimeProgram | Rej
     told: dict[str, object] = {}
     if name == "youki" or (name == "runc" and version >= (1, 1)):
         # crun has the command in some versions; what we need of it the table knows better.
-        told = _told(path)
+        told = await _told(path)
     runtime = cast("RuntimeName", name)
     return RuntimeProgram(
         name=runtime,
@@ -199,10 +203,10 @@ def _ask(path: str, identity: tuple[int, int, int, int]) -> RuntimeProgram | Rej
     )
 
 
-def _told(path: str) -> dict[str, object]:
+async def _told(path: str) -> dict[str, object]:
     """What the `features` command says; empty when it says nothing useful. Source: runtime-spec features.md."""
     try:
-        told = json.loads(_query([path, "features"]))
+        told = json.loads(await _query([path, "features"]))
     except (OSError, ValueError):
         return {}
     return told if isinstance(told, dict) else {}
@@ -269,7 +273,7 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
     )
 
 
-def _query(argv: list[str]) -> bytes:
+async def _query(argv: list[str]) -> bytes:
     """The output (at most 64 KiB) of a program that is expected to end at once.
 
     Raises:
@@ -277,14 +281,14 @@ def _query(argv: list[str]) -> bytes:
     """
     reader, writer = os.pipe()
     try:
-        with open("/dev/null", "r+b", buffering=0) as null:
+        with open("/dev/null", "r+b", buffering=0) as null:  # noqa: ASYNC230 (it does not block)
             actions = [
                 (os.POSIX_SPAWN_DUP2, null.fileno(), 0),
                 (os.POSIX_SPAWN_DUP2, writer, 1),
                 (os.POSIX_SPAWN_DUP2, null.fileno(), 2),
             ]
             try:
-                pid = os.posix_spawn(
+                pid = os.posix_spawn(  # noqa: ASYNC221 (it does not block: vfork until the exec)
                     argv[0],
                     argv,
                     {"PATH": os.pathsep.join(_USUAL_PLACES), "LC_ALL": "C"},
@@ -295,12 +299,12 @@ def _query(argv: list[str]) -> bytes:
                 )
             finally:
                 os.close(writer)
-        return _collect(argv, pid, reader)
+        return await _collect(argv, pid, reader)
     finally:
         os.close(reader)
 
 
-def _collect(argv: Sequence[str], pid: int, reader: int) -> bytes:
+async def _collect(argv: Sequence[str], pid: int, reader: int) -> bytes:
     said = bytearray()
     try:
         pidfd = os.pidfd_open(pid)
@@ -310,27 +314,26 @@ def _collect(argv: Sequence[str], pid: int, reader: int) -> bytes:
         with contextlib.suppress(BlockingIOError):
             said += os.read(reader, _QUERY_BYTES)
         return bytes(said)
-    deadline = time.monotonic() + _QUERY_SECONDS
-    failure: OSError | None = None
+    failure: OSError | None = OSError(errno.ETIMEDOUT, f"gave no answer to {argv[1]} within {_QUERY_SECONDS:g} s")
     try:
-        poll = select.poll()
-        poll.register(reader, select.POLLIN)
-        poll.register(pidfd, select.POLLIN)
-        ended = False
-        while not ended:
-            ready = dict(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
-            if not ready:
-                failure = OSError(errno.ETIMEDOUT, f"gave no answer to {argv[1]} within {_QUERY_SECONDS:g} s")
-                break
-            if ready.get(reader, 0) & select.POLLIN:
-                said += os.read(reader, _QUERY_BYTES)
-                if len(said) > _QUERY_BYTES:
-                    failure = OSError(errno.EFBIG, f"answered {argv[1]} with more than {_QUERY_BYTES} bytes")
-                    break
-            elif reader in ready:
-                poll.unregister(reader)
-            # All that it wrote is read before its end is believed.
-            ended = pidfd in ready and not ready.get(reader, 0) & select.POLLIN
+        with select.epoll(flags=select.EPOLL_CLOEXEC) as poll, anyio.move_on_after(_QUERY_SECONDS):
+            poll.register(reader, select.EPOLLIN)
+            poll.register(pidfd, select.EPOLLIN)
+            ended = False
+            while not ended:
+                await anyio.wait_readable(poll.fileno())
+                ready = dict(poll.poll(0))
+                if ready.get(reader, 0) & select.EPOLLIN:
+                    said += os.read(reader, _QUERY_BYTES)
+                    if len(said) > _QUERY_BYTES:
+                        failure = OSError(errno.EFBIG, f"answered {argv[1]} with more than {_QUERY_BYTES} bytes")
+                        break
+                elif reader in ready:
+                    poll.unregister(reader)
+                # All that it wrote is read before its end is believed.
+                ended = pidfd in ready and not ready.get(reader, 0) & select.EPOLLIN
+            else:
+                failure = None
     finally:
         status = _end(pid, pidfd)
         os.close(pidfd)

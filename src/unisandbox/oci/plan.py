@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from unisandbox.api import ContainerSpec, CreateTask, Metrics, ProcessSpec, Resources
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     entered: Mapping[str, str]
     mounts: str
     extra_fds: Sequence[int]
-    verify: Callable[[int], None]
+    verify: Callable[[int], Awaitable[None]]
     verify_process: Callable[[int], None]
     explain: Callable[[ProcessSpec], str]
 

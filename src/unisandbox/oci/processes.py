@@ -15,14 +15,11 @@ import attrs
 
 from unisandbox.api import BackendError, ContainerSpec, Exit, ProcessSpec, Stdio
 from unisandbox.api.status import ContainerState
-from unisandbox.host import syscalls
 from unisandbox.host.cgroups import Cgroup
-from unisandbox.host.keeper import Keeper
 from unisandbox.host.pidfd import has_ended
 from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Plan
 
-_REAPED_SECONDS: Final = 1.0
 _LARGEST_LAST_WORDS: Final = 4096
 
 
@@ -86,11 +83,6 @@ class Container:
     oom_kills: int = 0
 
 
-async def ended_process(keeper: Keeper, created: Created) -> None:
-    """Wait until a killed container is gone and reaped: a runtime refuses to delete what still lives."""
-    await keeper.wait_exit(created.pid, created.start_time)
-
-
 @contextlib.contextmanager
 def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int]]:
     """Three descriptors for a program; those that are missing (-1) are /dev/null, open for the block."""
@@ -134,17 +126,6 @@ def copied(fd: int) -> Iterator[int]:
         yield copy
     finally:
         os.close(copy)
-
-
-async def status_without_init(pidfd: int) -> int | None:
-    """Init is gone without telling how a process ended; Linux 6.15 can still tell."""
-    await anyio.wait_readable(pidfd)
-    status = None
-    with anyio.move_on_after(_REAPED_SECONDS):
-        while (status := syscalls.pidfd_exit_status(pidfd)) is None:
-            # It has ended but is not reaped yet, and no event tells of the reaping.
-            await anyio.sleep(0.002)
-    return status
 
 
 def duplicate(stdio: Stdio) -> list[int]:

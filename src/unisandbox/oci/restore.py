@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from unisandbox.api import BackendError
+from unisandbox.host.cgroups import patience
 from unisandbox.host.init import ended_now
 from unisandbox.oci.ledger import ContainerFacts, Ledger, ProcessFacts, container_facts
 from unisandbox.oci.made import Created
@@ -91,7 +92,7 @@ class Restorer:
         plan = await self._planner.restore(facts.name, facts.spec, facts.bundle, half_made=True)
         plan.cgroup.kill()
         await self._runtime.delete(plan.oci_id, force=True)
-        plan.cgroup.remove(timeout=_END_SECONDS)
+        await patience.remove(plan.cgroup.dirs, _END_SECONDS)
         await self._planner.free(facts.name)
         self._ledger.forget_container(facts.name)
 

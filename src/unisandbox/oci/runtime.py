@@ -29,7 +29,7 @@ from unisandbox.api.errors import (
 )
 from unisandbox.api.names import check_name
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import ending, hierarchy
+from unisandbox.host.cgroups import hierarchy, patience
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.sealed import sealed_copy
 from unisandbox.oci import fifo
@@ -478,10 +478,8 @@ class Runtime:
         left = [path for path in self.own_cgroups(container_id) if os.path.isdir(path)]  # noqa: ASYNC240 (kernfs)
         if not left:
             return
-        ending.kill(left, _KILL_SECONDS)
-        with anyio.move_on_after(_CLEANUP_SECONDS):
-            while not ending.remove(left, 0.0):
-                await anyio.sleep(0.002)  # the kernel counts an ended process a moment longer; no event tells
+        await patience.kill(left, _KILL_SECONDS)
+        await patience.remove(left, _CLEANUP_SECONDS)
 
     @property
     def _files(self) -> RuntimeFiles:

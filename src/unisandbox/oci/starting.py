@@ -87,7 +87,7 @@ class Starter:
                 )
                 if console is not None:
                     main.master = await console.master()
-        plan.verify(container.created.pid)
+        await plan.verify(container.created.pid)
 
     @contextlib.contextmanager
     def _console(self, container: Container, process: Process) -> Iterator[Console | None]:

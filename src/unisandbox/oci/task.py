@@ -36,16 +36,16 @@ from unisandbox.api import (
     StartedTask,
     TaskState,
     Terminal,
-    UnavailableError,
     UnsupportedError,
     check_id,
 )
 from unisandbox.host.boundary import reached
+from unisandbox.host.cgroups import patience
 from unisandbox.host.ends import HeldEnd
-from unisandbox.host.init import ended, ended_now
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.latest import EXITS_KEPT, Latest
 from unisandbox.host.pidfd import has_ended
+from unisandbox.oci.ends import end_now, exit_of, wait_end, wait_end_of_init
 from unisandbox.oci.ledger import ContainerFacts, Ledger, container_facts
 from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Planner, limits_of, metrics_of
@@ -53,13 +53,10 @@ from unisandbox.oci.processes import (
     Container,
     Process,
     all_oom_kills_of,
-    copied,
     duplicate,
-    ended_process,
     oom_kills_of,
     signal_member,
     state_of,
-    status_without_init,
 )
 from unisandbox.oci.restore import Restorer
 from unisandbox.oci.runtime import Runtime
@@ -104,7 +101,7 @@ class OciTaskService:
         container = self._containers.pop(name)
         for exec_id, process in container.processes.items():
             if process.pid is not None:
-                exit = process.exit or self._last_look(process)
+                exit = process.exit or end_now(process)
                 self._exits[name, exec_id] = exit or Exit.lost(exited_at=time.time())
             process.close()
         if container.control is not None:
@@ -113,11 +110,6 @@ class OciTaskService:
         if container.created is not None and container.created.pidfd >= 0:
             os.close(container.created.pidfd)
             container.created = None
-
-    def _last_look(self, process: Process) -> Exit | None:
-        """How it ended, if that can be told without waiting."""
-        end = None if process.life is None else ended_now(process.life)
-        return None if end is None else self._exit(process, end.status, end.at)
 
     async def restore(self, *, exclusive: bool) -> None:
         """Take over the containers that other processes have made, and let go of those that they have ended.
@@ -358,9 +350,9 @@ class OciTaskService:
         if process.exit is None:
             if process.pid is None and _waiting(container, process) is None:
                 raise FailedPreconditionError(f"process {exec_id or 'main'} of {container_id!r} has not been started")
-            status, at = await self._ended(container, process)
+            status, at = await wait_end(self._keeper, container, process)
             if process.exit is None:
-                process.exit = self._exit(process, status, at)
+                process.exit = exit_of(process, status, at)
                 if not exec_id and not container.with_init:
                     # In a shared pid namespace the end of its first process ends nobody else, who would hold its
                     # streams open and go on unseen.
@@ -368,36 +360,6 @@ class OciTaskService:
         else:
             await anyio.lowlevel.checkpoint()
         return process.exit
-
-    async def _ended(self, container: Container, process: Process) -> tuple[int | None, float]:
-        """The raw wait status, and when the end came."""
-        if process.life is not None:
-            # Copies: whoever asked first may have deleted the process before the others wake up.
-            with process.life.dup() as life, copied(process.pidfd) as pidfd:
-                end = await ended(life)
-                if end is not None:
-                    return end.status, end.at
-                is_late = has_ended(pidfd)
-                status = await status_without_init(pidfd)
-            at = time.time()
-            if is_late and container.created is not None and has_ended(container.created.pidfd):
-                # What an init has started ends with it, and the keeper, its parent, has seen that.
-                with contextlib.suppress(UnavailableError, ProcessLookupError):
-                    at = (await self._keeper.wait_exit(container.created.pid, container.created.start_time)).at
-            return status, at
-        pid, start_time = process.pid, process.start_time
-        if pid is None:
-            assert container.created is not None  # noqa: S101 (looked at by `wait`)
-            pid, start_time = container.created.pid, container.created.start_time
-        record = await self._keeper.wait_exit(pid, start_time)
-        return record.status, record.at
-
-    @staticmethod
-    def _exit(process: Process, status: int | None, at: float) -> Exit:
-        if status is None:
-            return Exit.lost(exited_at=at)
-        kills = oom_kills_of(process.cgroup) if process.cgroup is not None else 0
-        return Exit.from_wait_status(status, exited_at=at, oom_kills=kills, killed_by_us=process.killed_by_us)
 
     async def delete(self, container_id: str, exec_id: str = "") -> Exit | None:
         """See `TaskService.delete`. What an exec'd process left in the background goes on."""
@@ -455,8 +417,8 @@ class OciTaskService:
         container.deleting = True
         self.kill_now(container.name)
         # Init tells how they ended; one that does not answer (stopped, say) is killed too, and the kernel may tell.
-        for patience in (_TOLD_SECONDS, _END_SECONDS):
-            with anyio.move_on_after(patience) as scope:
+        for seconds in (_TOLD_SECONDS, _END_SECONDS):
+            with anyio.move_on_after(seconds) as scope:
                 for exec_id, process in list(container.processes.items()):
                     if process.starting is not None:
                         await process.starting.wait()
@@ -473,7 +435,7 @@ class OciTaskService:
             container.control = None
         created = container.created
         if created is not None:
-            await ended_process(self._keeper, created)
+            await wait_end_of_init(self._keeper, created)
             await self._runtime.delete(container.plan.oci_id)
             if container.created is created:  # nobody else was quicker
                 os.close(created.pidfd)
@@ -486,10 +448,7 @@ class OciTaskService:
             process.cgroup = None
             if process.pid is not None:
                 self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
-        with anyio.move_on_after(_END_SECONDS):
-            while not container.plan.cgroup.remove():
-                # The kernel frees the last process a moment after its end, and no event tells.
-                await anyio.sleep(0.001)
+        await patience.remove(container.plan.cgroup.dirs, _END_SECONDS)  # the last process goes a moment after its end
         await self._planner.free(container.name)
         self._ledger.forget_container(container.name)
         self._containers.pop(container.name, None)
@@ -502,7 +461,7 @@ class OciTaskService:
         await anyio.lowlevel.checkpoint_if_cancelled()
         state = state_of(container, process)
         if state == "stopped" and process.exit is None and process.life is not None:
-            process.exit = self._last_look(process)  # nobody has waited for it here, and init has told
+            process.exit = end_now(process)  # nobody has waited for it here, and init has told
         # An ended process has no pid any more: the kernel may have given it to another one.
         pid = process.pid if state != "stopped" else None
         if state == "created" and (waiting := _waiting(container, process)) is not None:
@@ -551,7 +510,7 @@ class OciTaskService:
         """See `SupportsPause.pause`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
         try:
-            self._container(container_id).plan.cgroup.freeze(_END_SECONDS)
+            await patience.freeze(self._container(container_id).plan.cgroup, _END_SECONDS)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"container {container_id!r} of sandbox {self._label!r} could not be paused within {_END_SECONDS:g} s",

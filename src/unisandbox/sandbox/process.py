@@ -35,7 +35,7 @@ from unisandbox.api import (
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.plain import plain
 from unisandbox.engine.entry import Entry
-from unisandbox.engine.held import HeldProcess, StreamName
+from unisandbox.engine.held import HeldProcess, OpenStreams, StreamName
 from unisandbox.engine.operations import digest_of, in_progress_error
 from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.pipes import Pipes
@@ -50,7 +50,7 @@ from unisandbox.sandbox.streams import (
 CLEANING_SECONDS: Final = 5.0
 NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
 # The handles that this process has given out, so that one process is not read by two.
-_handles: Final[weakref.WeakKeyDictionary[Entry, weakref.WeakValueDictionary[str, Process]]] = (
+_handles: Final[weakref.WeakKeyDictionary[OpenStreams, weakref.WeakValueDictionary[str, Process]]] = (
     weakref.WeakKeyDictionary()
 )
 _END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for the end of input; source: termios(3) VEOF
@@ -77,8 +77,8 @@ class Output:
 
 async def start(
     entry: Entry, spec: ProcessSpec, pipes: Pipes, *, exec_id: str = "", operation_id: str = ""
-) -> tuple[str, int | None, int | None]:
-    """Start a process in the sandbox's main container: (exec id, pid on the host if any, master of its terminal).
+) -> tuple[str, int | None]:
+    """Start a process in the sandbox's main container: its exec id, and its pid on the host if any.
 
     On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
     """
@@ -94,8 +94,10 @@ async def start(
         raise
     finally:
         pipes.close_inside()
+    if started.terminal is not None:
+        pipes.own("terminal", started.terminal)
     entry.programs.started(exec_id)
-    return exec_id, started.pid, started.terminal
+    return exec_id, started.pid
 
 
 async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str) -> StartedTask:
@@ -140,6 +142,13 @@ def pid_of(pid: int | None, entry: Entry) -> int:
     return pid
 
 
+class _End:
+    """The one end of a process, which all its handles tell."""
+
+    def __init__(self, exit: Exit | None = None) -> None:
+        self.exit = exit
+
+
 class Process:
     """A running process and its streams. Made by `Sandbox.exec`, or found by `Sandbox.processes`.
 
@@ -159,39 +168,38 @@ class Process:
         argv: Sequence[str],
         pid: int | None,
         pipes: Pipes,
-        terminal: int | None,
         *,
         operation_id: str = "",
         kept: Mapping[StreamName, bytes] = NOTHING_KEPT,
+        lost: int = 0,
+        end: _End | None = None,
     ) -> None:
         self.id: str = exec_id
         self.argv: tuple[str, ...] = tuple(argv)
         self._pid = pid
-        self.lost: int = 0
+        self.lost: int = lost
         self.stdin: anyio.abc.ByteSendStream
         self.stdout: anyio.abc.ByteReceiveStream
         self.stderr: anyio.abc.ByteReceiveStream
         self._entry = entry
         self._exec_id = exec_id
-        self._exit: Exit | None = None
+        self._end = end or _End()
         self._last: Literal["stdout", "stderr"] = "stderr"
         self._operation_id = operation_id
-        self._terminal = terminal is not None
-        if terminal is not None:
-            master = pipes.own("terminal", terminal)
-            self._ends = [master]
+        self._pipes = pipes
+        if pipes.terminal is not None:
+            master = pipes.terminal
             self.stdin = SendStream(master, close=lambda: _type_end(master))
             self.stdout = ReceiveStream(master, kept.get("terminal", b""))
             self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
         else:
-            self._ends = [end for end in (pipes.stdin, pipes.stdout, pipes.stderr) if end is not None]
             self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
             missing = MissingReceiveStream
             out, err = pipes.stdout, pipes.stderr
             self.stdout = ReceiveStream(out, kept.get("stdout", b"")) if out else missing("stdout is null")
             self.stderr = ReceiveStream(err, kept.get("stderr", b"")) if err else missing("stderr is null")
-        entry.closing.add(self._close_ends)
-        _handles.setdefault(entry, weakref.WeakValueDictionary())[exec_id] = self
+        entry.streams.closing.add(self._close_ends)
+        _handles.setdefault(entry.streams, weakref.WeakValueDictionary())[exec_id] = self
 
     @classmethod
     async def open(
@@ -222,12 +230,12 @@ class Process:
         operation_id = operation_id or ""
         try:
             pipes = Pipes.open(stdin=stdin == "pipe" and size is None, output=size is None)
-            exec_id, pid, terminal = await start(entry, spec, pipes, exec_id=exec_id, operation_id=operation_id)
+            exec_id, pid = await start(entry, spec, pipes, exec_id=exec_id, operation_id=operation_id)
         except BaseException:
             if operation_id:
                 entry.operations.forget(operation_id)
             raise
-        return cls(entry, exec_id, spec.argv, pid, pipes, terminal, operation_id=operation_id)
+        return cls(entry, exec_id, spec.argv, pid, pipes, operation_id=operation_id)
 
     @classmethod
     async def _known(cls, entry: Entry, exec_id: str, spec: ProcessSpec, operation_id: str) -> Process | None:
@@ -240,8 +248,7 @@ class Process:
             if process.id == exec_id:
                 return process
         if known.state == "finished":
-            ended = cls(entry, exec_id, spec.argv, 0, Pipes(), None)
-            ended._exit = Exit(**json.loads(known.result))
+            ended = cls(entry, exec_id, spec.argv, 0, Pipes(), end=_End(Exit(**json.loads(known.result))))
             ended._close_ends()
             return ended
         if any(held.exec_id == exec_id for held in await entry.held.read()):
@@ -258,7 +265,8 @@ class Process:
     async def all_of(cls, entry: Entry) -> list[Process]:
         """See `Sandbox.processes`."""
         task = await entry.known_task()
-        mine = [process for process in _handles.get(entry, {}).values() if process.exit is None]
+        handles = tuple(_handles.get(entry.streams, {}).values())
+        mine = [process._under(entry) for process in handles if process.exit is None]
         for held in await entry.held.orphans():
             if all(process.id != held.exec_id for process in mine):
                 process = await cls._adopted(entry, task, held)
@@ -276,28 +284,46 @@ class Process:
         taken = await entry.held.take_over(held)
         if taken is None:
             return None
-        pipes, terminal = Pipes(closed=lambda stream: entry.held.drop_stream(held.exec_id, stream)), None
+        pipes = Pipes(closed=lambda stream: entry.held.drop_stream(held.exec_id, stream))
         for stream, got in taken.items():
-            fd = got[0] if got[0] >= 0 else _ended_pipe()
-            if stream == "terminal":
-                terminal = fd
-            else:
-                setattr(pipes, stream, pipes.own(stream, fd))
-        process = cls(
+            pipes.own(stream, got[0] if got[0] >= 0 else _ended_pipe())
+        return cls(
             entry,
             held.exec_id,
             held.spec.argv,
             0 if state.state == "stopped" else state.pid,
             pipes,
-            terminal,
             operation_id=held.operation_id,
             kept={stream: got[1] for stream, got in taken.items()},
+            lost=sum(got[2] for got in taken.values()),
         )
-        process.lost = sum(got[2] for got in taken.values())
-        return process
+
+    def _under(self, entry: Entry) -> Process:
+        """This process as one of `entry`; of a former generation's handle only `wait` is of use then."""
+        if self._entry.record.generation >= entry.record.generation:
+            return self
+        kept: dict[StreamName, bytes] = {}
+        if isinstance(self.stdout, ReceiveStream):
+            kept["stdout" if self._pipes.terminal is None else "terminal"] = self.stdout.kept
+        if isinstance(self.stderr, ReceiveStream):
+            kept["stderr"] = self.stderr.kept
+        pipes = self._pipes.renew()
+        self._entry.streams.closing.discard(self._close_ends)
+        pipes.closed = lambda stream: entry.held.drop_stream(self.id, stream)
+        return Process(
+            entry,
+            self.id,
+            self.argv,
+            self._pid,
+            pipes,
+            operation_id=self._operation_id,
+            kept=kept,
+            lost=self.lost,
+            end=self._end,
+        )
 
     def __repr__(self) -> str:
-        end = f"code={self._exit.code}" if self._exit else "running"
+        end = f"code={self.exit.code}" if self.exit else "running"
         name = self.id if self._pid is None else f"pid={self._pid}"
         return f"<Process {name} {end} in sandbox {self._entry.sandbox_id}>"
 
@@ -313,7 +339,7 @@ class Process:
     @property
     def exit(self) -> Exit | None:
         """How it ended, once somebody has waited for it; None before."""
-        return self._exit
+        return self._end.exit
 
     async def wait(self) -> Exit:
         """Wait until the process has ended.
@@ -324,15 +350,15 @@ class Process:
         Raises:
             UnavailableError: the sandbox is gone and the exit could not be learned; never guessed.
         """
-        if self._exit is None:
+        if self._end.exit is None:
             exit = await self._entry.last_task.wait(self._entry.main, self._exec_id)
-            if self._exit is None:
+            if self._end.exit is None:
                 # What was asked for is done, before anything is forgotten: asked for again, it is not done again.
-                self._exit = self._noted(exit) if self._operation_id else exit
+                self._end.exit = self._noted(exit) if self._operation_id else exit
                 await self._entry.cleaning.run(self._delete, seconds=CLEANING_SECONDS)
         else:
             await anyio.lowlevel.checkpoint()
-        return self._exit
+        return self._end.exit
 
     def _noted(self, exit: Exit) -> Exit:
         """The exit that this operation has come to, now or when somebody noted it who was cut right after that."""
@@ -348,7 +374,7 @@ class Process:
 
     async def _delete(self) -> None:
         await self._entry.last_task.delete(self._entry.main, self._exec_id)
-        self._entry.programs.exited(self._exec_id, self._exit)
+        self._entry.programs.exited(self._exec_id, self.exit)
 
     async def signal(self, number: int) -> None:
         """Send a signal to the process; one that has ended takes it without a word.
@@ -356,7 +382,7 @@ class Process:
         Raises:
             FailedPreconditionError: another engine has taken the sandbox over.
         """
-        if self._exit is None:
+        if self.exit is None:
             self._entry.sharing.check_ours()
             await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
         else:
@@ -368,7 +394,7 @@ class Process:
         Raises:
             FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
         """
-        if self._exit is None:
+        if self.exit is None:
             self._entry.sharing.check_ours()
             self._entry.last_task.kill_now(self._entry.main, self._exec_id)
         return await self.wait()
@@ -379,7 +405,7 @@ class Process:
         Raises:
             FailedPreconditionError: it has no terminal, or another engine has taken the sandbox over.
         """
-        if not self._terminal:
+        if self._pipes.terminal is None:
             raise FailedPreconditionError("the process has no terminal", hint="Start it with tty=True.")
         self._entry.sharing.check_ours()
         await self._entry.task.resize_pty(self._entry.main, self._exec_id, Terminal(rows, columns))
@@ -391,7 +417,7 @@ class Process:
             FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
         """
         try:
-            if self._exit is None:
+            if self.exit is None:
                 self._entry.sharing.check_ours()
                 self._entry.last_task.kill_now(self._entry.main, self._exec_id)
                 await self._entry.cleaning.run(self.wait, seconds=CLEANING_SECONDS)
@@ -437,9 +463,8 @@ class Process:
         await self.aclose()
 
     def _close_ends(self) -> None:
-        for end in self._ends:
-            end.close()
-        self._entry.closing.discard(self._close_ends)
+        self._pipes.close()
+        self._entry.streams.closing.discard(self._close_ends)
 
 
 async def _any_readable(fds: Sequence[int]) -> None:

@@ -161,7 +161,7 @@ async def run(
     exchange: _Exchange | None = None
     with anyio.move_on_after(timeout) as scope:
         pipes = Pipes.open(stdin=input is not None)
-        exec_id, _, _ = await start(entry, spec, pipes)
+        exec_id, _ = await start(entry, spec, pipes)
         exchange = _Exchange(pipes, data, max_output)
         try:
             exit = await _end_of(entry, exec_id, exchange)

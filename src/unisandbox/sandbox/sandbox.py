@@ -281,7 +281,8 @@ class Sandbox:
 
         Those of this process, and those whose own is gone (killed, say) while the sandbox was kept: these can be gone
         on with. Their streams begin with what was kept of their output meanwhile (the last 1 MiB of each). Those that
-        another living process reads are left out.
+        another living process reads are left out. After another owner has taken the sandbox over those of this process
+        come in new handles, with the streams of the former ones, which are closed.
         """
         return await Process.all_of(self._entry)
 
@@ -308,6 +309,8 @@ class Sandbox:
 
     async def pause(self) -> None:
         """Stop every process of the sandbox until `resume`; nothing can be started in it meanwhile. May be repeated.
+
+        What is to end meanwhile ends: `Process.kill`, a timeout, `stop`, `remove`. Other signals arrive at the resume.
 
         Raises:
             FailedPreconditionError: nothing runs in it.

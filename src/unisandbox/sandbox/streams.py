@@ -15,12 +15,16 @@ from unisandbox.host.readiness import Descriptor
 
 
 class ReceiveStream(anyio.abc.ByteReceiveStream):
-    """What a process writes. Unread, it blocks that process and nothing else."""
+    """What a process writes. Unread, it blocks that process and nothing else.
+
+    Attributes:
+        kept: what was read before from it, and comes first.
+    """
 
     def __init__(self, source: Descriptor, kept: bytes = b"") -> None:
-        """Args: source: our end. kept: what was read before from it, and comes first."""
+        """Args: source: our end."""
         self._source = source
-        self._kept = kept
+        self.kept: bytes = kept
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """The next bytes, at least one.
@@ -37,8 +41,8 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
 
     def receive_nowait(self, max_bytes: int = 65536) -> bytes | None:
         """What is there now; b"" at the end, None when nothing is there yet."""
-        if self._kept and not self._source.closed:
-            data, self._kept = self._kept[:max_bytes], self._kept[max_bytes:]
+        if self.kept and not self._source.closed:
+            data, self.kept = self.kept[:max_bytes], self.kept[max_bytes:]
             return data
         return self._source.read(max_bytes)
 

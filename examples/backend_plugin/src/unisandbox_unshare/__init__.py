@@ -46,7 +46,7 @@ class UnshareBackend:
         reason = why or "root, user namespaces and cgroups are here"
         return Probe(self.name, available=not why, reason=reason, hint=hint, facts=facts)
 
-    def open(self, host: Host) -> Sandboxer:
+    async def open(self, host: Host) -> Sandboxer:
         """The sandboxer of one engine."""
         return UnshareSandboxer(host)
 

@@ -62,7 +62,7 @@ def ops(base: str, spec: SandboxSpec, hostname: str, first_id: int, image: str) 
     made += [{**_dir("/rw/tmp", 0o1777), **owner}, {**_dir("/rw/run"), **owner}, {**_dir("/rw/home"), **owner}]
     made += [{**_dir("/rw/home/root", 0o700), **owner}, {**_dir("/rw/home/user", 0o700), **user}]
     made += [_bind(f"{base}/rw/{name}", f"/root/{name}", *_SAFE) for name in ("tmp", "run", "home")]
-    made.append({"op": "readonly", "path": "/root", "recursive": False})
+    made.append({"op": "restrict", "path": "/root", "recursive": False, "attributes": ["readonly"]})
     return made
 
 

@@ -35,14 +35,14 @@ class RuncBackend:
 
         return await probe(deep=deep, runtime=self._runtime)
 
-    def open(self, host: Host) -> Sandboxer:
+    async def open(self, host: Host) -> Sandboxer:
         """The sandboxer of one engine."""
         from unisandbox.backends.runc.sandboxer import RuncSandboxer
         from unisandbox.oci.features import pick_runtime
         from unisandbox.oci.runtime import Runtime
 
-        runtime = Runtime(program=pick_runtime(self._runtime), root=f"{host.work_dir}/runtime", keeper=host.keeper)
-        return RuncSandboxer(host, runtime)
+        program = await pick_runtime(self._runtime)
+        return RuncSandboxer(host, Runtime(program=program, root=f"{host.work_dir}/runtime", keeper=host.keeper))
 
 
 backend: Final = RuncBackend()

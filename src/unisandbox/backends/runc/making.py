@@ -16,7 +16,7 @@ import anyio
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, Rootfs, UnavailableError
 from unisandbox.backends.runc.pidns import EMPTY_ROOT
 from unisandbox.backends.runc.pod import HELD, IDS, Pod, ids_of, translate_job
-from unisandbox.backends.runc.rootfs import Op, host_tree, mount_ops, root_ops
+from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, host_tree, mount_ops, root_ops
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
 from unisandbox.host.keeper import JobFailed
@@ -28,7 +28,6 @@ _FIRST_RANGE: Final = 0x7000_0000 // IDS
 _RANGES: Final = (0x7FFF_0000 - 0x7000_0000) // IDS
 _SHM_BYTES: Final = 64 << 20
 _JOB_SECONDS: Final = 60.0
-_SAFE: Final = ["readonly", "nosuid", "nodev"]
 
 
 class Maker:
@@ -121,7 +120,8 @@ class Maker:
         ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
         if spec.share_pid:
             ops += empty
-            ops.append({"op": "bind", "source": f"{pod.work}{EMPTY_ROOT}", "path": EMPTY_ROOT, "attributes": _SAFE})
+            source = f"{pod.work}{EMPTY_ROOT}"
+            ops.append({"op": "bind", "source": source, "path": EMPTY_ROOT, "attributes": SAFE_READONLY})
         steps += [
             {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},
             {"do": "mounts", "root": pod.work, "ops": ops},

@@ -16,11 +16,12 @@ import attrs
 from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.backends.runc.pod import Pod
 from unisandbox.host import namespaces
-from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.services import Host
+from unisandbox.oci.ends import wait_end_of_init
 from unisandbox.oci.made import Created
-from unisandbox.oci.processes import ended_process, streams
+from unisandbox.oci.processes import streams
 from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.starting import START_SECONDS
 
@@ -29,6 +30,8 @@ EMPTY_ROOT: Final = "/empty"
 
 # Its name where containers have theirs, which begin with a letter or a digit.
 _NAME: Final = ".pid"
+# How long the kernel may take to free the process after its end.
+_END_SECONDS: Final = 5.0
 # The name, below the sandbox's prefix, of what is known of the process.
 _FIRST: Final = "pid-first"
 
@@ -69,10 +72,12 @@ class SharedPids:
                 )
         except BaseException:
             cgroup.kill()
-            cgroup.remove(timeout=5.0)  # or every later start would meet it
+            with anyio.CancelScope(shield=True):
+                await patience.remove(cgroup.dirs, _END_SECONDS)  # or every later start would meet it
             raise
         made = cls(oci_id, cgroup, created)
         try:
+            await planner.restrict_root(created.pid)
             await runtime.start(oci_id, created=created, timeout=START_SECONDS)
             fd = os.open(f"/proc/{created.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -120,7 +125,7 @@ class SharedPids:
         with contextlib.suppress(FileNotFoundError):
             cgroup = pod.cgroup.find("pid")
             cgroup.kill()
-            cgroup.remove(timeout=5.0)
+            await patience.remove(cgroup.dirs, _END_SECONDS)
         await runtime.delete(f"{pod.short}-{_NAME}", force=True)
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
@@ -135,10 +140,10 @@ class SharedPids:
     async def end(self, host: Host, runtime: Runtime, pod: Pod) -> None:
         """End it: with it everything that is still in the namespace ends. May be repeated until it has returned."""
         self.cgroup.kill()
-        await ended_process(host.keeper, self.created)
+        await wait_end_of_init(host.keeper, self.created)
         await runtime.delete(self.oci_id)
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
         pod.inodes.pop("pid", None)
-        self.cgroup.remove(timeout=5.0)
+        await patience.remove(self.cgroup.dirs, _END_SECONDS)
         self.close()

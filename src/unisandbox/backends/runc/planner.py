@@ -1,4 +1,4 @@
-"""What the containers of one sandbox of namespaces need: cgroup, bundle, root file system, and how to verify them."""
+"""What the containers of one sandbox of namespaces need: cgroup, bundle, root file system."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
-    BackendError,
     ContainerSpec,
     CreateTask,
     ProcessSpec,
@@ -23,8 +22,9 @@ from unisandbox.api import (
 from unisandbox.backends.runc.adapting import Adapted
 from unisandbox.backends.runc.checks import check_container
 from unisandbox.backends.runc.pod import IDS, Pod, open_sources, translate_job
-from unisandbox.backends.runc.rootfs import Op, mount_ops, root_ops
-from unisandbox.host import namespaces, seccomp
+from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, mount_ops, root_attributes, root_ops
+from unisandbox.backends.runc.verifying import Verifier
+from unisandbox.host import seccomp
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.init import SpawnRequest
@@ -72,6 +72,7 @@ class PodPlanner:
         self._host_tree = host_tree
         self._init_fd = init_fd
         self._plain_limits = plain_limits
+        self._verifier = Verifier(host, pod, runtime.program)
         self._own_roots: set[str] = set()
         self._cgroups: dict[str, Cgroup] = {}
 
@@ -107,8 +108,8 @@ class PodPlanner:
             entered=self.entered,
             mounts=pod.held("mnt"),
             extra_fds=(self._init_fd,),
-            verify=lambda pid: self._verify(container.name, pid),
-            verify_process=lambda pid: self._verify_process(container.name, pid),
+            verify=lambda pid: self._verifier.verify(container.name, pid, root_attributes(rootfs)),
+            verify_process=lambda pid: self._verifier.verify_filter(container.name, pid),
             explain=lambda process: _explain(process, rootfs, self._environment(container, process)["PATH"]),
         )
 
@@ -147,11 +148,6 @@ class PodPlanner:
         self, container_id: str, bundle: str, cgroup: Cgroup, joined: Collection[str] = frozenset()
     ) -> Plan:
         is_ours = bundle == self._bundle_of(container_id)
-
-        def verify(pid: int) -> None:
-            self._verify_cgroup(container_id, pid)
-            self._verify_joined(container_id, pid, joined)
-
         return Plan(
             oci_id=f"{self._pod.short}-{container_id}",
             bundle=bundle,
@@ -161,7 +157,7 @@ class PodPlanner:
             entered=self.entered if is_ours else NOWHERE,
             mounts=self._pod.held("mnt") if is_ours else "",
             extra_fds=(),
-            verify=verify,
+            verify=lambda pid: self._verifier.verify_bundle(container_id, pid, joined),
             verify_process=lambda _: None,
             explain=lambda _: "",
         )
@@ -282,6 +278,10 @@ class PodPlanner:
         """The path of a pinned namespace, for the keeper's children: they do not outlive it."""
         return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
 
+    async def restrict_root(self, pid: int) -> None:
+        """Make the root of a shared pid namespace's one process read-only; see `Verifier`."""
+        await self._verifier.restrict_root(pid, SAFE_READONLY)
+
     def pause_bundle(self, root: str) -> Bundle:
         """What the one process of a shared pid namespace runs in: `root` with nothing in it but /proc."""
         return attrs.evolve(
@@ -386,58 +386,6 @@ class PodPlanner:
             env["TERM"] = "xterm"
         return env | {**self._pod.spec.env, **container.env, **process.env}
 
-    def _verify(self, name: str, pid: int) -> None:
-        """Start tells the truth: the container is in the pinned namespaces, in ones of its own, and in its cgroup."""
-        pod = self._pod
-        try:
-            found = namespaces.process_namespaces(pid)
-        except ProcessLookupError as error:
-            raise BackendError(f"container {name!r} of sandbox {pod.label!r} ended before it was started") from error
-        ours = _own_namespaces()
-        for kind, inode in found.items():
-            pinned = pod.inodes.get(kind)
-            if pinned is not None and inode != pinned:
-                raise BackendError(f"container {name!r}: {kind} namespace {inode} is not the pinned one, {pinned}")
-            if pinned is None and inode == ours[kind] and not self._shared_with_host(kind):
-                raise BackendError(f"container {name!r} of sandbox {pod.label!r} is in the host's {kind} namespace")
-        self._verify_cgroup(name, pid)
-
-    def _verify_process(self, name: str, pid: int) -> None:
-        """A filter that was asked for is there: a runtime that does not know an annotation says nothing."""
-        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
-            filtered = "\nSeccomp:\t2\n" in file.read()
-        if not filtered and self._pod.spec.security.seccomp == "default":
-            raise BackendError(
-                f"container {name!r} of sandbox {self._pod.label!r} has no seccomp filter, although one was given to"
-                f" {self._runtime.program.name} {self._runtime.program.version_text}",
-                hint="Use a runtime that is built with seccomp.",
-            )
-
-    def _shared_with_host(self, kind: str) -> bool:
-        spec = self._pod.spec
-        return (
-            (kind == "user" and spec.userns == "host")
-            or (kind == "net" and spec.network.kind == "host")
-            or (kind == "cgroup" and self._host.cgroups.namespaces_are_borders)
-        )
-
-    def _verify_joined(self, name: str, pid: int, kinds: Collection[str]) -> None:
-        if not kinds:
-            return
-        try:
-            found = namespaces.process_namespaces(pid)
-        except ProcessLookupError as error:
-            raise BackendError(f"container {name!r} of sandbox {self._pod.label!r} ended before it was started") from (
-                error
-            )
-        for kind in kinds:
-            if found[kind] != self._pod.inodes[kind]:
-                raise BackendError(f"container {name!r}: its {kind} namespace is not that of the sandbox")
-
-    def _verify_cgroup(self, name: str, pid: int) -> None:
-        if not self._pod.cgroup.holds(pid):
-            raise BackendError(f"container {name!r} of sandbox {self._pod.label!r} is not in its cgroup")
-
 
 def _no_request(_: ProcessSpec) -> SpawnRequest:
     raise AlreadyExistsError("a bundle's processes are started by the runtime")
@@ -462,11 +410,6 @@ def plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
     hard = resource.prlimit(keeper_pid, resource.RLIMIT_STACK)[1]
     soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
     return limits | {"RLIMIT_STACK": (soft, hard)}
-
-
-@functools.cache
-def _own_namespaces() -> Mapping[str, int]:
-    return namespaces.process_namespaces(os.getpid())
 
 
 def _explain(process: ProcessSpec, rootfs: Rootfs, path: str) -> str:

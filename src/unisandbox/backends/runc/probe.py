@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
 import anyio
@@ -57,13 +57,13 @@ async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
     await anyio.lowlevel.checkpoint()
     facts: dict[str, str] = {"kernel": os.uname().release}
     warnings: list[str] = []
-    obstacles = list(_obstacles(facts, warnings, runtime))
+    obstacles = [obstacle async for obstacle in _obstacles(facts, warnings, runtime)]
     if obstacles:
         first = obstacles[0]
         return Probe(
             backend="runc", available=False, reason=first.reason, hint=first.hint, facts=facts, warnings=tuple(warnings)
         )
-    cache = _cache_file(pick_runtime(runtime))
+    cache = _cache_file(await pick_runtime(runtime))
     verdict = await _try(runtime) if deep else _remembered(cache)
     if deep and verdict is not None and verdict["ok"] is True:
         # Only a success is a fact: what failed once (a full disk, a busy machine) must not be refused from then on.
@@ -87,7 +87,7 @@ async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
     )
 
 
-def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) -> Iterator[_Obstacle]:
+async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) -> AsyncIterator[_Obstacle]:
     if sys.platform != "linux":
         yield _Obstacle(f"it needs Linux, this is {sys.platform}", "Run it on Linux.")
         return
@@ -97,7 +97,7 @@ def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) 
     if os.geteuid() != 0:
         yield _Obstacle(f"it needs root, this is user id {os.geteuid()}", "Run it as root.")
     try:
-        program = pick_runtime(runtime)
+        program = await pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
         if not program.features.held_userns:
             warnings.append(f"{program.name} cannot do share_pid=True. Remedy: apt install crun")

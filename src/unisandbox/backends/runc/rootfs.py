@@ -18,7 +18,7 @@ from unisandbox.api.units import GIB
 Op = dict[str, object]
 
 _SAFE: Final = ["nosuid", "nodev"]
-_SAFE_READONLY: Final = ["readonly", "nosuid", "nodev"]
+SAFE_READONLY: Final = ["readonly", "nosuid", "nodev"]
 # Where programs live on hosts that have not merged them into /usr, and links to /usr where they have.
 _PROGRAM_DIRECTORIES: Final = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 _EMPTY_DIRECTORIES: Final = ("dev", "home", "media", "mnt", "opt", "proc", "run", "srv", "sys", "tmp")
@@ -34,6 +34,11 @@ _LARGEST_TMPFS: Final = GIB
 
 WRITABLE: Final = ("tmp", "run", "home")
 """What can be written in a read-only root file system, too."""
+
+
+def root_attributes(rootfs: Rootfs) -> list[str]:
+    """Those of the mount that is the root directory."""
+    return SAFE_READONLY if rootfs.readonly else _SAFE
 
 
 class Layer(NamedTuple):
@@ -160,9 +165,7 @@ def host_tree(path: str, *, local: bool) -> list[Op]:
         _bind(os.path.realpath("/usr"), f"{path}/usr"),
     ]
     if not local and os.path.isdir("/usr/local"):
-        ops.append(
-            {"op": "tmpfs", "path": f"{path}/usr/local", "size": 4096, "inodes": 1, "attributes": _SAFE_READONLY}
-        )
+        ops.append({"op": "tmpfs", "path": f"{path}/usr/local", "size": 4096, "inodes": 1, "attributes": SAFE_READONLY})
     for name in _PROGRAM_DIRECTORIES:
         if os.path.islink(f"/{name}"):
             ops.append({"op": "symlink", "path": f"{path}/{name}", "target": os.readlink(f"/{name}")})
@@ -196,7 +199,7 @@ def _base64(content: bytes) -> str:
 
 
 def _bind(source: str, path: str) -> Op:
-    return {"op": "bind", "source": source, "path": path, "attributes": _SAFE_READONLY}
+    return {"op": "bind", "source": source, "path": path, "attributes": SAFE_READONLY}
 
 
 def _writable(layer: str, first_id: int, identity: Identity) -> list[Op]:
@@ -276,7 +279,7 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
                     ops += _mount_point(f"{place.base}{mount.target}", mount)
             source = f"{place.work}{place.base}"
         ops += _writable(place.layer, place.first_id, identity)
-        ops.append({"op": "bind", "source": source, "path": place.root, "attributes": _SAFE_READONLY})
+        ops.append({"op": "bind", "source": source, "path": place.root, "attributes": SAFE_READONLY})
         return ops + _shadow_writable(place.work, place.layer, place.root)
     if rootfs.readonly:
         # A directory in front of the user's that holds the mount points, so that nothing is written into his.
@@ -365,7 +368,7 @@ def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
                 "path": path,
                 "create": True,
                 "idmap": mount.idmap and place.mapped,
-                "attributes": _SAFE_READONLY if mount.readonly else _SAFE,
+                "attributes": SAFE_READONLY if mount.readonly else _SAFE,
             }
         )
         fd += 1

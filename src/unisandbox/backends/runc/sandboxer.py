@@ -38,7 +38,7 @@ from unisandbox.backends.runc.planner import PodPlanner, plain_limits
 from unisandbox.backends.runc.pod import DEVICES, IDS, Pod, ids_of, open_sources
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, ending
+from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, patience
 from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard
 from unisandbox.host.removal import remove_tree
@@ -49,6 +49,8 @@ from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.task import OciTaskService
 
 _DYING_SECONDS: Final = 0.2
+# How long the end of killed processes may take: they may sit in the kernel.
+_END_SECONDS: Final = 5.0
 
 
 @attrs.define(eq=False, repr=False)
@@ -102,8 +104,8 @@ class RuncSandboxer:
         except BaseException:
             for fd in sources:
                 os.close(fd)
-            ending.remove(dirs, 1.0)
             with anyio.CancelScope(shield=True):
+                await patience.remove(dirs, 1.0)
                 await host.keeper.unguard([guard.name for guard in undo])
             raise
         pod = self._pod_of(request.sandbox_id, spec)
@@ -229,7 +231,7 @@ class RuncSandboxer:
                 await sandbox.pids.end(self._host, self._runtime, sandbox.pod)
                 sandbox.pids = None
         except UnavailableError:
-            self._end_without_keeper(sandbox)
+            await self._end_without_keeper(sandbox)
         sandbox.stopped_at = time.time()
         sandbox.ended.set()
 
@@ -329,12 +331,12 @@ class RuncSandboxer:
             return
         await self.stop(sandbox_id, grace=0)
         if not keeper.alive:
-            self._end_without_keeper(sandbox)
+            await self._end_without_keeper(sandbox)
             self._sandboxes.pop(sandbox_id, None)
             return
         if not pod.cgroup.remove():  # somebody is in there, or about to be gone
             pod.cgroup.kill()
-            if not pod.cgroup.remove(timeout=5.0):
+            if not await patience.remove(pod.cgroup.dirs, _END_SECONDS):
                 raise BackendError(f"sandbox {pod.label!r}: its cgroups {pod.cgroup.dirs} cannot be removed")
         self._leave(pod)
         # With the last descriptor its mount namespace is gone, and all its mounts; what is left are bundles.
@@ -351,11 +353,11 @@ class RuncSandboxer:
         keeper = self._host.keeper
         cgroups = self._host.cgroups.below(pod.spec.cgroup_parent)
         dirs = cgroups.dirs_of(pod.short)
-        ending.kill(dirs, 1.0)
+        await patience.kill(dirs, 1.0)
         if keeper.alive:
             await keeper.drop(prefix=f"{pod.short}/")
             remove_tree(self._host.keeper.outside(pod.work))
-        if not ending.remove(dirs, 5.0):
+        if not await patience.remove(dirs, _END_SECONDS):
             raise BackendError(f"sandbox {pod.label!r}: its cgroups {dirs} cannot be removed")
         self._leave(pod)
         with contextlib.suppress(FileNotFoundError):  # it had none, or its guard was quicker
@@ -374,13 +376,13 @@ class RuncSandboxer:
             sandbox.pids = None
         sandbox.pod.close()
 
-    def _end_without_keeper(self, sandbox: _Sandbox) -> None:
+    async def _end_without_keeper(self, sandbox: _Sandbox) -> None:
         """The keeper is dead, and with it mounts, pins and every init; what is left are cgroups and descriptors."""
         if not self._host.keeper.ends_within(_DYING_SECONDS):
             raise BackendError(f"the keeper does not answer for sandbox {sandbox.pod.label!r}")
         sandbox.pod.cgroup.kill()
         self._let_go(sandbox)
-        sandbox.pod.cgroup.remove(timeout=5.0)
+        await patience.remove(sandbox.pod.cgroup.dirs, _END_SECONDS)
         self._leave(sandbox.pod)
 
     def _leave(self, pod: Pod) -> None:

@@ -53,7 +53,7 @@ class WasmBackend:
 
         return await probe(deep=deep)
 
-    def open(self, host: Host) -> Sandboxer:
+    async def open(self, host: Host) -> Sandboxer:
         """The sandboxer of one engine.
 
         Raises:

@@ -80,7 +80,7 @@ class HostTraces:
         host._look_at_runtime()
         if not only_engines:
             host._look_at_files()
-            for engine_id, path in _cgroups():
+            for engine_id, path in engine_cgroups():
                 host.of(engine_id).cgroups.append(path)
             for engine_id, path in _mounts_below(host.runtime):
                 host.of(engine_id).mounts.append(path)
@@ -160,7 +160,7 @@ def _keepers() -> dict[str, list[int]]:
     return found
 
 
-def _cgroups() -> Iterator[tuple[str, str]]:
+def engine_cgroups() -> Iterator[tuple[str, str]]:
     """Every cgroup of this user with the name of an engine's, wherever it is, with the engine's id."""
     seen: set[tuple[int, int]] = set()
     for mount in read_mounts():

@@ -273,15 +273,14 @@ class Cgroup:
         """SIGKILL for every process in and below, at once; does not wait for their ends. None there is fine."""
         ending.kill(self.dirs, 0)
 
-    def freeze(self, timeout: float = 10.0) -> None:
-        """Stop every process in and below.
+    def freeze(self) -> bool:
+        """Let every process in and below be stopped; whether all are. To be called until they are: see `patience`.
 
         Raises:
-            TimeoutError: one could not be stopped in `timeout` seconds; all run on.
             UnavailableError: this host has no freezer for us.
         """
         self._need_freezer()
-        (v2 if self._tree.version == "v2" else v1).freeze(self._at, timeout)
+        return v2.freeze(self._at) if self._tree.version == "v2" else v1.freeze(self._at)
 
     def thaw(self) -> None:
         """Let them run on; fine when they do."""

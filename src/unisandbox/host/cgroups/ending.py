@@ -7,6 +7,7 @@ Source: Documentation/admin-guide/cgroup-v2.rst (cgroup.kill, cgroup.events), cg
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -159,7 +160,28 @@ def _kill_one_by_one(dirs: Sequence[str], freezers: Sequence[str]) -> int:
         for directory in freezers:
             for cgroup in tree(directory):
                 _write(f"{cgroup}/freezer.state", b"THAWED")
+    for directory in freezers:
+        _let_die(directory)
     return len(found)
+
+
+def _let_die(directory: str) -> None:
+    """Move what was killed, and is held by a freezer further up, to where nothing holds it: there it takes its SIGKILL.
+
+    Source: freezer_attach(), kernel/cgroup/legacy_freezer.c.
+    """
+    if not _is_held(directory):
+        return
+    above = os.path.dirname(directory)
+    while _is_held(above):
+        above = os.path.dirname(above)
+    for pid in pids(directory):
+        with contextlib.suppress(ProcessLookupError):  # it was let go meanwhile
+            _write(f"{above}/cgroup.procs", str(pid).encode())
+
+
+def _is_held(directory: str) -> bool:
+    return b"1" in _read(f"{directory}/freezer.self_freezing") + _read(f"{directory}/freezer.parent_freezing")
 
 
 def _kill_member(pid: int, dirs: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Mapping, Sequence
 
 from unisandbox.host.cgroups import ending, files, v2
@@ -17,7 +16,6 @@ from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
 
 OOM_FILE = "memory.oom_control"
-_POLL = 0.0005
 _SHARES_PER_WEIGHT = 1024 / 100  # the defaults of v1 and v2 mean the same
 
 
@@ -126,22 +124,13 @@ def oom_kills(at: Mapping[str, str]) -> int:
     return kills
 
 
-def freeze(at: Mapping[str, str], timeout: float) -> None:
-    """Stop every process of the tree; TimeoutError when one cannot be stopped in time, and then all run again."""
+def freeze(at: Mapping[str, str]) -> bool:
+    """Let every process of the tree be stopped; whether all are."""
     if "unified" in at:
-        v2.freeze(at, timeout)
-        return
-    directory = at["freezer"]
-    deadline = time.monotonic() + timeout
-    while True:
-        # Written again each time: a process that came in while the others froze is frozen by the next write.
-        files.write(directory, "freezer.state", "FROZEN")
-        if files.read(directory, "freezer.state") == "FROZEN":
-            return
-        if time.monotonic() >= deadline:
-            thaw(at)
-            raise TimeoutError(errno.ETIMEDOUT, f"{directory} did not freeze in {timeout} s")
-        time.sleep(_POLL)
+        return v2.freeze(at)
+    # Written again each time: a process that came in while the others froze is frozen by the next write.
+    files.write(at["freezer"], "freezer.state", "FROZEN")
+    return files.read(at["freezer"], "freezer.state") == "FROZEN"
 
 
 def thaw(at: Mapping[str, str]) -> None:

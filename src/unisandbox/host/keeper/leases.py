@@ -1,7 +1,8 @@
 """Numbers shared out among all keepers of a host: number n is leased by a lock on byte n of `<directory>/ids`.
 
-The lock is an open file description lock: it belongs to the keeper's open file, so it ends with the keeper however that
-dies, and no file has to be cleaned up after it. Source: fcntl_locking(2).
+The lock is a record lock of POSIX: it belongs to the keeper's process and to none of its forks, so it ends with the
+keeper however that dies, also while a fork has not yet closed the file. It ends, too, when the process closes any
+descriptor of the file: it has one, and no other code of it opens that. Source: fcntl_locking(2).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from unisandbox.host.keeper import names
 
 NAME = "ids"
 NAMES_LIMIT = 65536
-# struct flock of every 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (must be 0 for F_OFD_*), padding.
+# struct flock of every 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid, padding.
 _FLOCK = struct.Struct("@hhqqi4x")
 # How often to look again while another keeper that gave back its last number is about to unlink the file, and the
 # pause in seconds: the other needs some microseconds for it.
@@ -145,7 +146,7 @@ class Leases:
 def _try_lock(fd: int, kind: int, start: int, length: int) -> bool:
     """Lock or unlock a range (length 0: to the end of all offsets); False when another has a part of it."""
     try:
-        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
+        fcntl.fcntl(fd, fcntl.F_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
     except OSError as error:
         if error.errno in {errno.EAGAIN, errno.EACCES}:
             return False
@@ -155,7 +156,7 @@ def _try_lock(fd: int, kind: int, start: int, length: int) -> bool:
 
 def _locked_whole(fd: int, number: int) -> bool:
     """Whether the lock that keeps us from `number` is one of the whole file (or was: it is gone by now)."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
+    answer = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
     kind, _, _, length, _ = _FLOCK.unpack(answer)
     return bool(kind == fcntl.F_UNLCK or length == 0)
 
@@ -172,5 +173,5 @@ def _is_at(fd: int, directory: str) -> bool:
 
 def any_held(fd: int) -> bool:
     """Whether anybody holds a number of the open file, or is about to remove it. Asks only."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
+    answer = fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)

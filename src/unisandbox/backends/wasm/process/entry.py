@@ -53,7 +53,7 @@ class WasmProcessBackend:
 
         return await probe(deep=deep)
 
-    def open(self, host: Host) -> Sandboxer:
+    async def open(self, host: Host) -> Sandboxer:
         """The sandboxer of one engine, on top of that engine's sandboxer "runc".
 
         Raises:
@@ -76,7 +76,7 @@ class WasmProcessBackend:
         store = Store(settings.cache if settings.cache is not None else default_directory())
         return WasmProcessSandboxer(
             host,
-            host.sandboxer("runc"),
+            await host.sandboxer("runc"),
             Images(Compiled(compiler, store, trust_signals=False, fuel=counts)),
             Interior.of_this_python(),
             IdleWorkers(self._idle_workers),

@@ -100,7 +100,13 @@ class Engine:
         """FIFOs, whose ends the engine opens before it says their names."""
         return Fifos.make(self.place / f"io-{name}", stdin=stdin)
 
-    def bundle(self, *args: str, kinds: tuple[str, ...] = ("ipc", "uts"), mount_rootfs: bool = True) -> Path:
+    def bundle(
+        self,
+        *args: str,
+        kinds: tuple[str, ...] = ("ipc", "uts"),
+        mount_rootfs: bool = True,
+        resources: Mapping[str, Any] | None = None,
+    ) -> Path:
         """A bundle as containerd writes it for a pod whose process id is 0; its files are this machine's programs."""
         bundle = self.place / "bundle"
         for name in ("proc", "dev", "usr", "tmp", "etc"):
@@ -119,6 +125,7 @@ class Engine:
             ],
             "linux": {
                 "cgroupsPath": f"/k8s.io/{CONTAINER}",
+                "resources": dict(resources or {}),
                 "namespaces": [
                     {"type": "mount"},
                     *({"type": kind, "path": SANDBOX_NAMESPACES + kind} for kind in kinds),

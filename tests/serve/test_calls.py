@@ -387,8 +387,46 @@ async def test_streams_that_are_not_served_are_refused(engine: Engine) -> None:
     )
     with pytest.raises(StatusError, match="ttrpc"):
         await engine.tasks(TaskV3.CREATE, request)
-    with pytest.raises(StatusError):
-        await engine.tasks(TaskV3.UPDATE, v3.UpdateTaskRequest(id=CONTAINER))
+
+
+def update_of(**resources: Any) -> v3.UpdateTaskRequest:
+    """As containerd sends it; see its client's `WithResources`."""
+    kind = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+    return v3.UpdateTaskRequest(id=CONTAINER, resources=AnyMessage(type_url=kind, value=json.dumps(resources).encode()))
+
+
+async def test_limits_can_be_changed_while_a_container_runs(engine: Engine, server: Server) -> None:
+    devices = [{"allow": False, "access": "rwm"}]
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000", resources={"memory": {"limit": 64 << 20}, "devices": devices})
+    pod = await server.pods.entry(POD, None)
+
+    async def now() -> tuple[int | None, int | None]:
+        used = await pod.task.stats(CONTAINER)
+        return used.memory_limit_bytes, used.pids_limit
+
+    # Engines say all of it again, with what cannot be changed.
+    await engine.tasks(TaskV3.UPDATE, update_of(memory={"limit": 96 << 20}, pids={"limit": 50}, devices=devices))
+    assert await now() == (96 << 20, 50)
+    await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": -1}))
+    assert await now() == (96 << 20, None), "what is not said stays"
+    refused: list[tuple[type[Exception], dict[str, Any]]] = [
+        (StatusError, {"memory": {"limit": 32 << 20}, "cpu": {"cpus": "0"}}),
+        (StatusError, {"hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}),
+        (StatusError, {"devices": [{"allow": True, "access": "rwm"}]}),
+        (InvalidArgumentError, {"memory": {"limit": "much"}}),
+        (FailedPreconditionError, {"memory": {"limit": 4096}}),
+    ]
+    for kind, resources in refused:
+        with pytest.raises(kind) as told:
+            await engine.tasks(TaskV3.UPDATE, update_of(**resources))
+        assert kind is not StatusError or told.value.status.code == 12  # type: ignore[attr-defined]
+        assert await now() == (96 << 20, None)
+    await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, signal=signal.SIGKILL))
+    await engine.wait()
+    with pytest.raises(FailedPreconditionError, match="has ended"):
+        await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": 7}))
+    main.close()
 
 
 async def test_a_start_that_fails_leaves_nothing_and_can_be_asked_for_again(engine: Engine, server: Server) -> None:

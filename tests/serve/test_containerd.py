@@ -139,6 +139,10 @@ def test_a_pods_life_by_crictl(lab: Lab) -> None:
     assert "sleep 1000" in lab.crictl("exec", "-s", first, "ps"), "the containers of a pod see each other"
     stats = json.loads(lab.crictl("stats", "-o", "json", first))["stats"]
     assert int(stats[0]["memory"]["workingSetBytes"]["value"]) > 0
+    lab.crictl("update", "--memory", str(96 << 20), "--cpu-share", "512", first)
+    stats = json.loads(lab.crictl("stats", "-o", "json", first))["stats"]
+    assert int(stats[0]["memory"]["availableBytes"]["value"]) < 96 << 20, "the new limit counts"
+    lab.crictl("update", "--cpuset-cpus", "0", first, code=1)
     lab.crictl("stop", first)
     state = json.loads(lab.crictl("inspect", first))["status"]
     assert (state["state"], state["exitCode"]) in {("CONTAINER_EXITED", 143), ("CONTAINER_EXITED", 137)}

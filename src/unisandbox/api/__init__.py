@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         SupportsUpdate,
         TaskService,
         TaskState,
+        UpdateTask,
     )
 
 __all__ = [
@@ -120,6 +121,7 @@ __all__ = [
     "Terminal",
     "UnavailableError",
     "UnsupportedError",
+    "UpdateTask",
     "check_id",
     "check_name",
     "grpc_status",
@@ -139,7 +141,7 @@ _HOME = {
         " Security Terminal",
         "status": "ContainerStatus FileInfo Metrics SandboxStatus",
         "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsPause SupportsUpdate"
-        " TaskService TaskState",
+        " TaskService TaskState UpdateTask",
     }.items()
     for name in names.split()
 }

@@ -210,12 +210,34 @@ class SupportsPause(Protocol):
         ...
 
 
+@attrs.frozen
+@by_fields
+class UpdateTask:
+    """Change the limits of a container. Exactly one of `resources` and `oci_resources` is given.
+
+    Attributes:
+        container_id: which one.
+        resources: its limits from now on.
+        oci_resources: the text of an OCI object `linux.resources`: what it does not say, or says as 0, stays as it is,
+            and a negative number takes a limit away.
+    """
+
+    container_id: str
+    resources: Resources | None = None
+    oci_resources: str = attrs.field(default="", repr=False)
+
+
 @runtime_checkable
 class SupportsUpdate(Protocol):
-    """A task service that can change the limits of a running container."""
+    """A task service that can change the limits of a living container."""
 
-    async def update(self, container_id: str, resources: Resources) -> None:
-        """Set the new limits; all of them or none."""
+    async def update(self, request: UpdateTask) -> None:
+        """Set the new limits; all of them or none.
+
+        Raises:
+            UnsupportedError: a limit that cannot be changed, or not be set here; it is named.
+            FailedPreconditionError: the container has ended, or uses more than the new limit.
+        """
         ...
 
 

@@ -31,6 +31,7 @@ _SHARED: Final = frozenset({"shared", "rshared", "slave", "rslave", "unbindable"
 _USUAL_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, None)})
 _SHARES_PER_WEIGHT: Final = 1024 / 100  # the defaults of cgroup v1 and v2 mean the same
 _UNLIMITED: Final = 1 << 62
+_NO_LIMITS: Final = Limits(swap=None)
 
 
 def parse(text: str) -> Config:
@@ -95,8 +96,23 @@ def _refusal(what: str, program: RuntimeProgram) -> UnsupportedError:
     return UnsupportedError(what, "runc", reason=f"{program.name} {program.version_text} is not known to honour it")
 
 
-def limits(resources: Mapping[str, Any]) -> Limits:
+def parse_resources(text: str) -> Config:
+    """An OCI object `linux.resources`. Raises InvalidArgumentError when it is none."""
+    try:
+        resources = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"this is no usable OCI object of resources: {error!r}") from error
+    if not isinstance(resources, dict):
+        raise InvalidArgumentError("this is no usable OCI object of resources")
+    return resources
+
+
+def limits(resources: Mapping[str, Any], now: Limits = _NO_LIMITS) -> Limits:
     """The limits of a container's own cgroup, but for `devices`.
+
+    Args:
+        resources: what of it is missing, or 0, is as it is `now`; a negative number is no limit.
+        now: the limits that it has.
 
     Raises:
         UnsupportedError: a limit that cannot be set here; it is named.
@@ -105,20 +121,38 @@ def limits(resources: Mapping[str, Any]) -> Limits:
     for name, value in resources.items():
         if name not in known and value:
             raise UnsupportedError(f"resources.{name}", "runc")
-    memory, cpu = _part(resources, "memory"), _part(resources, "cpu")
+    memory, cpu, pids = (_part(resources, name) for name in ("memory", "cpu", "pids"))
     _check_part("memory", memory, {"limit", "swap", "checkBeforeUpdate"})
     _check_part("cpu", cpu, {"shares", "quota", "period"})
-    size, both = _positive(memory.get("limit")), _positive(memory.get("swap"))
-    if both is not None and (size is None or both < size):
-        raise InvalidArgumentError(f"resources.memory.swap {both} is less than the memory limit {size}")
-    # In OCI swap counts memory too, and not saying anything means no limit of its own.
-    swap = None if both is None or size is None else both - size
-    quota, period = cpu.get("quota"), cpu.get("period") or 100_000
-    cores = None if not quota or quota < 0 else max(quota / period, CPU_MIN)
-    shares = _positive(cpu.get("shares"))
+    _check_part("pids", pids, {"limit"})
+    size = _limit(memory.get("limit"), now.memory)
+    swap = now.swap
+    if both := memory.get("swap"):
+        # In OCI swap counts memory too.
+        swap = _limit(both, None)
+        if swap is not None and (size is None or swap < size):
+            raise InvalidArgumentError(f"resources.memory.swap {both} is less than the memory limit {size}")
+        swap = None if swap is None or size is None else swap - size
+    shares = _limit(cpu.get("shares"), None)
     weight = None if shares is None else max(1, min(10_000, round(shares / _SHARES_PER_WEIGHT)))
-    pids = _positive(_part(resources, "pids").get("limit"))
-    return Limits(memory=size, swap=swap, cpu=cores, cpu_weight=weight, pids=pids)
+    return Limits(
+        memory=size,
+        swap=swap,
+        cpu=_cores(cpu, now.cpu),
+        cpu_weight=weight if cpu.get("shares") else now.cpu_weight,
+        pids=_limit(pids.get("limit"), now.pids),
+    )
+
+
+def _cores(cpu: Mapping[str, Any], now: float | None) -> float | None:
+    quota, period = cpu.get("quota"), cpu.get("period")
+    if not quota:
+        if period and now is not None:
+            raise UnsupportedError("a change of resources.cpu.period without its quota", "runc")
+        return now
+    if period is not None and period < 0:
+        raise InvalidArgumentError(f"resources.cpu.period must be > 0, got {period}")
+    return None if quota < 0 else max(quota / (period or 100_000), CPU_MIN)
 
 
 def _part(resources: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -136,8 +170,10 @@ def _check_part(name: str, part: Mapping[str, Any], known: set[str]) -> None:
             raise InvalidArgumentError(f"resources.{name}.{key} must be a number, got {value!r:.80}")
 
 
-def _positive(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 < value < _UNLIMITED else None
+def _limit(value: int | None, now: int | None) -> int | None:
+    if not value:
+        return now
+    return value if 0 < value < _UNLIMITED else None
 
 
 def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:

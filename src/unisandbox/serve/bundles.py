@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 from typing import Any, Final
 
-from unisandbox.api import InvalidArgumentError
+from unisandbox.api import InvalidArgumentError, UnsupportedError
 from unisandbox.api.task import SANDBOX_NAMESPACES
 from unisandbox.serve.cri import NODE
 from unisandbox.serve.pods import PodFacts
@@ -43,12 +43,36 @@ def adapted(config: dict[str, Any], facts: PodFacts) -> str:
     The engine names all namespaces of a pod by its process, which the pod does not have: those that it shares with the
     host are left out here, the others are the sandbox's.
     """
-    linux = config.get("linux") or {}
+    linux = _linux_of(config)
     hosts = {"ipc": facts.ipc == NODE, "pid": facts.pid == NODE, "net": facts.network == NODE, "user": True}
     linux["namespaces"] = [space for space in _spaces(linux) if not hosts.get(_own_kind(space), False)]
     if facts.sysctls:
         linux["sysctl"] = {**(linux.get("sysctl") or {}), **facts.sysctls}
     return json.dumps({**config, "linux": linux}, separators=(",", ":"))
+
+
+def changed_resources(value: bytes, bundle: str) -> str:
+    """The text of an OCI object `linux.resources` without its devices, which must be those of the bundle.
+
+    Engines say all of it again when they change a limit.
+
+    Raises:
+        UnsupportedError: its devices are others than when the container was made.
+    """
+    try:
+        resources = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"the resources cannot be read: {error}") from error
+    if not isinstance(resources, dict):
+        raise InvalidArgumentError("the resources are no object")
+    devices = resources.pop("devices", None)
+    if devices and devices != (_linux_of(read_config(bundle)).get("resources") or {}).get("devices"):
+        raise UnsupportedError("a change of resources.devices of a living container", "serve")
+    return json.dumps(resources)
+
+
+def _linux_of(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("linux") or {}  # `read_config` has looked at it
 
 
 def _spaces(linux: dict[str, Any]) -> Sequence[dict[str, Any]]:

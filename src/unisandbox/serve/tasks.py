@@ -24,10 +24,12 @@ from unisandbox.api import (
     NotFoundError,
     RootMount,
     SupportsPause,
+    SupportsUpdate,
     TaskService,
     TaskState,
     Terminal,
     UnsupportedError,
+    UpdateTask,
 )
 from unisandbox.api.proto.containerd.runc.v1 import Options
 from unisandbox.api.proto.containerd.task import v3
@@ -37,7 +39,7 @@ from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import TaskV2, TaskV3
 from unisandbox.api.rpc import Method
 from unisandbox.engine.entry import Entry
-from unisandbox.serve.bundles import adapted, read_config
+from unisandbox.serve.bundles import adapted, changed_resources, read_config
 from unisandbox.serve.controller import moment
 from unisandbox.serve.metrics import any_of
 from unisandbox.serve.pods import Pods, facts_of
@@ -132,6 +134,7 @@ class Tasks:
             TaskV3.RESUME: self.resume,
             TaskV3.KILL: self.kill,
             TaskV3.EXEC: self.exec,
+            TaskV3.UPDATE: self.update,
             TaskV3.RESIZE_PTY: self.resize_pty,
             TaskV3.CLOSE_IO: self.close_io,
             TaskV3.WAIT: self.wait,
@@ -381,6 +384,20 @@ class Tasks:
         if not isinstance(place.task, SupportsPause):
             raise UnsupportedError("pause", place.entry.backend)
         await (place.task.resume if go_on else place.task.pause)(request.id)
+        return Empty()
+
+    async def update(self, request: v3.UpdateTaskRequest, call: Call) -> Empty:
+        """Change its limits; what is not said stays as it is."""
+        place = await self._place(call)
+        if not isinstance(place.task, SupportsUpdate):
+            raise UnsupportedError("changing the limits of a container", place.entry.backend)
+        if request.annotations:
+            raise UnsupportedError("annotations of changed limits", "serve")
+        if request.resources is None:
+            raise InvalidArgumentError("an update needs resources")
+        bundle = (await place.streams.of(request.id, "")).bundle
+        text = changed_resources(request.resources.value, bundle)
+        await place.task.update(UpdateTask(request.id, oci_resources=text))
         return Empty()
 
     async def resize_pty(self, request: v3.ResizePtyRequest, call: Call) -> Empty:

@@ -32,7 +32,6 @@ from unisandbox.api import (
     SupportsUpdate,
     TaskService,
     Terminal,
-    UpdateTask,
 )
 from unisandbox.backends.runc import RuncBackend
 from unisandbox.oci import starting
@@ -236,11 +235,11 @@ async def test_a_limit_that_no_cgroup_has_cannot_be_changed_and_nothing_is(sandb
         changed: list[dict[str, Any]] = [{"disk": "64M"}, {"nofile": 32}, {"core": 1}, {"cpu_seconds": 5}]
         for change in changed:
             with pytest.raises(UnsupportedError, match=next(iter(change))):
-                await task.update(UpdateTask("c", attrs.evolve(limits, memory="96M", **change)))
+                await task.update("c", attrs.evolve(limits, memory="96M", **change))
         with pytest.raises(UnsupportedError, match="disk, nofile, core"):
-            await task.update(UpdateTask("c", Resources.unlimited()))
+            await task.update("c", Resources.unlimited())
         assert (await task.stats("c")).memory_limit_bytes == before
-        await task.update(UpdateTask("c", attrs.evolve(limits, memory="96M")))
+        await task.update("c", attrs.evolve(limits, memory="96M"))
         assert (await task.stats("c")).memory_limit_bytes == 96 << 20
 
 

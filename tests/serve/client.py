@@ -80,6 +80,9 @@ class Engine:
         await self.connect(started.address)
         return started
 
+    async def status(self) -> v1.ControllerStatusResponse:
+        return await self.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD, verbose=True))
+
     async def connect(self, address: str) -> None:
         if self.task is not None:
             self.task.close()
@@ -159,9 +162,9 @@ class Engine:
             ),
         )
 
-    async def run(self, *args: str, **options: Any) -> Fifos:
+    async def run(self, *args: str, stdin: bool = False, **options: Any) -> Fifos:
         """A container, up to its start."""
-        fifos = self.fifos("main")
+        fifos = self.fifos("main", stdin=stdin)
         await self.create(self.bundle(*args, **options), fifos)
         await self.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
         return fifos
@@ -230,6 +233,12 @@ class Fifos:
     def close(self) -> None:
         for fd in self.ends.values():
             os.close(fd)
+
+
+def shared(*, pid: int = cri.CONTAINER, **changes: Any) -> cri.LinuxPodSandboxConfig:
+    """A pod on the host's network."""
+    modes = cri.NamespaceOption(network=cri.NODE, pid=pid)
+    return cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(namespace_options=modes), **changes)
 
 
 def process(*args: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, Fifos, engine_at, process
+from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, Fifos, engine_at, process, shared
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -43,40 +43,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.root]
 Connect = Callable[..., AbstractAsyncContextManager[Engine]]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """grpclib knows asyncio only."""
-    return "asyncio"
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> ServeConfig:
-    return ServeConfig(root=str(tmp_path / "root"), socket=str(tmp_path / "run/s.sock"))
-
-
-@pytest.fixture
-async def server(config: ServeConfig) -> AsyncIterator[Server]:
-    async with serving(config) as server:
-        yield server
-        for entry in server.pods.core.entries():
-            await entry.remove()
-
-
-@pytest.fixture
-async def engine(server: Server, config: ServeConfig, tmp_path: Path) -> AsyncIterator[Engine]:
-    async with engine_at(config.socket, tmp_path) as engine:
-        yield engine
-
-
-def shared(*, pid: int = cri.CONTAINER, **changes: Any) -> cri.LinuxPodSandboxConfig:
-    modes = cri.NamespaceOption(network=cri.NODE, pid=pid)
-    return cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(namespace_options=modes), **changes)
-
-
-async def status(engine: Engine) -> v1.ControllerStatusResponse:
-    return await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD, verbose=True))
-
-
 @pytest.mark.parametrize("version", [2, 3])
 async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
     server: Server, config: ServeConfig, tmp_path: Path, version: int
@@ -84,7 +50,7 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
     async with engine_at(config.socket, tmp_path, version=version) as engine:
         started = await engine.run_pod(linux=shared())
         assert (started.pid, started.version) == (0, 3), "less than 3 makes containerd start a shim"
-        now = await status(engine)
+        now = await engine.status()
         assert (now.sandbox_id, now.state, now.address) == (POD, "SANDBOX_READY", started.address)
         assert json.loads(now.info["unisandbox"])["backend"] == "runc"
         platform = (await engine.call(ControllerV1.PLATFORM, v1.ControllerPlatformRequest(sandbox_id=POD))).platform
@@ -123,10 +89,10 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
             group.start_soon(engine.call, ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD))
             await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
         await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
-        assert (await status(engine)).state == "SANDBOX_NOTREADY"
+        assert (await engine.status()).state == "SANDBOX_NOTREADY"
         await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
         with pytest.raises(NotFoundError):
-            await status(engine)
+            await engine.status()
     assert os.listdir(Path(config.socket).parent) == ["s.sock"]
 
 
@@ -302,7 +268,7 @@ async def test_a_pod_that_another_namespace_made_is_not_there(engine: Engine, co
     await engine.run_pod(linux=shared())
     async with engine_at(config.socket, engine.place, namespace="moby") as other:
         with pytest.raises(NotFoundError):
-            await status(other)
+            await other.status()
         with pytest.raises(NotFoundError):
             await other.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
     other = attrs.evolve(engine, namespace="moby")
@@ -352,7 +318,7 @@ async def test_what_pods_cannot_have_is_refused_when_they_are_created(
         await engine.call(ControllerV1.CREATE, engine.pod(linux=linux))
     assert refused.value.status.code == 12
     with pytest.raises(NotFoundError):
-        await status(engine)
+        await engine.status()
 
 
 async def test_a_pods_cgroup_is_below_the_one_that_the_engine_names(engine: Engine, server: Server) -> None:
@@ -489,7 +455,7 @@ async def test_a_directory_belongs_to_one_server_whatever_its_root(
             async with serving(second):
                 pass
         assert sorted(os.listdir(directory)) == there
-    assert (await status(engine)).state == "SANDBOX_READY"
+    assert (await engine.status()).state == "SANDBOX_READY"
 
 
 async def test_the_directory_that_all_engines_share_is_no_place_for_the_socket(config: ServeConfig) -> None:

@@ -43,8 +43,15 @@ class Lab:
     def socket(self) -> str:
         return os.environ.get("UNISANDBOX_SOCKET", "/run/unisandbox/serve/sandboxer.sock")
 
+    @property
+    def containerd(self) -> str:
+        said = subprocess.run([LAB, "env"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+        return next(word.partition("=")[2] for word in said.split() if word.startswith("CONTAINERD_ADDRESS="))
+
     def start(self) -> None:
-        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket]
+        config = self.place / "serve.toml"
+        config.write_text(f'events = "{self.containerd}.ttrpc"\n')
+        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket, "--config", str(config)]
         with (self.place / "log").open("ab") as log:
             self.server = subprocess.Popen(words, stderr=log)
         until(lambda: b"serving" in self.said(), "the server serves", SECONDS)
@@ -144,7 +151,7 @@ def test_a_pods_life_by_crictl(lab: Lab) -> None:
     assert int(stats[0]["memory"]["availableBytes"]["value"]) < 96 << 20, "the new limit counts"
     lab.crictl("update", "--cpuset-cpus", "0", first, code=1)
     lab.crictl("stop", first)
-    state = json.loads(lab.crictl("inspect", first))["status"]
+    state = _status(lab, first)
     assert (state["state"], state["exitCode"]) in {("CONTAINER_EXITED", 143), ("CONTAINER_EXITED", 137)}
     lab.crictl("stopp", pod[0])
     assert json.loads(lab.crictl("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY"
@@ -152,6 +159,35 @@ def test_a_pods_life_by_crictl(lab: Lab) -> None:
     lab.crictl("rmp", pod[0])
     assert lab.crictl("pods", "-q") == ""
     assert b"which is a bug" not in lab.said()
+
+
+def test_events_come_to_containerd_and_say_who_was_killed_for_memory(lab: Lab) -> None:
+    pod = lab.pod()
+    with subprocess.Popen([LAB, "ctr", "events"], stdout=subprocess.PIPE) as listening:
+        try:
+            assert listening.stdout is not None
+            os.set_blocking(listening.stdout.fileno(), False)
+            said = b""
+
+            def hears(topic: str) -> bool:
+                nonlocal said
+                said += listening.stdout.read() or b""  # type: ignore[union-attr]
+                return topic.encode() in said
+
+            until(lambda: bool(lab.container(pod, "true")) and hears("/tasks/start"), "it listens", SECONDS)
+            limits = {"memory_limit_in_bytes": 32 << 20, "memory_swap_limit_in_bytes": 32 << 20}
+            eater = lab.container(pod, "sh", "-c", "tail /dev/zero; exit 1", linux={"resources": limits})
+            until(lambda: hears("/tasks/oom"), "the kill is told", SECONDS)
+            until(lambda: hears(f'"container_id":"{eater}","id":"{eater}"'), "its end is told", SECONDS)
+        finally:
+            listening.kill()
+    until(lambda: _status(lab, eater)["state"] == "CONTAINER_EXITED", "its end is known", SECONDS)
+    assert (_status(lab, eater)["reason"], _status(lab, eater)["exitCode"]) == ("OOMKilled", 1)
+
+
+def _status(lab: Lab, container: str) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(lab.crictl("inspect", container))["status"]
+    return status
 
 
 def test_a_terminal_by_crictl(lab: Lab) -> None:

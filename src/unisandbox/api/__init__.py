@@ -60,11 +60,11 @@ if TYPE_CHECKING:
         StartedTask,
         Stdio,
         SupportsCheckpoint,
+        SupportsOomNotice,
         SupportsPause,
         SupportsUpdate,
         TaskService,
         TaskState,
-        UpdateTask,
     )
 
 __all__ = [
@@ -113,6 +113,7 @@ __all__ = [
     "Stdio",
     "SupportsCheckpoint",
     "SupportsGrace",
+    "SupportsOomNotice",
     "SupportsPause",
     "SupportsPrefetch",
     "SupportsUpdate",
@@ -121,7 +122,6 @@ __all__ = [
     "Terminal",
     "UnavailableError",
     "UnsupportedError",
-    "UpdateTask",
     "check_id",
     "check_name",
     "grpc_status",
@@ -140,8 +140,8 @@ _HOME = {
         "spec": "DEFAULT_CAPABILITIES ContainerSpec Dns Mount Network ProcessSpec Resources Rootfs SandboxSpec"
         " Security Terminal",
         "status": "ContainerStatus FileInfo Metrics SandboxStatus",
-        "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsPause SupportsUpdate"
-        " TaskService TaskState UpdateTask",
+        "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsOomNotice SupportsPause"
+        " SupportsUpdate TaskService TaskState",
     }.items()
     for name in names.split()
 }

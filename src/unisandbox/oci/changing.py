@@ -12,7 +12,6 @@ from unisandbox.api import (
     NotFoundError,
     Resources,
     UnsupportedError,
-    UpdateTask,
 )
 from unisandbox.host.cgroups import Limits
 from unisandbox.oci import foreign
@@ -23,23 +22,21 @@ from unisandbox.oci.processes import Container, state_of
 _FIXED: Final = ("disk", "nofile", "core", "cpu_seconds")
 
 
-def change_limits(container: Container, request: UpdateTask, label: str) -> None:
+def change_limits(container: Container, resources: Resources | str, label: str) -> None:
     """See `SupportsUpdate.update`. Only what a cgroup limits can be changed; the rest must be as it is.
 
     Args:
         container: whose.
-        request: to what.
+        resources: to what.
         label: of the sandbox, for messages.
     """
-    if (request.resources is None) == (not request.oci_resources):
-        raise InvalidArgumentError("limits are changed to either resources or an OCI object")
     what = f"container {container.name!r} of sandbox {label!r}"
     cgroup = container.plan.cgroup
     try:
-        if request.resources is None:
-            limits = _changed(cgroup.limits(), request.oci_resources)
+        if isinstance(resources, str):
+            limits = _changed(cgroup.limits(), resources)
         else:
-            limits = _given(request.resources, (container.spec and container.spec.resources) or Resources())
+            limits = _given(resources, (container.spec and container.spec.resources) or Resources())
         if state_of(container, container.processes[""]) == "stopped":
             raise FailedPreconditionError(f"{what} has ended")
         cgroup.set_limits(limits)

@@ -32,12 +32,12 @@ from unisandbox.api import (
     InvalidArgumentError,
     Metrics,
     NotFoundError,
+    Resources,
     StartedTask,
     TaskState,
     Terminal,
     UnavailableError,
     UnsupportedError,
-    UpdateTask,
     check_id,
 )
 from unisandbox.host.boundary import reached
@@ -49,6 +49,7 @@ from unisandbox.host.pidfd import has_ended
 from unisandbox.oci.changing import change_limits
 from unisandbox.oci.ledger import ContainerFacts, Ledger, container_facts
 from unisandbox.oci.made import Created
+from unisandbox.oci.memory import more_oom_kills
 from unisandbox.oci.plan import Planner, metrics_of
 from unisandbox.oci.processes import (
     Container,
@@ -529,6 +530,10 @@ class OciTaskService:
             return metrics  # not counted here
         return attrs.evolve(metrics, oom_kills=all_oom_kills_of(container))
 
+    async def more_oom_kills(self, container_id: str, than: int = 0) -> int:
+        """See `SupportsOomNotice.more_oom_kills`."""
+        return await more_oom_kills(self._container(container_id), than)
+
     def oom_kills(self) -> int:
         """Processes of the sandbox that were killed for memory; cgroup v1 counts only those of one cgroup."""
         return self._oom_kills_gone + sum(all_oom_kills_of(container) for container in self._containers.values())
@@ -562,10 +567,10 @@ class OciTaskService:
         self._container(container_id).plan.cgroup.thaw()
         await anyio.lowlevel.checkpoint()
 
-    async def update(self, request: UpdateTask) -> None:
+    async def update(self, container_id: str, resources: Resources | str) -> None:
         """See `SupportsUpdate.update`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
-        change_limits(self._container(request.container_id), request, self._label)
+        change_limits(self._container(container_id), resources, self._label)
 
     def _container(self, container_id: str) -> Container:
         container = self._containers.get(container_id)

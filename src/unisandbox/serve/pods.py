@@ -22,6 +22,7 @@ from unisandbox.api import (
     RootMount,
     SandboxSpec,
     Security,
+    TaskService,
     UnsupportedError,
     check_id,
     short_name,
@@ -31,6 +32,7 @@ from unisandbox.engine.core import EngineCore
 from unisandbox.engine.entry import Entry
 from unisandbox.serve import cri
 from unisandbox.serve.config import ServeConfig
+from unisandbox.serve.stdio import HeldStreams
 from unisandbox.wire import codec
 
 LABEL: Final = "io.unisandbox.pod"
@@ -67,6 +69,14 @@ class _Asked(NamedTuple):
     created_at: float
 
 
+class Place(NamedTuple):
+    """A pod that is at work: its sandbox, its containers and their streams."""
+
+    entry: Entry
+    task: TaskService
+    streams: HeldStreams
+
+
 class Pods:
     """The pods of one engine.
 
@@ -91,8 +101,8 @@ class Pods:
         #: Called with the id of a pod that is gone.
         self.on_removed: list[Callable[[str], None]] = []
 
-    def adopt(self) -> int:
-        """Listen for the pods of a former server, and remove the sockets of those that are gone; how many there are."""
+    def adopt(self) -> list[Entry]:
+        """Listen for the pods of a former server, and remove the sockets of those that are gone; which there are."""
         pods = [entry for entry in self.core.entries() if LABEL in entry.spec.labels]
         alive = {self.path(entry.sandbox_id) for entry in pods}
         for name in os.listdir(self._directory):
@@ -101,7 +111,12 @@ class Pods:
                 os.unlink(path)
         for entry in pods:
             self._serve(entry.sandbox_id)
-        return len(pods)
+        return pods
+
+    def place(self, entry: Entry) -> Place:
+        """Where calls for a started pod go."""
+        host = self.core.host
+        return Place(entry, entry.task, HeldStreams(host.keeper, host.prefix(entry.sandbox_id)))
 
     def path(self, sandbox_id: str) -> str:
         """Of the pod's task socket."""

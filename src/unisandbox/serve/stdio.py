@@ -18,6 +18,7 @@ from unisandbox.api import InvalidArgumentError, Stdio, UnsupportedError
 from unisandbox.host.keeper import Keeper
 
 _MAIN: Final = "-"
+_TOLD: Final = "told"
 _NAMES: Final = ("stdin", "stdout", "stderr")
 _PIECE: Final = 32 << 10
 
@@ -36,6 +37,18 @@ class Streams(NamedTuple):
     stderr: str = ""
     terminal: bool = False
     bundle: str = ""
+
+
+class Told(NamedTuple):
+    """What an engine was told of a process.
+
+    Attributes:
+        exit: its end.
+        oom_kills: of a first one: how many processes of its container were killed for memory.
+    """
+
+    exit: bool = False
+    oom_kills: int = 0
 
 
 class Ends:
@@ -133,6 +146,20 @@ class HeldStreams:
         name = self._name(container, exec_id)
         note = (await self._keeper.notes(name)).get(name)
         return Streams() if note is None else Streams(**json.loads(note))
+
+    def note_told(self, container: str, exec_id: str, told: Told) -> None:
+        """Keep what the engine was told of a process."""
+        self._keeper.note_now(f"{self._name(container, exec_id)}/{_TOLD}", json.dumps(told))
+
+    async def told(self) -> dict[tuple[str, str], Told]:
+        """What the engine was told of each process that is known, by container and exec id."""
+        notes = await self._keeper.notes(self._prefix)
+        names = {tuple(name.removeprefix(self._prefix).split("/")): note for name, note in notes.items()}
+        return {
+            (name[0], name[1].removeprefix(_MAIN)): Told(*json.loads(names.get((*name, _TOLD), "[]")))
+            for name in names
+            if len(name) == 2
+        }
 
     async def close_stdin(self, container: str, exec_id: str) -> None:
         """No more comes: the process sees the end of its standard input when the engine has closed its end, too."""

@@ -25,12 +25,11 @@ from unisandbox.api import (
     RootMount,
     SupportsPause,
     SupportsUpdate,
-    TaskService,
     TaskState,
     Terminal,
     UnsupportedError,
-    UpdateTask,
 )
+from unisandbox.api.proto.containerd import events
 from unisandbox.api.proto.containerd.runc.v1 import Options
 from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.containerd.v1.types import ProcessInfo, Status
@@ -38,12 +37,12 @@ from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import TaskV2, TaskV3
 from unisandbox.api.rpc import Method
-from unisandbox.engine.entry import Entry
 from unisandbox.serve.bundles import adapted, changed_resources, read_config
-from unisandbox.serve.controller import moment
 from unisandbox.serve.metrics import any_of
-from unisandbox.serve.pods import Pods, facts_of
-from unisandbox.serve.stdio import Ends, HeldStreams, Streams, copy_terminal
+from unisandbox.serve.moments import moment
+from unisandbox.serve.pods import Place, Pods, facts_of
+from unisandbox.serve.stdio import Ends, Streams, copy_terminal
+from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services, namespace_of
 from unisandbox.wire.ttrpc import Messages, Request, Shape
@@ -94,25 +93,18 @@ class _Ids(Protocol):
     id: str
 
 
-@attrs.frozen(eq=False)
-class _Place:
-    """The pod of a call."""
-
-    entry: Entry
-    task: TaskService
-    streams: HeldStreams
-
-
 class Tasks:
     """All methods; add them to a table by `add_to`.
 
     Args:
         pods: whose containers these are.
+        telling: of what happens.
         group: where terminals are copied.
     """
 
-    def __init__(self, pods: Pods, group: anyio.abc.TaskGroup) -> None:
+    def __init__(self, pods: Pods, telling: Telling, group: anyio.abc.TaskGroup) -> None:
         self._pods = pods
+        self._telling = telling
         self._group = group
         pods.on_removed.append(self._forget_pod)
         # Set when a process that was added has started, or never will: engines wait for it before that.
@@ -146,12 +138,10 @@ class Tasks:
             services.add(method, handler, namespaced=False)
             services.add(method.under(TaskV2.CREATE.service), handler, namespaced=False)
 
-    async def _place(self, call: Call) -> _Place:
+    async def _place(self, call: Call) -> Place:
         sandbox_id = call.metadata[_POD][0]
         namespace = namespace_of(call.metadata)
-        entry = await self._pods.entry(sandbox_id, namespace or None)
-        host = self._pods.core.host
-        return _Place(entry, entry.task, HeldStreams(host.keeper, host.prefix(sandbox_id)))
+        return self._pods.place(await self._pods.entry(sandbox_id, namespace or None))
 
     # --- containers ---
 
@@ -183,9 +173,18 @@ class Tasks:
         except BaseException:
             ends.close()
             raise
-        return v3.CreateTaskResponse(pid=(await place.task.state(request.id)).pid or 0)
+        pid = (await place.task.state(request.id)).pid or 0
+        self._telling.expect(place, request.id, "", pid)
+        io = events.TaskIo(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal)
+        self._telling.tell(
+            place,
+            events.TaskCreate(
+                container_id=request.id, bundle=request.bundle, rootfs=list(request.rootfs), io=io, pid=pid
+            ),
+        )
+        return v3.CreateTaskResponse(pid=pid)
 
-    async def _keep(self, place: _Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
+    async def _keep(self, place: Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
         """Hand the outer ends to the keeper; those of a terminal wait for it."""
         await place.streams.hold(key[1], key[2], streams, ends)
         if streams.terminal:
@@ -203,11 +202,22 @@ class Tasks:
             async with place.entry.sharing.changing():
                 started = await place.task.start(request.id)
         self._has_started(key)
+        self._tell_start(place, request, started.pid or 0)
         if started.terminal is not None:
             ends = self._terminals.pop(key, None) or Ends()
             self._copies[key] = anyio.CancelScope()
             self._group.start_soon(self._copy, key, self._copies[key], started.terminal, ends)
         return v3.StartResponse(pid=started.pid or 0)
+
+    def _tell_start(self, place: Place, request: v3.StartRequest, pid: int) -> None:
+        """Before its end can be told."""
+        if request.exec_id:
+            self._telling.expect(place, request.id, request.exec_id, pid)
+            event = events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=pid)
+            self._telling.tell(place, event)
+        else:
+            self._telling.tell(place, events.TaskStart(container_id=request.id, pid=pid))
+        self._telling.watch(place, request.id, request.exec_id)
 
     async def _copy(self, key: tuple[str, str, str], scope: anyio.CancelScope, master: int, ends: Ends) -> None:
         """Copy a terminal; what fails ends this one alone."""
@@ -245,6 +255,7 @@ class Tasks:
         except BaseException:
             ends.close()
             raise
+        self._telling.tell(place, events.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
         return Empty()
 
     async def delete(self, request: v3.DeleteRequest, call: Call) -> v3.DeleteResponse:
@@ -253,19 +264,21 @@ class Tasks:
         state = await self._state(place, request.id, request.exec_id)
         if state.state in {"running", "paused"}:
             raise FailedPreconditionError(f"process {request.exec_id or request.id!r} still runs")
+        exit = state.exit
+        pid = 0 if exit is None else await self._telling.ended(place, request.id, request.exec_id, exit)
         if request.exec_id:
             await place.task.delete(request.id, request.exec_id)
         else:
             async with place.entry.sharing.changing():
                 await place.task.delete(request.id)
         self._forget(place, request.id, request.exec_id)
-        exit = state.exit
-        return v3.DeleteResponse(
-            exit_status=0 if exit is None else exit.code,
-            exited_at=None if exit is None else moment(exit.exited_at),
-        )
+        code, at = (0, None) if exit is None else (exit.code, moment(exit.exited_at))
+        if not request.exec_id:
+            gone = events.TaskDelete(container_id=request.id, pid=pid, exit_status=code, exited_at=at)
+            self._telling.tell(place, gone)
+        return v3.DeleteResponse(pid=pid, exit_status=code, exited_at=at)
 
-    def _forget(self, place: _Place, container: str, exec_id: str) -> None:
+    def _forget(self, place: Place, container: str, exec_id: str) -> None:
         place.streams.forget(container, exec_id)
         self._forget_all(place.entry.sandbox_id, container, *filter(None, [exec_id]))
 
@@ -274,6 +287,7 @@ class Tasks:
 
     def _forget_all(self, *beginning: str) -> None:
         """Forget what never came to its start, wake whoever waits for that, and let terminals end."""
+        self._telling.forget(beginning)
         for key in {*self._terminals, *self._starts, *self._copies}:
             if key[: len(beginning)] == beginning:
                 if copy := self._copies.pop(key, None):
@@ -285,7 +299,7 @@ class Tasks:
 
     # --- what is known of them ---
 
-    async def _state(self, place: _Place, container: str, exec_id: str) -> TaskState:
+    async def _state(self, place: Place, container: str, exec_id: str) -> TaskState:
         """The state, with the exit of what has ended."""
         state = await place.task.state(container, exec_id)
         if state.state == "stopped" and state.exit is None:
@@ -324,7 +338,7 @@ class Tasks:
         exit: Exit = await place.task.wait(request.id, request.exec_id)
         return v3.WaitResponse(exit_status=exit.code, exited_at=moment(exit.exited_at))
 
-    async def _start_of(self, place: _Place, container: str, exec_id: str) -> None:
+    async def _start_of(self, place: Place, container: str, exec_id: str) -> None:
         """Wait until a process that was added has started, or never will."""
         starts = self._starts.setdefault((place.entry.sandbox_id, container, exec_id), anyio.Event())
         async with anyio.create_task_group() as group:
@@ -384,6 +398,8 @@ class Tasks:
         if not isinstance(place.task, SupportsPause):
             raise UnsupportedError("pause", place.entry.backend)
         await (place.task.resume if go_on else place.task.pause)(request.id)
+        kind = events.TaskResumed if go_on else events.TaskPaused
+        self._telling.tell(place, kind(container_id=request.id))
         return Empty()
 
     async def update(self, request: v3.UpdateTaskRequest, call: Call) -> Empty:
@@ -397,7 +413,7 @@ class Tasks:
             raise InvalidArgumentError("an update needs resources")
         bundle = (await place.streams.of(request.id, "")).bundle
         text = changed_resources(request.resources.value, bundle)
-        await place.task.update(UpdateTask(request.id, oci_resources=text))
+        await place.task.update(request.id, text)
         return Empty()
 
     async def resize_pty(self, request: v3.ResizePtyRequest, call: Call) -> Empty:

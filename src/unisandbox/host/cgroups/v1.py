@@ -126,6 +126,21 @@ def oom_kills(at: Mapping[str, str]) -> int:
     return kills
 
 
+def watch_oom(at: Mapping[str, str]) -> int:
+    """An eventfd that becomes readable when memory runs out. Source: cgroup-v1/memory.rst, section 10."""
+    notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{at['memory']}/{OOM_FILE}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            files.write(at["memory"], "cgroup.event_control", f"{notice} {control}")
+        finally:
+            os.close(control)
+    except BaseException:
+        os.close(notice)
+        raise
+    return notice
+
+
 def freeze(at: Mapping[str, str], timeout: float) -> None:
     """Stop every process of the tree; TimeoutError when one cannot be stopped in time, and then all run again."""
     if "unified" in at:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
+from unisandbox.host import syscalls
 from unisandbox.host.cgroups import devices, files
 from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
@@ -119,6 +120,11 @@ def oom_kills(at: Mapping[str, str]) -> int:
     if kills is None:
         raise OSError(errno.ENOTSUP, f"{at['memory']}/{OOM_FILE} is not there: Linux 5.2 is needed")
     return kills
+
+
+def watch_oom(at: Mapping[str, str]) -> int:
+    """An inotify that becomes readable when memory.events changes: it counts what is below, too."""
+    return syscalls.inotify(f"{at['memory']}/memory.events", syscalls.IN_MODIFY)
 
 
 def freeze(at: Mapping[str, str], timeout: float) -> None:

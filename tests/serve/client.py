@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
 import attrs
@@ -34,6 +34,12 @@ R = TypeVar("R", bound=Message)
 POD: Final = "ab" * 32
 CONTAINER: Final = "cd" * 32
 DEADLINE: Final = 30.0
+
+
+class HasPaths(Protocol):
+    """How a process's streams are called; empty for one that it does not have."""
+
+    def path(self, name: str) -> str: ...
 
 
 @attrs.define
@@ -147,7 +153,7 @@ class Engine:
         options = [f"workdir={self.place}/work", f"upperdir={self.place}/upper", f"lowerdir={bundle}/rootfs"]
         return [Mount(type="overlay", source="overlay", options=["index=off", *options])]
 
-    async def create(self, bundle: Path, fifos: Fifos, *, terminal: bool = False) -> v3.CreateTaskResponse:
+    async def create(self, bundle: Path, fifos: HasPaths, *, terminal: bool = False) -> v3.CreateTaskResponse:
         """Task.Create as containerd calls it."""
         return await self.tasks(
             TaskV3.CREATE,
@@ -169,7 +175,7 @@ class Engine:
         await self.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
         return fifos
 
-    async def exec(self, exec_id: str, fifos: Fifos, *args: str, terminal: bool = False) -> v3.StartResponse:
+    async def exec(self, exec_id: str, fifos: HasPaths, *args: str, terminal: bool = False) -> v3.StartResponse:
         """A process more, started."""
         spec = AnyMessage(
             type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",

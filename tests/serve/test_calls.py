@@ -58,7 +58,7 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
         assert platform.os == "linux"
 
         fifos = engine.fifos("main")
-        bundle = engine.bundle("sh", "-c", "hostname; cat /etc/hostname; echo err >&2; read x < /proc/1/fd/0; sleep 9")
+        bundle = engine.bundle("sh", "-c", "echo err >&2; hostname; cat /etc/hostname; read x < /proc/1/fd/0; sleep 9")
         created = await engine.create(bundle, fifos)
         connected = await engine.tasks(TaskV3.CONNECT, v3.ConnectRequest(id=CONTAINER))
         assert connected.task_pid == created.pid > 0

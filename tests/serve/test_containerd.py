@@ -75,7 +75,7 @@ class Lab:
         path.write_text(json.dumps(content))
         return str(path)
 
-    def pod(self, **changes: Any) -> tuple[str, str]:
+    def pod(self, handler: str = "uni", **changes: Any) -> tuple[str, str]:
         """A pod: its id, and the file that says what it is."""
         name = uuid.uuid4().hex[:8]
         file = self.file(
@@ -87,7 +87,7 @@ class Lab:
                 **changes,
             }
         )
-        return self.crictl("runp", "--runtime", "uni", file), file
+        return self.crictl("runp", "--runtime", handler, file), file
 
     def container(self, pod: tuple[str, str], *command: str, **changes: Any) -> str:
         """A started container."""
@@ -190,8 +190,35 @@ def _status(lab: Lab, container: str) -> dict[str, Any]:
     return status
 
 
-def test_a_terminal_by_crictl(lab: Lab) -> None:
-    container = lab.container(lab.pod(), "sleep", "1000")
+def test_streams_without_fifos(lab: Lab) -> None:
+    pod = lab.pod("unistream")
+    count = 300_000  # more than any window
+    first = lab.container(
+        pod,
+        "sh",
+        "-c",
+        f"echo started; head -c {count} /dev/zero | tr '\\0' x; echo; read x; echo ended $x",
+        stdin=True,
+        stdin_once=True,
+    )
+    until(lambda: len(lab.crictl("logs", first)) > count, "its output is in the log", SECONDS)
+    assert lab.crictl("exec", "-s", first, "echo", "fine") == "fine"
+    assert lab.crictl("exec", "-i", first, "cat", stdin=b"x" * count) == "x" * count
+    lab.crictl("exec", first, "sh", "-c", "exit 3", code=1)
+    assert "ended typed" in lab.crictl("attach", "-i", first, stdin=b"typed\n")
+    until(lambda: _status(lab, first)["state"] == "CONTAINER_EXITED", "it has ended", SECONDS)
+    assert lab.crictl("logs", "--tail", "1", first) == "ended typed"
+    lab.crictl("rmp", "-f", pod[0])
+
+
+def test_streams_go_on_when_containerd_is_restarted(lab: Lab) -> None:
+    container = lab.container(lab.pod("unistream"), "sh", "-c", "while :; do echo line; sleep 0.1; done")
+    _restarted(lab, container)
+
+
+@pytest.mark.parametrize("handler", ["uni", "unistream"])
+def test_a_terminal_by_crictl(lab: Lab, handler: str) -> None:
+    container = lab.container(lab.pod(handler), "sleep", "1000")
     child, screen = pty.fork()
     if not child:
         os.execv(  # noqa: S606
@@ -238,6 +265,10 @@ def test_pods_live_on_when_the_server_is_killed(lab: Lab) -> None:
 
 def test_containers_live_on_when_containerd_is_restarted(lab: Lab) -> None:
     container = lab.container(lab.pod(), "sh", "-c", "while :; do echo line; sleep 0.1; done")
+    _restarted(lab, container)
+
+
+def _restarted(lab: Lab, container: str) -> None:
     subprocess.run([LAB, "restart"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
     until(lambda: container in lab.crictl("ps", "-q", "--no-trunc", code=None), "containerd has it again", SECONDS)
     before = len(lab.crictl("logs", container))

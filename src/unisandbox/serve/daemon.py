@@ -29,6 +29,7 @@ from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.controller import Controller
 from unisandbox.serve.pods import Pods
 from unisandbox.serve.publishing import Publisher
+from unisandbox.serve.streaming import Streaming
 from unisandbox.serve.tasks import OfPod, Tasks
 from unisandbox.serve.telling import Telling
 from unisandbox.wire import grpc
@@ -91,7 +92,9 @@ class Server:
         Controller(self._pods).add_to(self._controller)
         self._publisher = Publisher(config.events)
         self._telling = Telling(self._publisher, group)
-        Tasks(self._pods, self._telling, group).add_to(self._tasks)
+        streaming = Streaming(self._pods, group)
+        streaming.add_to(self._tasks)
+        Tasks(self._pods, self._telling, streaming, group).add_to(self._tasks)
         self._grpc = grpc.server(self._controller)
         self._transports: list[asyncio.BaseTransport] = []
 

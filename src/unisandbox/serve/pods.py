@@ -38,6 +38,9 @@ from unisandbox.wire import codec
 LABEL: Final = "io.unisandbox.pod"
 """The label of a pod's sandbox that holds its facts."""
 
+POD_KEY: Final = "unisandbox-pod"
+"""The metadata of a task service's call that names its pod: set here for every request, whatever the caller says."""
+
 _METADATA: Final = "metadata"
 _MOST_WAITING: Final = 4096
 _TASK_SOCKET: Final = re.compile(r"[a-z2-7]{10}\.sock")  # see `short_name`

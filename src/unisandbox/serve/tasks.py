@@ -40,17 +40,15 @@ from unisandbox.api.rpc import Method
 from unisandbox.serve.bundles import adapted, changed_resources, read_config
 from unisandbox.serve.metrics import any_of
 from unisandbox.serve.moments import moment
-from unisandbox.serve.pods import Place, Pods, facts_of
+from unisandbox.serve.pods import POD_KEY, Place, Pods, facts_of
 from unisandbox.serve.stdio import Ends, Streams, copy_terminal
+from unisandbox.serve.streaming import Streaming
 from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services, namespace_of
 from unisandbox.wire.ttrpc import Messages, Request, Shape
 
 _logger: Final = logging.getLogger("unisandbox.serve")
-
-_POD: Final = "unisandbox-pod"
-"""Set here for every request, whatever the caller says."""
 
 _STATES: Final = {
     "created": Status.CREATED,
@@ -86,7 +84,7 @@ class OfPod:
         await self._services.converse(self._marked(request), messages)
 
     def _marked(self, request: Request) -> Request:
-        return attrs.evolve(request, metadata={**request.metadata, _POD: (self._sandbox_id,)})
+        return attrs.evolve(request, metadata={**request.metadata, POD_KEY: (self._sandbox_id,)})
 
 
 class _Ids(Protocol):
@@ -99,12 +97,14 @@ class Tasks:
     Args:
         pods: whose containers these are.
         telling: of what happens.
+        streaming: the streams of those that have no FIFOs.
         group: where terminals are copied.
     """
 
-    def __init__(self, pods: Pods, telling: Telling, group: anyio.abc.TaskGroup) -> None:
+    def __init__(self, pods: Pods, telling: Telling, streaming: Streaming, group: anyio.abc.TaskGroup) -> None:
         self._pods = pods
         self._telling = telling
+        self._streaming = streaming
         self._group = group
         pods.on_removed.append(self._forget_pod)
         # Set when a process that was added has started, or never will: engines wait for it before that.
@@ -139,7 +139,7 @@ class Tasks:
             services.add(method.under(TaskV2.CREATE.service), handler, namespaced=False)
 
     async def _place(self, call: Call) -> Place:
-        sandbox_id = call.metadata[_POD][0]
+        sandbox_id = call.metadata[POD_KEY][0]
         namespace = namespace_of(call.metadata)
         return self._pods.place(await self._pods.entry(sandbox_id, namespace or None))
 
@@ -156,7 +156,7 @@ class Tasks:
         config = adapted(read_config(request.bundle), facts_of(place.entry))
         rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)
         rootfs = rootfs or self._pods.announced.get(place.entry.sandbox_id, {}).get(request.id, ())
-        ends = Ends.open(streams)
+        ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, "")
         try:
             wanted = CreateTask(
@@ -187,6 +187,7 @@ class Tasks:
     async def _keep(self, place: Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
         """Hand the outer ends to the keeper; those of a terminal wait for it."""
         await place.streams.hold(key[1], key[2], streams, ends)
+        self._streaming.made(*key, streams)
         if streams.terminal:
             self._terminals[key] = ends
         else:
@@ -244,7 +245,7 @@ class Tasks:
             text = request.spec.value.decode()
         except UnicodeDecodeError as error:
             raise InvalidArgumentError(f"the OCI process object is no text: {error}") from error
-        ends = Ends.open(streams)
+        ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, request.exec_id)
         try:
             wanted = ExecTask(request.id, request.exec_id, oci_process=text)
@@ -288,6 +289,7 @@ class Tasks:
     def _forget_all(self, *beginning: str) -> None:
         """Forget what never came to its start, wake whoever waits for that, and let terminals end."""
         self._telling.forget(beginning)
+        self._streaming.forget(beginning)
         for key in {*self._terminals, *self._starts, *self._copies}:
             if key[: len(beginning)] == beginning:
                 if copy := self._copies.pop(key, None):

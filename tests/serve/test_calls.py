@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import select
 import signal
 import stat
@@ -261,6 +263,50 @@ async def test_containers_of_a_pod_with_a_shared_pid_namespace_see_each_other(en
     await engine.run_pod(linux=shared(pid=cri.POD))
     fifos = await engine.run("sh", "-c", "echo $$; sleep 1000", kinds=("ipc", "uts", "pid"))
     assert (await fifos.read(until=b"\n")).strip() != b"1", "the first process there is the pod's"
+    fifos.close()
+
+
+def first_of_its_namespace(pid: int) -> int:
+    """The process 1 of a process's pid namespace."""
+    space = os.readlink(f"/proc/{pid}/ns/pid")
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{name}/ns/pid") == space:
+                status = Path(f"/proc/{name}/status").read_text()
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                    return int(name)
+    raise AssertionError("it has none")
+
+
+async def test_a_pod_whose_shared_pid_namespace_has_ended_is_told_by_status_and_wait(engine: Engine) -> None:
+    started = await engine.run_pod(linux=shared(pid=cri.POD))
+    fifos = await engine.run("sleep", "1000", kinds=("ipc", "uts", "pid"))
+    state = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+    assert (await engine.status()).state == "SANDBOX_READY"
+    waited: list[v1.ControllerWaitResponse] = []
+    async with anyio.create_task_group() as group:
+
+        async def wait() -> None:
+            with anyio.fail_after(DEADLINE):
+                waited.append(await engine.call(ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD)))
+
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        os.kill(first_of_its_namespace(state.pid), signal.SIGKILL)
+    now = await engine.status()
+    assert (now.state, now.exited_at) == ("SANDBOX_NOTREADY", waited[0].exited_at)
+    assert now.exited_at is not None
+    assert now.exited_at > (started.created_at or now.exited_at)
+    assert await engine.wait() == 128 + signal.SIGKILL, "with it everything in the namespace has ended"
+    with anyio.fail_after(DEADLINE):
+        again = await engine.call(ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD))
+    assert again == waited[0]
+    with pytest.raises(FailedPreconditionError, match="has ended"):
+        await engine.tasks(TaskV3.CREATE, v3.CreateTaskRequest(id="ee" * 32, bundle=str(engine.place / "bundle")))
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+    await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
+    assert (await engine.status()).state == "SANDBOX_NOTREADY"
+    await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
     fifos.close()
 
 

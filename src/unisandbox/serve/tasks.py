@@ -152,6 +152,8 @@ class Tasks:
             raise UnsupportedError("restoring a checkpoint", "serve")
         _check_options(request.options)
         place.entry.check_started()
+        if (await place.entry.sandboxer.status(place.entry.sandbox_id)).state != "ready":
+            raise FailedPreconditionError(f"pod {place.entry.sandbox_id!r} has ended")
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal, request.bundle)
         config = adapted(read_config(request.bundle), facts_of(place.entry))
         rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)

@@ -17,6 +17,7 @@ from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.backends.runc.pod import Pod
 from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.keeper import Keeper
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.services import Host
 from unisandbox.oci.made import Created
@@ -41,11 +42,13 @@ class SharedPids:
         oci_id: its name for the runtime.
         cgroup: its own.
         created: the process.
+        ending: we end it.
     """
 
     oci_id: str
     cgroup: Cgroup
     created: Created
+    ending: bool = attrs.field(default=False, init=False)
     _closed: bool = attrs.field(default=False, init=False)
 
     @classmethod
@@ -114,6 +117,14 @@ class SharedPids:
         """Nothing can be started in the namespace any more."""
         return has_ended(self.created.pidfd)
 
+    async def ended_at(self, keeper: Keeper) -> float:
+        """Wait for its end; when that came, in seconds since the epoch.
+
+        Raises:
+            UnavailableError: the keeper has ended, which alone knows.
+        """
+        return (await keeper.wait_exit(self.created.pid, self.created.start_time)).at
+
     @staticmethod
     async def clear(host: Host, runtime: Runtime, pod: Pod) -> None:
         """Free what a beginning or an ending that was cut has left, known by its name only."""
@@ -134,6 +145,7 @@ class SharedPids:
 
     async def end(self, host: Host, runtime: Runtime, pod: Pod) -> None:
         """End it: with it everything that is still in the namespace ends. May be repeated until it has returned."""
+        self.ending = True
         self.cgroup.kill()
         await ended_process(host.keeper, self.created)
         await runtime.delete(self.oci_id)

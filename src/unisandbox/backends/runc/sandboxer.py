@@ -62,6 +62,8 @@ class _Sandbox:
     remains: bool = False
     started_at: float | None = None
     stopped_at: float | None = None
+    # Its pid namespace has lost its first process.
+    lost_at: float | None = None
     ended: anyio.Event = attrs.field(factory=anyio.Event)
 
 
@@ -144,7 +146,7 @@ class RuncSandboxer:
             assert sandbox.planner is not None  # noqa: S101 (made with the task service)
             sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
         if sandbox.stopped_at is not None:
-            sandbox.started_at, sandbox.stopped_at = time.time(), None
+            sandbox.started_at, sandbox.stopped_at, sandbox.lost_at = time.time(), None, None
         sandbox.ended = anyio.Event()
         return StartedSandbox(sandbox.task)
 
@@ -230,7 +232,7 @@ class RuncSandboxer:
                 sandbox.pids = None
         except UnavailableError:
             self._end_without_keeper(sandbox)
-        sandbox.stopped_at = time.time()
+        sandbox.stopped_at = sandbox.lost_at or time.time()
         sandbox.ended.set()
 
     async def ask_to_end(self, sandbox_id: str, grace: float) -> None:
@@ -249,8 +251,20 @@ class RuncSandboxer:
     async def wait(self, sandbox_id: str) -> Exit:
         """See `Sandboxer.wait`."""
         sandbox = self._get(sandbox_id)
-        await sandbox.ended.wait()
-        return Exit(code=0, exited_at=sandbox.stopped_at or time.time())
+        async with anyio.create_task_group() as group:
+            if sandbox.pids is not None:
+                group.start_soon(self._see_the_end, sandbox, sandbox.pids)
+            await sandbox.ended.wait()
+            group.cancel_scope.cancel()
+        return Exit(code=0, exited_at=sandbox.stopped_at or sandbox.lost_at or time.time())
+
+    async def _see_the_end(self, sandbox: _Sandbox, pids: SharedPids) -> None:
+        """Without the first process of its pid namespace it is at its end, although nobody has stopped it."""
+        with contextlib.suppress(UnavailableError):  # the keeper is dead: whoever asks for the status is told
+            at = await pids.ended_at(self._host.keeper)
+            if not pids.ending:
+                sandbox.lost_at = at
+                sandbox.ended.set()
 
     async def status(self, sandbox_id: str) -> SandboxStatus:
         """See `Sandboxer.status`."""
@@ -262,14 +276,18 @@ class RuncSandboxer:
                 state = await task.state(container_id)
                 containers.append(ContainerStatus(container_id, state.state, state.pid, state.exit))
         await anyio.lowlevel.checkpoint_if_cancelled()
+        pids = sandbox.pids
+        if pids is not None and pids.has_ended:
+            await self._see_the_end(sandbox, pids)
+        stopped_at = sandbox.stopped_at or sandbox.lost_at
         return SandboxStatus(
             id=sandbox_id,
             name=pod.spec.name,
             backend="runc",
-            state="created" if sandbox.task is None else "stopped" if sandbox.stopped_at else "ready",
+            state="created" if sandbox.task is None else "stopped" if stopped_at else "ready",
             created_at=sandbox.created_at,
             started_at=sandbox.started_at,
-            stopped_at=sandbox.stopped_at,
+            stopped_at=stopped_at,
             containers=tuple(containers),
             labels=pod.spec.labels,
             annotations=pod.spec.annotations,

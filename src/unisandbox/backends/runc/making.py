@@ -101,7 +101,6 @@ class Maker:
         )
         hold |= {kind: f"{pod.short}/{kind}" for kind in kinds}
         place = pod.place()
-        empty: list[Op] = [{"op": "mkdir", "path": f"{EMPTY_ROOT}{name}"} for name in ("", "/proc", "/dev", "/sys")]
         ops: list[Op] = pod.layer.ops("/rw", pod.image, pod.first_id)
         ops += [
             {"op": "mkdir", "path": "/shm"},
@@ -120,7 +119,7 @@ class Maker:
         ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared)
         ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
         if spec.share_pid:
-            ops += empty
+            ops.append({"op": "mkdir", "path": EMPTY_ROOT})
             ops.append({"op": "bind", "source": f"{pod.work}{EMPTY_ROOT}", "path": EMPTY_ROOT, "attributes": _SAFE})
         steps += [
             {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},

@@ -6,10 +6,8 @@ import contextlib
 import functools
 import os
 import resource
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Final
-
-import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -282,20 +280,7 @@ class PodPlanner:
         """The path of a pinned namespace, for the keeper's children: they do not outlive it."""
         return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
 
-    def pause_bundle(self, root: str) -> Bundle:
-        """What the one process of a shared pid namespace runs in: `root` with nothing in it but /proc."""
-        return attrs.evolve(
-            self._bundle(root, program=["/proc/self/fd/3", "pause"]),
-            mounts=[
-                OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
-                OciMount("/dev", "tmpfs", "tmpfs", ("nosuid", "noexec", "mode=755", "size=64k")),
-            ],
-            capabilities=frozenset(),
-            masked_paths=(),
-            readonly_paths=(),
-        )
-
-    def _bundle(self, root: str, program: Sequence[str] = ("/proc/self/fd/4",)) -> Bundle:
+    def _bundle(self, root: str) -> Bundle:
         pod = self._pod
         security = pod.spec.security
         spaces = [OciNamespace("mount")]
@@ -312,7 +297,7 @@ class PodPlanner:
         by_annotation = profile is not None and self._runtime.program.features.seccomp_bpf_annotation
         return Bundle(
             oci_version=self._runtime.program.oci_version,
-            args=program,
+            args=("/proc/self/fd/4",),
             # youki wants one, although the program's path is absolute; init's own environment reaches nobody.
             env=("PATH=/usr/bin:/bin",),
             root=root,

@@ -143,8 +143,7 @@ class RuncSandboxer:
             if self._host.shared:
                 await self._host.keeper.note(f"{pod.short}/pod", pod.facts(sandbox.created_at, sandbox.started_at))
         if pod.spec.share_pid and sandbox.pids is None:
-            assert sandbox.planner is not None  # noqa: S101 (made with the task service)
-            sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
+            sandbox.pids = await SharedPids.make(self._host, pod, self._init())
         if sandbox.stopped_at is not None:
             sandbox.started_at, sandbox.stopped_at, sandbox.lost_at = time.time(), None, None
         sandbox.ended = anyio.Event()
@@ -208,9 +207,9 @@ class RuncSandboxer:
             if sandbox.pids is not None:
                 sandbox.pids.close()
                 sandbox.pids = None
-            await SharedPids.clear(self._host, self._runtime, pod)
+            await SharedPids.clear(self._host, pod)
             if request.started:
-                sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
+                sandbox.pids = await SharedPids.make(self._host, pod, self._init())
         await sandbox.task.restore(exclusive=request.exclusive)
         return StartedSandbox(sandbox.task)
 
@@ -228,7 +227,7 @@ class RuncSandboxer:
                 for container_id in task.container_ids:
                     await task.delete(container_id)
             if sandbox.pids is not None:
-                await sandbox.pids.end(self._host, self._runtime, sandbox.pod)
+                await sandbox.pids.end(self._host, sandbox.pod)
                 sandbox.pids = None
         except UnavailableError:
             self._end_without_keeper(sandbox)

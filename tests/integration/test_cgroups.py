@@ -12,6 +12,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -160,6 +161,33 @@ def test_oom_kill_by_the_limit_of_a_process(root: Cgroup, spawn: Spawn) -> None:
     assert actor.wait() == -9
     assert cgroup.oom_kills() == cgroup.stats().oom_kills == 1
     assert container.oom_kills() == 0
+
+
+def test_page_cache_that_can_be_given_back_is_told_apart(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1")
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:  # on a disk: what is in a tmpfs cannot be given back
+        if _is_in_memory(file.fileno()):
+            pytest.skip("/var/tmp is no disk here")
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        writer = spawn(f"f = open({path!r}, 'wb'); f.write(b'x' * {20 * MIB}); f.flush(); os.fsync(f); {hog(8)}")
+        container.child("p1", for_process=True).enter(writer.pid)
+        writer.go()
+        assert writer.line() == "held"
+        stats = container.stats()
+    assert stats.memory_bytes is not None
+    assert stats.memory_inactive_file_bytes is not None
+    assert 10 * MIB < stats.memory_inactive_file_bytes < stats.memory_bytes - 8 * MIB
+
+
+def _is_in_memory(fd: int) -> bool:
+    """Whether the kernel keeps no disk for a file: its device has no number of a disk's. Source: proc(5), mountinfo."""
+    device = os.fstat(fd).st_dev
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        mounts = [line.split(" - ") for line in file]
+    return any(
+        place.split()[2] == f"{os.major(device)}:{os.minor(device)}" and kind.split()[0] in {"tmpfs", "ramfs"}
+        for place, kind in mounts
+    )
 
 
 def test_a_kill_of_ours_is_no_oom_kill(root: Cgroup, spawn: Spawn) -> None:

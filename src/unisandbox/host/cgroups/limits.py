@@ -74,6 +74,7 @@ class Stats(NamedTuple):
     """
 
     memory_bytes: int | None = None
+    memory_inactive_file_bytes: int | None = None
     memory_peak_bytes: int | None = None
     memory_limit_bytes: int | None = None
     swap_bytes: int | None = None

@@ -92,11 +92,12 @@ def counts_swap(directory: str) -> bool:
 
 def stats(at: Mapping[str, str]) -> Stats:
     """What the cgroup uses. cpu times come from the unified tree where there is one: it needs no hierarchy more."""
-    memory = peak = limit = swap = pids = pids_limit = kills = None
+    memory = inactive = peak = limit = swap = pids = pids_limit = kills = None
     total = user = system = periods = throttled = None
     if "memory" in at:
         directory = at["memory"]
         memory = files.read_int(directory, "memory.usage_in_bytes")
+        inactive = files.read_table(directory, "memory.stat").get("total_inactive_file")
         peak = files.read_int(directory, "memory.max_usage_in_bytes")
         limit = files.read_int(directory, "memory.limit_in_bytes")
         both = files.read_int(directory, "memory.memsw.usage_in_bytes")
@@ -115,7 +116,7 @@ def stats(at: Mapping[str, str]) -> Stats:
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.current")
         pids_limit = files.read_int(at["pids"], "pids.max")
-    return Stats(memory, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
+    return Stats(memory, inactive, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
 
 
 def oom_kills(at: Mapping[str, str]) -> int:

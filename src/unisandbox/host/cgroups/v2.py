@@ -86,11 +86,12 @@ def counts_swap(directory: str) -> bool:
 
 def stats(at: Mapping[str, str]) -> Stats:
     """What the cgroup uses."""
-    memory = peak = limit = swap = pids = pids_limit = kills = None
+    memory = inactive = peak = limit = swap = pids = pids_limit = kills = None
     total = user = system = periods = throttled = None
     if "memory" in at:
         directory = at["memory"]
         memory = files.read_int(directory, "memory.current")
+        inactive = files.read_table(directory, "memory.stat").get("inactive_file")
         peak = files.read_int(directory, "memory.peak")  # Linux 5.19
         limit = files.read_int(directory, "memory.max")
         swap = files.read_int(directory, "memory.swap.current")
@@ -103,7 +104,7 @@ def stats(at: Mapping[str, str]) -> Stats:
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.current")
         pids_limit = files.read_int(at["pids"], "pids.max")
-    return Stats(memory, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
+    return Stats(memory, inactive, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
 
 
 def cpu_times(directory: str) -> tuple[float | None, float | None, float | None]:

@@ -190,6 +190,25 @@ def _is_in_memory(fd: int) -> bool:
     )
 
 
+def test_all_of_a_group_are_killed_for_memory_with_one(root: Cgroup, spawn: Spawn) -> None:
+    limits = Limits(memory=16 * MIB, oom_group=True)
+    if Cgroups.detect("unisandbox-none").version != "v2":
+        with pytest.raises(UnavailableError, match="needs cgroup v2"):
+            root.child("c1", limits=limits)
+        return
+    container = root.child("c1", limits=limits)
+    assert container.limits() == limits
+    victim, bystander = container.child("p1", for_process=True), container.child("p2", for_process=True)
+    small, large = spawn("sys.stdin.readline()"), spawn(hog(64))
+    bystander.enter(small.pid)
+    victim.enter(large.pid)
+    large.go()
+    assert (large.wait(), small.wait()) == (-9, -9)
+    assert (victim.oom_kills(), bystander.oom_kills()) == (1, 1), "each knows why it ended"
+    container.set_limits(Limits(memory=16 * MIB))
+    assert not container.limits().oom_group
+
+
 def test_a_kill_of_ours_is_no_oom_kill(root: Cgroup, spawn: Spawn) -> None:
     cgroup = root.child("c1", limits=Limits(memory=64 * MIB)).child("p1", for_process=True)
     actor = spawn(hog(4))

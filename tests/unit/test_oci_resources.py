@@ -30,6 +30,7 @@ NOW = Limits(memory=64 << 20, swap=1 << 20, cpu=0.5, cpu_weight=50, pids=10)
         ({"cpu": {"shares": 1024}}, {"cpu_weight": 100}),
         ({"pids": {"limit": 20}}, {"pids": 20}),
         ({"pids": {"limit": -1}}, {"pids": None}),
+        ({"unified": {"memory.oom.group": "1"}}, {"oom_group": True}),
     ],
 )
 def test_what_is_not_said_stays_and_a_negative_number_is_no_limit(
@@ -55,6 +56,8 @@ def test_a_container_that_nothing_is_said_of_has_no_limit() -> None:
         ({"cpu": {"quota": 1000, "period": -1}}, InvalidArgumentError),
         ({"pids": {"limit": "many"}}, InvalidArgumentError),
         ({"pids": 7}, InvalidArgumentError),
+        ({"unified": {"memory.high": "1"}}, UnsupportedError),
+        ({"unified": {"memory.oom.group": "yes"}}, InvalidArgumentError),
     ],
 )
 def test_what_cannot_be_changed_or_means_nothing_is_refused(resources: dict[str, Any], kind: type[Exception]) -> None:

@@ -26,11 +26,13 @@ _NEWER: Final[Mapping[str, frozenset[str]]] = {
     "linux": frozenset({"timeOffsets", "netDevices", "memoryPolicy", "intelRdt", "personality"}),
 }
 _NAMESPACES: Final = frozenset({"pid", "network", "mount", "ipc", "uts", "user", "cgroup"})
-_SHARED: Final = frozenset({"shared", "rshared", "slave", "rslave", "unbindable", "runbindable"})
+_PROPAGATION: Final = {"rshared": "shared", "rslave": "slave"}
+_OTHER_PROPAGATION: Final = frozenset({"shared", "slave", "unbindable", "runbindable"})
 # The devices of every container (see the backend), and the console, which is a terminal of devpts.
 _USUAL_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, None)})
 _SHARES_PER_WEIGHT: Final = 1024 / 100  # the defaults of cgroup v1 and v2 mean the same
 _UNLIMITED: Final = 1 << 62
+_OOM_GROUP: Final = "memory.oom.group"
 _NO_LIMITS: Final = Limits(swap=None)
 
 
@@ -82,12 +84,12 @@ def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False)
             raise _refusal(f"{where} with ids of its own", program)
         if "rro" in options and not program.features.recursive_readonly:
             raise _refusal(f"{where} that is read-only with all below it", program)
-        if shared := sorted(options & _SHARED):
-            raise UnsupportedError(
-                f"{where} with propagation {shared[0]!r}", "runc", reason="what is mounted later is not passed on"
-            )
-    if (propagation := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate"}:
-        raise UnsupportedError(f"rootfs propagation {propagation!r}", "runc")
+        if other := sorted(options & _OTHER_PROPAGATION):
+            raise UnsupportedError(f"{where} with propagation {other[0]!r}", "runc", alternatives=("rshared", "rslave"))
+        if propagation(mount) != "private" and not _is_bind(mount):
+            raise UnsupportedError(f"{where} with rslave or rshared", "runc", reason="it shows nothing of the host")
+    if (of_root := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate", *_PROPAGATION}:
+        raise UnsupportedError(f"rootfs propagation {of_root!r}", "runc")
     if linux_of(config).get("devices") and not all_devices:
         raise UnsupportedError("devices of the host", "runc", reason="a sandbox has the usual ones only")
 
@@ -117,7 +119,7 @@ def limits(resources: Mapping[str, Any], now: Limits = _NO_LIMITS) -> Limits:
     Raises:
         UnsupportedError: a limit that cannot be set here; it is named.
     """
-    known = {"memory", "cpu", "pids", "devices"}
+    known = {"memory", "cpu", "pids", "devices", "unified"}
     for name, value in resources.items():
         if name not in known and value:
             raise UnsupportedError(f"resources.{name}", "runc")
@@ -141,7 +143,19 @@ def limits(resources: Mapping[str, Any], now: Limits = _NO_LIMITS) -> Limits:
         cpu=_cores(cpu, now.cpu),
         cpu_weight=weight if cpu.get("shares") else now.cpu_weight,
         pids=_limit(pids.get("limit"), now.pids),
+        oom_group=_oom_group(resources, now.oom_group),
     )
+
+
+def _oom_group(resources: Mapping[str, Any], now: bool) -> bool:
+    """What a kubelet as it comes says of every container, on a host with cgroup v2."""
+    unified = _part(resources, "unified")
+    if other := sorted(unified.keys() - {_OOM_GROUP}):
+        raise UnsupportedError(f"resources.unified.{other[0]}", "runc")
+    value = unified.get(_OOM_GROUP, str(int(now)))
+    if value not in {"0", "1"}:
+        raise InvalidArgumentError(f"resources.unified.{_OOM_GROUP} must be '0' or '1', got {value!r:.80}")
+    return bool(value == "1")
 
 
 def _cores(cpu: Mapping[str, Any], now: float | None) -> float | None:
@@ -202,9 +216,16 @@ def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
 
 def binds(config: Config) -> Iterator[Config]:
     """The mounts that show something of the host."""
-    for mount in config.get("mounts") or []:
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
-            yield mount
+    return filter(_is_bind, config.get("mounts") or [])
+
+
+def _is_bind(mount: Config) -> bool:
+    return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or []))
+
+
+def propagation(mount: Config) -> str:
+    """What becomes of mounts that are made later: "private", "slave" or "shared"."""
+    return next((_PROPAGATION[option] for option in mount.get("options") or [] if option in _PROPAGATION), "private")
 
 
 def overlay_op(mount: RootMount) -> dict[str, object]:

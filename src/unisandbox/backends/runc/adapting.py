@@ -141,16 +141,27 @@ class Adapted:
         for number, mount in enumerate(foreign.binds(self.config)):
             path = f"{self._directory}/m{number}"
             source = os.path.join(bundle, str(mount.get("source") or ""))
-            self._bind(source, path, recursive="rbind" in (mount.get("options") or []), attributes=[])
+            recursive = "rbind" in (mount.get("options") or [])
+            self._bind(source, path, recursive=recursive, attributes=[], propagation=foreign.propagation(mount))
             mount["source"] = f"{self._pod.work}{path}"
 
-    def _bind(self, source: str, path: str, *, recursive: bool, attributes: Sequence[str]) -> None:
+    def _bind(
+        self, source: str, path: str, *, recursive: bool, attributes: Sequence[str], propagation: str = "private"
+    ) -> None:
         if len(self.sources) >= _MOST_SOURCES:
             raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
         try:
             self.sources.append(mounts.detached_tree(os.path.realpath(source), recursive=recursive))
+            passes_on = propagation == "private" or mounts.passes_on(os.path.realpath(source), propagation)
         except OSError as error:
             raise InvalidArgumentError(f"mount source {source!r} cannot be used: {error.strerror}") from error
+        if not passes_on:
+            raise InvalidArgumentError(
+                f"mount source {source!r} is on a mount that passes nothing on, and shall be {propagation}",
+                hint="mount --make-rshared it on the host.",
+            )
+        if propagation == "shared" and self._pod.mapped:
+            raise UnsupportedError("a shared mount in a user namespace", "runc", reason="the kernel passes nothing out")
         self.ops.append(
             {
                 "op": "bind",
@@ -158,6 +169,7 @@ class Adapted:
                 "path": path,
                 "create": True,
                 "detached": True,
+                "propagation": propagation,
                 "attributes": list(attributes),
             }
         )

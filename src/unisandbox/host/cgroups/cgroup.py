@@ -223,6 +223,10 @@ class Cgroup:
 
     def _write_limits(self, limits: Limits, *, fresh: bool) -> None:
         version = v2 if self._tree.version == "v2" else v1
+        if limits.oom_group and version is v1:
+            raise UnavailableError(
+                f"processes of {self} cannot be killed for memory as one", hint="It needs cgroup v2."
+            )
         if limits.memory is not None and limits.swap and not version.counts_swap(self._at["memory"]):
             raise UnavailableError(
                 f"a swap limit for {self._at['memory']} cannot be set: this kernel does not account for swap",

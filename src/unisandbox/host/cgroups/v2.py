@@ -25,6 +25,8 @@ def set_limits(at: Mapping[str, str], limits: Limits, *, fresh: bool) -> None:
     """Write the limits; of a `fresh` cgroup only those that are given."""
     if "memory" in at and (limits.memory is not None or not fresh):
         _set_memory(at["memory"], limits, fresh=fresh)
+    if "memory" in at and (limits.oom_group or not fresh):
+        files.write(at["memory"], "memory.oom.group", str(int(limits.oom_group)))
     if "cpu" in at and (limits.cpu is not None or not fresh):
         quota = "max" if limits.cpu is None else str(round(limits.cpu * CPU_PERIOD_US))
         files.write(at["cpu"], "cpu.max", f"{quota} {CPU_PERIOD_US}")
@@ -65,9 +67,10 @@ def _text(value: int | None) -> str:
 
 def get_limits(at: Mapping[str, str]) -> Limits:
     """The limits as the kernel has them."""
-    memory = swap = cpu = weight = pids = None
+    memory = swap = cpu = weight = pids = group = None
     if "memory" in at:
         memory = files.read_int(at["memory"], "memory.max")
+        group = files.read_int(at["memory"], "memory.oom.group")
         swap = files.read_int(at["memory"], "memory.swap.max")
     if "cpu" in at:
         quota, period = files.read(at["cpu"], "cpu.max").split()
@@ -76,7 +79,7 @@ def get_limits(at: Mapping[str, str]) -> Limits:
         weight = None if weight == 100 else weight
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.max")
-    return Limits(memory=memory, swap=swap, cpu=cpu, cpu_weight=weight, pids=pids)
+    return Limits(memory=memory, swap=swap, cpu=cpu, cpu_weight=weight, pids=pids, oom_group=bool(group))
 
 
 def counts_swap(directory: str) -> bool:

@@ -25,6 +25,7 @@ from tests.keepers import until
 
 LAB: Final = os.environ.get("UNISANDBOX_CONTAINERD_LAB", "")
 SECONDS: Final = 60.0
+EXAMPLE: Final = Path(__file__).resolve().parent.parent.parent / "examples/containerd"
 
 pytestmark = [
     pytest.mark.root,
@@ -48,9 +49,9 @@ class Lab:
         said = subprocess.run([LAB, "env"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
         return next(word.partition("=")[2] for word in said.split() if word.startswith("CONTAINERD_ADDRESS="))
 
-    def start(self) -> None:
+    def start(self, settings: str = "") -> None:
         config = self.place / "serve.toml"
-        config.write_text(f'events = "{self.containerd}.ttrpc"\n')
+        config.write_text(settings or f'events = "{self.containerd}.ttrpc"\n')
         words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket, "--config", str(config)]
         with (self.place / "log").open("ab") as log:
             self.server = subprocess.Popen(words, stderr=log)
@@ -274,3 +275,49 @@ def _restarted(lab: Lab, container: str) -> None:
     before = len(lab.crictl("logs", container))
     until(lambda: len(lab.crictl("logs", container)) > before, "its output goes on", SECONDS)
     assert lab.crictl("exec", "-s", container, "hostname") == "pod-one"
+
+
+def test_the_example_is_a_whole_set_up(lab: Lab, tmp_path: Path) -> None:
+    """containerd with its own settings, ours by `imports`; the server with the example's; then its commands."""
+    lab.end()
+    serve = (EXAMPLE / "serve.toml").read_text()
+    lab.start(serve.replace("/run/containerd/containerd.sock", lab.containerd))
+    address, home = lab.containerd, Path(lab.containerd).parent.parent
+    subprocess.run([LAB, "down"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'version = 3\nimports = ["{EXAMPLE / "config.toml"}"]\nroot = "{home}/root"\nstate = "{home}/run/state"\n'
+        'disabled_plugins = ["io.containerd.nri.v1.nri"]\n'
+        f'[grpc]\naddress = "{address}"\n'
+        "[plugins.'io.containerd.cri.v1.runtime'.cni]\n"
+        f'bin_dirs = ["{home}/bin"]\nconf_dir = "{home}/net.d"\n'
+        "[plugins.'io.containerd.cri.v1.images'.pinned_images]\n"
+        'sandbox = "lab.local/pause:1"\n'
+    )
+    environment = {
+        **os.environ,
+        "PATH": f"{home}/bin:{os.environ['PATH']}",
+        "CONTAINER_RUNTIME_ENDPOINT": f"unix://{address}",
+        "IMAGE_SERVICE_ENDPOINT": f"unix://{address}",
+    }
+    with (
+        (tmp_path / "containerd.log").open("wb") as log,
+        subprocess.Popen(["containerd", "-c", config], env=environment, stdout=log, stderr=log) as containerd,
+    ):
+        try:
+            until(lambda: lab.crictl("images", "-q", code=None) != "", "containerd answers", SECONDS)
+            done = subprocess.run(
+                [EXAMPLE / "demo.sh", "lab.local/busybox:1"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+            )
+            assert done.returncode == 0, done.stderr
+        finally:
+            lab.crictl("rmp", "-af", code=None)
+            containerd.terminate()
+    said = done.stdout.splitlines()
+    assert said[:2] == ["hello from demo", "the first of its processes: sleep"]
+    assert said[-1] == "pods left: 0"

@@ -218,6 +218,21 @@ def test_streams_go_on_when_containerd_is_restarted(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("handler", ["uni", "unistream"])
+def test_a_pod_with_a_user_namespace(lab: Lab, handler: str) -> None:
+    rows = [{"host_id": 70_000, "container_id": 0, "length": 100_000}]
+    security = {"security_context": {"namespace_options": {"userns_options": {"mode": 0, "uids": rows, "gids": rows}}}}
+    pod = lab.pod(handler, linux=security)
+    container = lab.container(pod, "sh", "-c", "echo out > /dev/stdout; sleep 1000", linux=security)
+    script = (
+        "cat /proc/self/uid_map; id -u; stat -c %u /bin/busybox; touch /made; ls /sys/class/net; echo > /dev/stderr"
+    )
+    said = lab.crictl("exec", "-s", container, "sh", "-c", script).split()
+    assert said == ["0", "70000", "100000", "0", "0", "eth0", "lo"]
+    until(lambda: lab.crictl("logs", container) == "out", "its output is in the log", SECONDS)
+    lab.crictl("rmp", "-f", pod[0])
+
+
+@pytest.mark.parametrize("handler", ["uni", "unistream"])
 def test_a_terminal_by_crictl(lab: Lab, handler: str) -> None:
     container = lab.container(lab.pod(handler), "sleep", "1000")
     child, screen = pty.fork()

@@ -80,7 +80,7 @@ def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False)
     for mount in config.get("mounts") or []:
         options = frozenset(mount.get("options") or [])
         where = f"mount {mount.get('destination')!r}"
-        if (mount.get("uidMappings") or mount.get("gidMappings")) and not program.features.idmapped_mounts:
+        if is_mapped(mount) and not _is_bind(mount):
             raise _refusal(f"{where} with ids of its own", program)
         if "rro" in options and not program.features.recursive_readonly:
             raise _refusal(f"{where} that is read-only with all below it", program)
@@ -219,6 +219,17 @@ def binds(config: Config) -> Iterator[Config]:
     return filter(_is_bind, config.get("mounts") or [])
 
 
+def is_mapped(mount: Config) -> bool:
+    """Whether a mount (or the `linux` of a config) has ids of its own."""
+    return bool(mount.get("uidMappings") or mount.get("gidMappings"))
+
+
+def has_ids(part: Config, first: int, count: int) -> bool:
+    """Whether those are of one row, from 0 inside to `first` outside."""
+    row = {"containerID": 0, "hostID": first, "size": count}
+    return all(part.get(name) == [row] for name in ("uidMappings", "gidMappings"))
+
+
 def _is_bind(mount: Config) -> bool:
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or []))
 
@@ -228,8 +239,12 @@ def propagation(mount: Config) -> str:
     return next((_PROPAGATION[option] for option in mount.get("options") or [] if option in _PROPAGATION), "private")
 
 
-def overlay_op(mount: RootMount) -> dict[str, object]:
+def overlay_op(mount: RootMount, ids: tuple[int, int] | None = None) -> dict[str, object]:
     """An overlay as an operation of a job, its `path` still missing.
+
+    Args:
+        mount: what an engine says.
+        ids: the first id of the host, and how many, of the user namespace of whoever sees it.
 
     Directories are named one by one there, so that no option is too long however many layers there are.
 
@@ -247,12 +262,17 @@ def overlay_op(mount: RootMount) -> dict[str, object]:
             attributes.append("readonly")
         elif option == "volatile":
             given[name] = "yes"
+        elif name in {"uidmap", "gidmap"} and ids is not None and value == f"0:{ids[0]}:{ids[1]}":
+            given[name] = value
         elif option not in {"rw", "index=off"}:  # "off" is what the kernel does unless it is built otherwise
             raise UnsupportedError(f"overlay option {option!r}", "runc")
     if "lowerdir" not in given or ("upperdir" in given) != ("workdir" in given):
         raise InvalidArgumentError("an overlay needs lowerdir, and upperdir and workdir together")
+    if ("uidmap" in given) != ("gidmap" in given):
+        raise InvalidArgumentError("an overlay has uidmap and gidmap, or none of them")
     op: dict[str, object] = {
         "op": "overlay",
+        "idmap": "uidmap" in given,
         "lower": [_directory(path) for path in given["lowerdir"].split(":")],
         "attributes": attributes,
         "volatile": "volatile" in given,

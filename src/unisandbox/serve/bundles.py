@@ -44,11 +44,30 @@ def adapted(config: dict[str, Any], facts: PodFacts) -> str:
     host are left out here, the others are the sandbox's.
     """
     linux = _linux_of(config)
-    hosts = {"ipc": facts.ipc == NODE, "pid": facts.pid == NODE, "net": facts.network == NODE, "user": True}
+    hosts = {
+        "ipc": facts.ipc == NODE,
+        "pid": facts.pid == NODE,
+        "net": facts.network == NODE,
+        "user": facts.user == NODE,
+    }
     linux["namespaces"] = [space for space in _spaces(linux) if not hosts.get(_own_kind(space), False)]
     if facts.sysctls:
         linux["sysctl"] = {**(linux.get("sysctl") or {}), **facts.sysctls}
     return json.dumps({**config, "linux": linux}, separators=(",", ":"))
+
+
+def owner_of(process: object, ids: tuple[int, int]) -> tuple[int, int]:
+    """The host's ids of an OCI process object's user and group, in a user namespace.
+
+    Args:
+        process: the object.
+        ids: the host's first id there, and how many.
+    """
+    user = process.get("user") if isinstance(process, dict) else None
+    own = [(user or {}).get(name, 0) for name in ("uid", "gid")] if isinstance(user or {}, dict) else []
+    if len(own) != 2 or any(type(number) is not int or not 0 <= number < ids[1] for number in own):
+        raise InvalidArgumentError(f"user {user!r:.80} of a process has no ids in its user namespace")
+    return ids[0] + own[0], ids[0] + own[1]
 
 
 def changed_resources(value: bytes, bundle: str) -> str:

@@ -53,7 +53,7 @@ class PodFacts(NamedTuple):
 
     Attributes:
         namespace: containerd's, of whoever made it.
-        pid, ipc, network: whose namespaces; see `cri`.
+        pid, ipc, network, user: whose namespaces; see `cri`.
         sysctls: for each of its containers.
     """
 
@@ -62,6 +62,7 @@ class PodFacts(NamedTuple):
     ipc: int = cri.POD
     network: int = cri.POD
     sysctls: Mapping[str, str] = {}
+    user: int = cri.NODE
 
 
 class _Asked(NamedTuple):
@@ -210,9 +211,17 @@ class Pods:
         _check(modes)
         if security.privileged and not self._config.privileged:
             raise UnsupportedError("a privileged pod", "serve", hint="Set privileged = true in its configuration.")
+        user_ids = _user_ids_of(modes)
+        if user_ids is not None and not request.netns_path:
+            raise UnsupportedError("a user namespace of the pod with the host's network", "serve")
         network = Network.namespace(request.netns_path) if request.netns_path else Network.host()
         facts = PodFacts(
-            namespace, modes.pid, modes.ipc, cri.POD if request.netns_path else cri.NODE, dict(linux.sysctls)
+            namespace,
+            modes.pid,
+            modes.ipc,
+            cri.POD if request.netns_path else cri.NODE,
+            dict(linux.sysctls),
+            cri.NODE if user_ids is None else cri.POD,
         )
         _check_sysctls(facts)
         isolation = self._config.backend(
@@ -221,7 +230,8 @@ class Pods:
         return SandboxSpec(
             isolation=isolation,
             network=network,
-            userns="host",
+            userns="host" if user_ids is None else "private",
+            user_ids=user_ids,
             hostname=config.hostname or os.uname().nodename,
             dns=_dns_of(config),
             resources=Resources.unlimited(),
@@ -258,11 +268,21 @@ def _config_of(request: ControllerCreateRequest) -> cri.PodSandboxConfig:
 
 
 def _check(modes: cri.NamespaceOption) -> None:
-    """Refuse what a pod cannot have yet."""
-    if modes.userns_options is not None and modes.userns_options.mode != cri.NODE:
-        raise UnsupportedError("a user namespace of the pod", "serve")
+    """Refuse what means nothing."""
     if modes.pid not in {cri.POD, cri.CONTAINER, cri.NODE, cri.TARGET} or modes.ipc not in {cri.POD, cri.NODE}:
         raise InvalidArgumentError(f"namespace modes of the pod are not valid: pid {modes.pid}, ipc {modes.ipc}")
+
+
+def _user_ids_of(modes: cri.NamespaceOption) -> tuple[int, int] | None:
+    """The host's first id and how many, of a pod with a user namespace of its own; None: it has the host's."""
+    wanted = modes.userns_options
+    if wanted is None or wanted.mode == cri.NODE:
+        return None
+    if wanted.mode != cri.POD:
+        raise InvalidArgumentError(f"the mode of a pod's user namespace is not valid: {wanted.mode}")
+    if len(wanted.uids) != 1 or wanted.uids != wanted.gids or wanted.uids[0].container_id:
+        raise InvalidArgumentError("a pod's user and group ids are mapped by one and the same row, which begins with 0")
+    return wanted.uids[0].host_id, wanted.uids[0].length
 
 
 def _check_sysctls(facts: PodFacts) -> None:

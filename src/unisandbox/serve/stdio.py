@@ -127,6 +127,12 @@ class Ends:
     def _sides(self, index: int) -> tuple[list[int], list[int]]:
         return (self.inside, self.outside) if index == 0 else (self.outside, self.inside)
 
+    def give_to(self, uid: int, gid: int) -> None:
+        """Let a process of this user open its streams again (/dev/stdout), which those of root are closed to."""
+        for fd in self.inside:
+            if fd >= 0:
+                os.fchown(fd, uid, gid)
+
     def stdio(self) -> Stdio:
         """The process's ends."""
         return Stdio(*(fd if fd >= 0 else None for fd in self.inside))

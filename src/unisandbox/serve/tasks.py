@@ -6,6 +6,7 @@ One table serves all pods: each pod has a socket of its own, and what comes by i
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -37,7 +38,7 @@ from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import TaskV2, TaskV3
 from unisandbox.api.rpc import Method
-from unisandbox.serve.bundles import adapted, changed_resources, read_config
+from unisandbox.serve.bundles import adapted, changed_resources, owner_of, read_config
 from unisandbox.serve.metrics import any_of
 from unisandbox.serve.moments import moment
 from unisandbox.serve.pods import POD_KEY, Place, Pods, facts_of
@@ -150,23 +151,26 @@ class Tasks:
         place = await self._place(call)
         if request.checkpoint or request.parent_checkpoint:
             raise UnsupportedError("restoring a checkpoint", "serve")
-        _check_options(request.options)
+        ids = place.entry.spec.user_ids
+        _check_options(request.options, is_mapped=ids is not None)
         place.entry.check_started()
         if (await place.entry.sandboxer.status(place.entry.sandbox_id)).state != "ready":
             raise FailedPreconditionError(f"pod {place.entry.sandbox_id!r} has ended")
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal, request.bundle)
-        config = adapted(read_config(request.bundle), facts_of(place.entry))
+        config = read_config(request.bundle)
         rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)
         rootfs = rootfs or self._pods.announced.get(place.entry.sandbox_id, {}).get(request.id, ())
         ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, "")
         try:
+            if ids is not None:
+                ends.give_to(*owner_of(config.get("process"), ids))
             wanted = CreateTask(
                 request.id,
                 bundle=request.bundle,
                 terminal=request.terminal,
                 stdio=CreateTask("").stdio if request.terminal else ends.stdio(),
-                config=config,
+                config=adapted(config, facts_of(place.entry)),
                 rootfs=rootfs,
             )
             async with place.entry.sharing.changing():
@@ -245,11 +249,14 @@ class Tasks:
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal)
         try:
             text = request.spec.value.decode()
-        except UnicodeDecodeError as error:
-            raise InvalidArgumentError(f"the OCI process object is no text: {error}") from error
+            process = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgumentError(f"the OCI process object cannot be read: {error}") from error
         ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, request.exec_id)
         try:
+            if (ids := place.entry.spec.user_ids) is not None:
+                ends.give_to(*owner_of(process, ids))
             wanted = ExecTask(request.id, request.exec_id, oci_process=text)
             if not request.terminal:
                 wanted = attrs.evolve(wanted, stdio=ends.stdio())
@@ -439,7 +446,7 @@ class Tasks:
         return Empty()
 
 
-def _check_options(options: AnyMessage | None) -> None:
+def _check_options(options: AnyMessage | None, *, is_mapped: bool) -> None:
     """Refuse what would be ignored."""
     if options is None or (not options.type_url and not options.value):
         return
@@ -449,3 +456,5 @@ def _check_options(options: AnyMessage | None) -> None:
     for name in _REFUSED_OPTIONS:
         if getattr(given, name):
             raise UnsupportedError(f"the runtime option {name}", "serve", hint="Leave it out of containerd's config.")
+    if (given.io_uid or given.io_gid) and not is_mapped:  # with a user namespace they are what the process's user is
+        raise UnsupportedError("the runtime options io_uid and io_gid without a user namespace", "serve")

@@ -20,7 +20,7 @@ from unisandbox.api import (
 )
 from unisandbox.backends.runc.adapting import Adapted
 from unisandbox.backends.runc.checks import check_container
-from unisandbox.backends.runc.pod import IDS, Pod, open_sources, translate_job
+from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
 from unisandbox.backends.runc.rootfs import Op, mount_ops, root_ops
 from unisandbox.host import namespaces, seccomp
 from unisandbox.host.boundary import reached
@@ -127,9 +127,14 @@ class PodPlanner:
             plan = self._foreign_plan(name, bundle, cgroup, adapted.joined)
             await self._guard_own_cgroups(plan.oci_id)
             self._own_roots.add(name)
-            with self._open("mnt") as mnt:
-                steps = adapted.steps(len(adapted.sources))
-                await self._host.keeper.job(steps, fds=[*adapted.sources, mnt])
+            fds = list(adapted.sources)
+            steps = adapted.steps(len(fds), len(fds) + 1 if pod.mapped else None)
+            with contextlib.ExitStack() as opened:
+                fds.append(opened.enter_context(self._open("mnt")))
+                if pod.mapped:
+                    fds.append(self._host.keeper.open_held(pod.pins["user"], os.O_RDONLY))
+                    opened.callback(os.close, fds[-1])
+                await self._host.keeper.job(steps, fds=fds)
             adapted.write(self._host.keeper.outside(bundle))
         except JobFailed as error:
             raise translate_job(error, f"{pod.label}/{name}") from error
@@ -303,7 +308,7 @@ class PodPlanner:
             root=root,
             mounts=self._mounts(),
             namespaces=spaces,
-            ids=(pod.first_id, IDS) if pod.mapped else None,
+            ids=(pod.first_id, pod.ids) if pod.mapped else None,
             capabilities=security.capabilities | _INIT_CAPABILITIES,
             no_new_privileges=security.no_new_privileges,
             oom_score_adj=_INIT_OOM_SCORE,
@@ -363,7 +368,7 @@ class PodPlanner:
         if user is None:
             return ROOT
         with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
-            return resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
+            return resolve_user(root_fd, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
 
     def _environment(self, container: ContainerSpec, process: ProcessSpec) -> dict[str, str]:
         env = {"PATH": _PATH, "LANG": "C.UTF-8"}

@@ -35,7 +35,7 @@ from unisandbox.backends.runc.checks import check_resources, check_sandbox
 from unisandbox.backends.runc.making import Maker
 from unisandbox.backends.runc.pidns import SharedPids
 from unisandbox.backends.runc.planner import PodPlanner, plain_limits
-from unisandbox.backends.runc.pod import DEVICES, IDS, Pod, ids_of, open_sources
+from unisandbox.backends.runc.pod import DEVICES, Pod, ids_of, open_sources
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, ending
@@ -424,7 +424,7 @@ class RuncSandboxer:
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""
         pod = self._get(sandbox_id).pod
-        return (pod.first_id, IDS) if pod.mapped else (0, 2**32 - 1)
+        return (pod.first_id, pod.ids) if pod.mapped else (0, 2**32 - 1)
 
     def abandon(self) -> None:
         """See `Sandboxer.abandon`."""

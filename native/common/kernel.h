@@ -16,7 +16,8 @@ enum { NR_read = 0, NR_write = 1, NR_close = 3, NR_lseek = 8, NR_mmap = 9, NR_rt
 	NR_kill = 62, NR_chdir = 80, NR_umask = 95, NR_setsid = 112, NR_setgroups = 116, NR_setresuid = 117,
 	NR_setresgid = 119, NR_setfsuid = 122, NR_capset = 126, NR_rt_sigtimedwait = 128,
 	NR_prctl = 157, NR_exit_group = 231, NR_openat = 257, NR_ppoll = 271, NR_signalfd4 = 289, NR_dup3 = 292,
-	NR_prlimit64 = 302, NR_pidfd_open = 434, NR_clone3 = 435, NR_close_range = 436 };
+	NR_prlimit64 = 302, NR_pidfd_open = 434, NR_clone3 = 435, NR_close_range = 436,
+	NR_pivot_root = 155, NR_mount = 165, NR_umount2 = 166, NR_unshare = 272 };
 static inline __attribute__((always_inline)) long inline_syscall6(long n, long a, long b, long c, long d, long e, long f)
 {
 	long ret;
@@ -35,7 +36,8 @@ enum { NR_read = 63, NR_write = 64, NR_close = 57, NR_lseek = 62, NR_mmap = 222,
 	NR_setresuid = 147, NR_setresgid = 149, NR_setfsuid = 151, NR_capset = 91,
 	NR_rt_sigtimedwait = 137, NR_prctl = 167, NR_exit_group = 94, NR_openat = 56, NR_ppoll = 73, NR_signalfd4 = 74,
 	NR_dup3 = 24, NR_prlimit64 = 261, NR_pidfd_open = 434,
-	NR_clone3 = 435, NR_close_range = 436 };
+	NR_clone3 = 435, NR_close_range = 436,
+	NR_umount2 = 39, NR_mount = 40, NR_pivot_root = 41, NR_unshare = 97 };
 static inline __attribute__((always_inline)) long inline_syscall6(long n, long a, long b, long c, long d, long e, long f)
 {
 	register long x8 __asm__("x8") = n;
@@ -76,7 +78,7 @@ void *memset(void *to, int byte, u64 size)
 }
 
 /* ---- the kernel's words (include/uapi/linux, asm-generic) ---- */
-enum { ENOENT = 2, EINTR = 4, EAGAIN = 11, ENOMEM = 12, EACCES = 13, ENOTDIR = 20, EINVAL = 22, ENAMETOOLONG = 36,
+enum { ENOENT = 2, EINTR = 4, EBADF = 9, EAGAIN = 11, ENOMEM = 12, EACCES = 13, ENOTDIR = 20, EINVAL = 22, ENAMETOOLONG = 36,
 	ECONNRESET = 104 };
 enum { POLLIN = 1, POLLERR = 8, POLLHUP = 16, POLLNVAL = 32, POLLRDHUP = 0x2000 };
 enum { SOL_SOCKET = 1, SCM_RIGHTS = 1, MSG_CTRUNC = 8, MSG_TRUNC = 0x20, MSG_DONTWAIT = 0x40, MSG_NOSIGNAL = 0x4000,
@@ -106,7 +108,9 @@ struct sock_filter { u16 code; u8 jt, jf; u32 k; };
 struct sock_fprog { u16 len; const struct sock_filter *filter; };
 enum { BPF_LD_W_ABS = 0x20, BPF_JEQ_K = 0x15, BPF_RET_K = 0x06, SECCOMP_MODE_FILTER = 2 };
 static const u32 SECCOMP_RET_ALLOW = 0x7fff0000, SECCOMP_RET_ENOSYS = 0x00050000 | 38;
-enum { CLONE_VM = 0x100, CLONE_VFORK = 0x4000, CLONE_PARENT = 0x8000, CLONE_NEWNS = 0x20000, CLONE_PARENT_SETTID = 0x100000 };
+enum { CLONE_VM = 0x100, CLONE_VFORK = 0x4000, CLONE_PARENT = 0x8000, CLONE_NEWNS = 0x20000, CLONE_PARENT_SETTID = 0x100000,
+	CLONE_NEWCGROUP = 0x2000000, CLONE_NEWPID = 0x20000000 };
+enum { MS_BIND = 1 << 12, MS_REC = 1 << 14, MS_SLAVE = 1 << 19, MNT_DETACH = 2 };
 static const u64 CLONE_INTO_CGROUP = 0x200000000ul;
 static const u64 SIG_IGN = 1, SIG_DFL = 0;
 

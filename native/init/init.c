@@ -3,7 +3,8 @@
  * init: the PID 1 of a container. It reaps, and it spawns what the host asks for. No libc, no allocation, no files.
  *
  * Started as   init         fd 3 = control socket (AF_UNIX SOCK_SEQPACKET), fd 4 may be its own ELF
- *          or  init pause   reaps and does nothing else (PID 1 of a shared pid namespace)
+ *          or  init pause   reaps and does nothing else
+ *          or  init first ROOT   becomes that, as PID 1 of a new pid namespace that containers share; see `begin`
  *
  * One request is one packet on fd 3: `struct request` and file descriptors by SCM_RIGHTS, in this order:
  *   life   SOCK_SEQPACKET, ours until the process has ended: STARTED (with its pidfd) or FAILED, later ENDED
@@ -34,6 +35,7 @@
  *   capset chdir clone clone3 close close_range dup3 execve exit_group getpid ioctl kill lseek mmap openat pidfd_open ppoll
  *   prctl prlimit64 read recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait sendmsg setfsuid setgroups setresgid
  *   setresuid setsid signalfd4 umask wait4 write
+ * Before it is the PID 1 of a namespace of its own making: mount pivot_root setns umount2 unshare, too.
  */
 
 #include "kernel.h"
@@ -47,7 +49,7 @@ enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16, MAX_TASKS = 8 }
 enum { STARTED = 1, ENDED = 2, FAILED = 3, TTY = 4, PLACED = 5 };
 enum { STEP_TABLE = 1, STEP_CLONE, STEP_REPLY, STEP_FDS, STEP_SPEC, STEP_SETSID, STEP_TTY, STEP_RLIMITS, STEP_BOUNDING,
 	STEP_GROUPS, STEP_GID, STEP_UID, STEP_CAPABILITIES, STEP_AMBIENT, STEP_NO_NEW_PRIVS, STEP_CWD, STEP_SIGNALS,
-	STEP_EXEC, STEP_CGROUP };
+	STEP_EXEC, STEP_CGROUP, STEP_NAMESPACES, STEP_ROOT };
 struct request {
 	u32 magic;
 	u16 version, flags;
@@ -110,15 +112,23 @@ static void child_tty(const struct request *r)
 	must(STEP_TTY, CALL3(close_range, 4, ~0u, 0));
 }
 
-static void child_credentials(const struct request *r, const u32 *groups)
+/* Leave no more than these to whatever is executed from now on; or an errno. */
+static long bound(u64 capabilities)
 {
 	for (int cap = 0; cap < 64; cap++) {
 		long has = CALL2(prctl, PR_CAPBSET_READ, cap);
 		if (has < 0)
 			break; /* past the kernel's last capability */
-		if (has && !(r->capabilities >> cap & 1))
-			must(STEP_BOUNDING, CALL2(prctl, PR_CAPBSET_DROP, cap));
+		long error = has && !(capabilities >> cap & 1) ? CALL2(prctl, PR_CAPBSET_DROP, cap) : 0;
+		if (error < 0)
+			return error;
 	}
+	return 0;
+}
+
+static void child_credentials(const struct request *r, const u32 *groups)
+{
+	must(STEP_BOUNDING, bound(r->capabilities));
 	must(STEP_CAPABILITIES, CALL2(prctl, PR_SET_KEEPCAPS, 1));
 	must(STEP_GROUPS, CALL2(setgroups, r->ngroups, groups));
 	must(STEP_GID, CALL3(setresgid, r->gid, r->gid, r->gid));
@@ -426,15 +436,67 @@ static void serve(void)
 	}
 }
 
+/* ---- the first process of a pid namespace that containers share ---- */
+static void said(int step, long value)
+{
+	int body[2] = {step, (int)value};
+	CALL3(write, 1, body, sizeof body);
+	exit(value > 0 ? 0 : 70);
+}
+
+static void need(int step, long result)
+{
+	if (result < 0)
+		said(step, result);
+}
+
+/* Joins the namespaces that are open as 4, 5 ... (a user namespace comes first), takes the directory `root` for all that
+ * it will ever see, gives up every privilege, and makes the namespace. Returns in its PID 1, a child of our own parent;
+ * that one's pid, or the step that failed with its errno, is said on fd 1.
+ *
+ * The mount namespace is its own and has nothing but `root`: with a mere chroot, who may look through /proc/1/root could
+ * go up from there. */
+static void begin(const char *root)
+{
+	static const struct cap_data none[2];
+	struct cap_header head = {CAP_VERSION_3, 0};
+	long joined = 0;
+	need(STEP_GROUPS, CALL2(setgroups, 0, 0));
+	for (int fd = 4; joined >= 0; fd++)
+		joined = CALL2(setns, fd, 0);
+	need(STEP_NAMESPACES, joined == -EBADF ? 0 : joined);
+	need(STEP_GID, CALL3(setresgid, 0, 0, 0));
+	need(STEP_UID, CALL3(setresuid, 0, 0, 0));
+	need(STEP_NAMESPACES, CALL1(unshare, CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWCGROUP));
+	need(STEP_ROOT, CALL5(mount, 0, "/", 0, MS_REC | MS_SLAVE, 0));
+	/* What came from a more privileged namespace cannot be moved; a mount of our own can. */
+	need(STEP_ROOT, CALL5(mount, root, root, 0, MS_BIND | MS_REC, 0));
+	need(STEP_CWD, CALL1(chdir, root));
+	need(STEP_ROOT, CALL2(pivot_root, ".", "."));
+	need(STEP_ROOT, CALL2(umount2, ".", MNT_DETACH));
+	need(STEP_ROOT, CALL1(chdir, "/"));
+	need(STEP_BOUNDING, bound(0));
+	need(STEP_CAPABILITIES, CALL2(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL));
+	need(STEP_CAPABILITIES, CALL2(capset, &head, none));
+	need(STEP_NO_NEW_PRIVS, CALL5(prctl, PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+	long pid = CALL5(clone, CLONE_PARENT | SIGCHLD, 0, 0, 0, 0);
+	if (pid)
+		said(STEP_CLONE, pid);
+}
+
 void start(long *stack)
 {
 	char **argv = (char **)(stack + 1);
 	u64 chld = 1ul << (SIGCHLD - 1);
 	struct kernel_sigaction ignore = {SIG_IGN, 0, 0, 0}, normal = {SIG_DFL, 0, 0, 0};
-	int pause = stack[0] > 1;
-	if (stack[0] > 2 || (pause && !(argv[1][0] == 'p' && argv[1][1] == 'a' && argv[1][2] == 'u')))
+	int pause = stack[0] > 1, first = stack[0] == 3;
+	if (stack[0] > 3 || (pause && argv[1][0] != (first ? 'f' : 'p')))
 		exit(64);
-	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0 || CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
+	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0)
+		exit(70);
+	if (first)
+		begin(argv[2]);
+	if (CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
 		exit(70);
 	/* The parent is the keeper by now. Without it nobody reaps us nor finds us: what runs here ends with it, and
 	 * whoever waits on a `life` hears of it at once. */

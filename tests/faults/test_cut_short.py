@@ -154,9 +154,9 @@ async def test_a_start_with_a_shared_pid_namespace_that_is_cut_may_be_repeated(c
         with anyio.CancelScope() as scope:
 
             def cut(name: str, _of: str) -> None:
-                if name == "before runtime.create":
+                if name == "before first.create":
                     if not cancelled:
-                        raise BackendError("the runtime cannot be run")
+                        raise BackendError("it cannot be made")
                     scope.cancel()
 
             boundary.watch(cut)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import anyio
 import attrs
 import pytest
+from anyio import run_process
 
 from unisandbox import Engine, InvalidArgumentError, Resources, Sandbox, UnsupportedError
 from unisandbox.api import CreateTask, ExecTask, Stdio, TaskService, Terminal
@@ -180,7 +182,10 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     ({"linux": {"resources": {"devices": [{"allow": True, "access": "rwm"}]}}}, "device"),
     ({"linux": {"resources": {"hugepageLimits": [{"pageSize": "2MB", "limit": 1}]}}}, "hugepageLimits"),
     ({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, "resources.cpu.cpus"),
-    ({"mounts": [{"destination": "/x", "type": "bind", "source": "/usr", "options": ["rshared"]}]}, "rshared"),
+    ({"mounts": [{"destination": "/x", "type": "bind", "source": "/usr", "options": ["shared"]}]}, "'shared'"),
+    ({"mounts": [{"destination": "/x", "type": "tmpfs", "source": "x", "options": ["rslave"]}]}, "rslave"),
+    ({"linux": {"rootfsPropagation": "unbindable"}}, "unbindable"),
+    ({"linux": {"resources": {"unified": {"memory.high": "1"}}}}, "memory.high"),
 ]
 
 
@@ -234,6 +239,71 @@ async def test_an_added_process_is_as_its_oci_object_says(pod: Pod) -> None:
     os.close(reader)
     await pod.task.wait("c1", "e" * 64)
     await pod.task.delete("c1", "e" * 64)
+
+
+@pytest.fixture
+def passing(tmp_path: Path) -> Iterator[Path]:
+    """A directory of the host that passes on what is mounted below it."""
+    place = tmp_path / "passing"
+    for name in ("later", "inner"):
+        (place / name).mkdir(parents=True)
+    subprocess.run(["mount", "--bind", place, place], check=True)
+    subprocess.run(["mount", "--make-rshared", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-R", place], check=True)
+
+
+async def code_of(pod: Pod, exec_id: str, script: str) -> int:
+    """How a process more in the container ends, which may mount."""
+    process = mounting(config("sh", "-c", script))["process"]
+    await pod.task.exec(ExecTask("c1", exec_id, oci_process=json.dumps(process)))
+    await pod.task.start("c1", exec_id)
+    with anyio.fail_after(20):
+        return (await pod.task.wait("c1", exec_id)).code
+
+
+def mounting(text: dict[str, Any]) -> dict[str, Any]:
+    capabilities = {name: ["CAP_SYS_ADMIN"] for name in ("bounding", "effective", "permitted")}
+    return {**text, "process": {**text["process"], "capabilities": capabilities}}
+
+
+def showing(place: Path, propagation: str) -> dict[str, Any]:
+    """A config as containerd writes it for a mount with propagation."""
+    text = mounting(config("sleep", "1000", linux={"rootfsPropagation": propagation}))
+    options = ["rbind", propagation, "rw"]
+    text["mounts"].append({"destination": "/shown", "type": "bind", "source": str(place), "options": options})
+    return text
+
+
+@pytest.mark.parametrize(("propagation", "to", "back"), [("rprivate", 1, 1), ("rslave", 0, 1), ("rshared", 0, 0)])
+async def test_what_is_mounted_later_is_passed_on_as_asked_and_is_there_after_the_container(
+    pod: Pod, passing: Path, propagation: str, to: int, back: int
+) -> None:
+    await pod.create(showing(passing, propagation))
+    await pod.task.start("c1")
+    await run_process(["mount", "-t", "tmpfs", "later", str(passing / "later")])
+    (passing / "later/file").touch()
+    assert await code_of(pod, "e1", "test -e /shown/later/file") == to
+    assert await code_of(pod, "e2", "mount -t tmpfs inner /shown/inner && : > /shown/inner/file") == 0
+    assert (passing / "inner/file").exists() is (back == 0)
+    await pod.task.delete("c1")
+    assert (passing / "later/file").exists(), "the host's mounts are the host's"
+    assert (passing / "inner/file").exists() is (back == 0)
+
+
+async def test_a_mount_that_passes_nothing_on_cannot_be_shared(pod: Pod, tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    await run_process(["mount", "--bind", str(tmp_path / "plain"), str(tmp_path / "plain")])
+    try:
+        await run_process(["mount", "--make-private", str(tmp_path / "plain")])
+        layers = pod.layers()
+        for propagation in ("rslave", "rshared"):
+            with pytest.raises(InvalidArgumentError, match="passes nothing on"):
+                await pod.create(showing(tmp_path / "plain", propagation), layers)
+    finally:
+        await run_process(["umount", str(tmp_path / "plain")])
 
 
 @pytest.mark.parametrize("exec_id", ["init", "main"])

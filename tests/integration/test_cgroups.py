@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +132,26 @@ def test_oom_kill_by_the_container_limit_is_counted_at_the_process(root: Cgroup,
     assert (bystander.oom_kills(), container.oom_kills(), root.oom_kills()) == (0, 0, 0)
 
 
+def test_who_watches_memory_is_woken_by_a_kill_below_and_finds_it_counted(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1", limits=Limits(memory=16 * MIB))
+    victim = container.child("p1", for_process=True)
+    notice, late = container.watch_oom()
+    try:
+        assert not select.select([notice], [], [], 0)[0]
+        large = spawn(hog(64))
+        victim.enter(large.pid)
+        large.go()
+        deadline = time.monotonic() + PATIENCE
+        while not victim.oom_kills():
+            assert select.select([notice], [], [], max(deadline - time.monotonic(), 0))[0]
+            with contextlib.suppress(BlockingIOError):
+                os.read(notice, 4096)
+            time.sleep(late)
+        assert large.wait() == -9
+    finally:
+        os.close(notice)
+
+
 def test_oom_kill_by_the_limit_of_a_process(root: Cgroup, spawn: Spawn) -> None:
     container = root.child("c1")
     cgroup = container.child("p1", limits=Limits(memory=16 * MIB), for_process=True)
@@ -139,6 +161,53 @@ def test_oom_kill_by_the_limit_of_a_process(root: Cgroup, spawn: Spawn) -> None:
     assert actor.wait() == -9
     assert cgroup.oom_kills() == cgroup.stats().oom_kills == 1
     assert container.oom_kills() == 0
+
+
+def test_page_cache_that_can_be_given_back_is_told_apart(root: Cgroup, spawn: Spawn) -> None:
+    container = root.child("c1")
+    with tempfile.TemporaryFile(dir="/var/tmp") as file:  # on a disk: what is in a tmpfs cannot be given back
+        if _is_in_memory(file.fileno()):
+            pytest.skip("/var/tmp is no disk here")
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        writer = spawn(f"f = open({path!r}, 'wb'); f.write(b'x' * {20 * MIB}); f.flush(); os.fsync(f); {hog(8)}")
+        container.child("p1", for_process=True).enter(writer.pid)
+        writer.go()
+        assert writer.line() == "held"
+        stats = container.stats()
+    assert stats.memory_bytes is not None
+    assert stats.memory_inactive_file_bytes is not None
+    assert 10 * MIB < stats.memory_inactive_file_bytes < stats.memory_bytes - 8 * MIB
+
+
+def _is_in_memory(fd: int) -> bool:
+    """Whether the kernel keeps no disk for a file: its device has no number of a disk's. Source: proc(5), mountinfo."""
+    device = os.fstat(fd).st_dev
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        mounts = [line.split(" - ") for line in file]
+    return any(
+        place.split()[2] == f"{os.major(device)}:{os.minor(device)}" and kind.split()[0] in {"tmpfs", "ramfs"}
+        for place, kind in mounts
+    )
+
+
+def test_all_of_a_group_are_killed_for_memory_with_one(root: Cgroup, spawn: Spawn) -> None:
+    limits = Limits(memory=16 * MIB, oom_group=True)
+    if Cgroups.detect("unisandbox-none").version != "v2":
+        with pytest.raises(UnavailableError, match="needs cgroup v2"):
+            root.child("c1", limits=limits)
+        return
+    container = root.child("c1", limits=limits)
+    assert container.limits() == limits
+    victim, bystander = container.child("p1", for_process=True), container.child("p2", for_process=True)
+    small, large = spawn("sys.stdin.readline()"), spawn(hog(64))
+    bystander.enter(small.pid)
+    victim.enter(large.pid)
+    large.go()
+    assert (large.wait(), small.wait()) == (-9, -9)
+    # The kernel counts the one that it has chosen once more, with the group.
+    assert min(victim.oom_kills(), bystander.oom_kills()) >= 1, "each knows why it ended"
+    container.set_limits(Limits(memory=16 * MIB))
+    assert not container.limits().oom_group
 
 
 def test_a_kill_of_ours_is_no_oom_kill(root: Cgroup, spawn: Spawn) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import anyio
 import attrs
 import pytest
 
-from unisandbox import Engine, Resources, Sandbox, UnavailableError, UnsupportedError
-from unisandbox.backends.runc import RuncBackend
+from unisandbox import BackendError, Engine, Resources, Sandbox, UnavailableError, UnsupportedError
+from unisandbox.backends.runc import RuncBackend, pidns
+from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroups
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -161,6 +165,51 @@ async def test_programs_run_to_their_ends_on_a_host_without_a_memory_controller(
                 assert (await container.wait()).code == 0
             assert (await sandbox.metrics()).oom_kills is None, "not counted is not none"
             await sandbox.stop(grace=0)
+
+
+def lines_of(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def first_of_its_namespace(pid: int) -> int:
+    """The process 1 of a process's pid namespace."""
+    space = os.readlink(f"/proc/{pid}/ns/pid")
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{name}/status").read_text()
+            if os.readlink(f"/proc/{name}/ns/pid") == space and re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                return int(name)
+    raise AssertionError("it has none")
+
+
+@pytest.mark.parametrize("userns", ["private", "host"])
+async def test_the_first_process_of_a_shared_pid_namespace_has_nothing_and_may_nothing(userns: Any) -> None:
+    async with (
+        Sandbox.create(resources=Resources(memory="128M"), share_pid=True, userns=userns) as sandbox,
+        sandbox.exec(["sleep", "60"]) as process,
+    ):
+        first = first_of_its_namespace(process.pid)
+        status = dict(line.split(":\t", 1) for line in lines_of(f"/proc/{first}/status"))
+        assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
+        assert (status["NoNewPrivs"], status["Groups"].strip()) == ("1", "")
+        assert len(lines_of(f"/proc/{first}/mountinfo")) == 1
+        assert os.listdir(f"/proc/{first}/root") == []
+        assert os.listdir(f"/proc/{first}/fd") == []
+        spaces = namespaces.process_namespaces(first)
+        known = (await sandbox.status()).namespaces
+        assert {kind: spaces[kind] for kind in known} == known
+        seen = await sandbox.sh("cat /proc/1/status; ls /proc/1/root/ /proc/1/fd; kill -9 1; kill -0 1 && echo alive")
+        assert ("Name:\tinit" in seen.text, seen.text.endswith("alive\n")) == (True, True)
+
+
+async def test_a_shared_pid_namespace_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Engine.open() as engine:
+        with monkeypatch.context() as patched:
+            patched.setattr(pidns, "EMPTY_ROOT", "/missing")
+            with pytest.raises(BackendError, match="root: No such file"):
+                await engine.create(resources=Resources(memory="128M"), share_pid=True)
+        async with engine.create(resources=Resources(memory="128M"), share_pid=True) as sandbox:
+            assert (await sandbox.run(["true"])).exit_code == 0
 
 
 async def test_a_container_may_have_any_name_beside_a_shared_pid_namespace() -> None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import anyio
 import attrs
@@ -34,6 +34,12 @@ R = TypeVar("R", bound=Message)
 POD: Final = "ab" * 32
 CONTAINER: Final = "cd" * 32
 DEADLINE: Final = 30.0
+
+
+class HasPaths(Protocol):
+    """How a process's streams are called; empty for one that it does not have."""
+
+    def path(self, name: str) -> str: ...
 
 
 @attrs.define
@@ -80,6 +86,9 @@ class Engine:
         await self.connect(started.address)
         return started
 
+    async def status(self) -> v1.ControllerStatusResponse:
+        return await self.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD, verbose=True))
+
     async def connect(self, address: str) -> None:
         if self.task is not None:
             self.task.close()
@@ -100,7 +109,13 @@ class Engine:
         """FIFOs, whose ends the engine opens before it says their names."""
         return Fifos.make(self.place / f"io-{name}", stdin=stdin)
 
-    def bundle(self, *args: str, kinds: tuple[str, ...] = ("ipc", "uts"), mount_rootfs: bool = True) -> Path:
+    def bundle(
+        self,
+        *args: str,
+        kinds: tuple[str, ...] = ("ipc", "uts"),
+        mount_rootfs: bool = True,
+        resources: Mapping[str, Any] | None = None,
+    ) -> Path:
         """A bundle as containerd writes it for a pod whose process id is 0; its files are this machine's programs."""
         bundle = self.place / "bundle"
         for name in ("proc", "dev", "usr", "tmp", "etc"):
@@ -119,6 +134,7 @@ class Engine:
             ],
             "linux": {
                 "cgroupsPath": f"/k8s.io/{CONTAINER}",
+                "resources": dict(resources or {}),
                 "namespaces": [
                     {"type": "mount"},
                     *({"type": kind, "path": SANDBOX_NAMESPACES + kind} for kind in kinds),
@@ -137,7 +153,7 @@ class Engine:
         options = [f"workdir={self.place}/work", f"upperdir={self.place}/upper", f"lowerdir={bundle}/rootfs"]
         return [Mount(type="overlay", source="overlay", options=["index=off", *options])]
 
-    async def create(self, bundle: Path, fifos: Fifos, *, terminal: bool = False) -> v3.CreateTaskResponse:
+    async def create(self, bundle: Path, fifos: HasPaths, *, terminal: bool = False) -> v3.CreateTaskResponse:
         """Task.Create as containerd calls it."""
         return await self.tasks(
             TaskV3.CREATE,
@@ -152,14 +168,14 @@ class Engine:
             ),
         )
 
-    async def run(self, *args: str, **options: Any) -> Fifos:
+    async def run(self, *args: str, stdin: bool = False, **options: Any) -> Fifos:
         """A container, up to its start."""
-        fifos = self.fifos("main")
+        fifos = self.fifos("main", stdin=stdin)
         await self.create(self.bundle(*args, **options), fifos)
         await self.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
         return fifos
 
-    async def exec(self, exec_id: str, fifos: Fifos, *args: str, terminal: bool = False) -> v3.StartResponse:
+    async def exec(self, exec_id: str, fifos: HasPaths, *args: str, terminal: bool = False) -> v3.StartResponse:
         """A process more, started."""
         spec = AnyMessage(
             type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",
@@ -223,6 +239,12 @@ class Fifos:
     def close(self) -> None:
         for fd in self.ends.values():
             os.close(fd)
+
+
+def shared(*, pid: int = cri.CONTAINER, **changes: Any) -> cri.LinuxPodSandboxConfig:
+    """A pod on the host's network."""
+    modes = cri.NamespaceOption(network=cri.NODE, pid=pid)
+    return cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(namespace_options=modes), **changes)
 
 
 def process(*args: str) -> dict[str, Any]:

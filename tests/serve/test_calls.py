@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import re
 import select
 import signal
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, Fifos, engine_at, process
+from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, Fifos, engine_at, process, shared
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -43,40 +45,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.root]
 Connect = Callable[..., AbstractAsyncContextManager[Engine]]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """grpclib knows asyncio only."""
-    return "asyncio"
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> ServeConfig:
-    return ServeConfig(root=str(tmp_path / "root"), socket=str(tmp_path / "run/s.sock"))
-
-
-@pytest.fixture
-async def server(config: ServeConfig) -> AsyncIterator[Server]:
-    async with serving(config) as server:
-        yield server
-        for entry in server.pods.core.entries():
-            await entry.remove()
-
-
-@pytest.fixture
-async def engine(server: Server, config: ServeConfig, tmp_path: Path) -> AsyncIterator[Engine]:
-    async with engine_at(config.socket, tmp_path) as engine:
-        yield engine
-
-
-def shared(*, pid: int = cri.CONTAINER, **changes: Any) -> cri.LinuxPodSandboxConfig:
-    modes = cri.NamespaceOption(network=cri.NODE, pid=pid)
-    return cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(namespace_options=modes), **changes)
-
-
-async def status(engine: Engine) -> v1.ControllerStatusResponse:
-    return await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD, verbose=True))
-
-
 @pytest.mark.parametrize("version", [2, 3])
 async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
     server: Server, config: ServeConfig, tmp_path: Path, version: int
@@ -84,7 +52,7 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
     async with engine_at(config.socket, tmp_path, version=version) as engine:
         started = await engine.run_pod(linux=shared())
         assert (started.pid, started.version) == (0, 3), "less than 3 makes containerd start a shim"
-        now = await status(engine)
+        now = await engine.status()
         assert (now.sandbox_id, now.state, now.address) == (POD, "SANDBOX_READY", started.address)
         assert json.loads(now.info["unisandbox"])["backend"] == "runc"
         platform = (await engine.call(ControllerV1.PLATFORM, v1.ControllerPlatformRequest(sandbox_id=POD))).platform
@@ -92,7 +60,7 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
         assert platform.os == "linux"
 
         fifos = engine.fifos("main")
-        bundle = engine.bundle("sh", "-c", "hostname; cat /etc/hostname; echo err >&2; read x < /proc/1/fd/0; sleep 9")
+        bundle = engine.bundle("sh", "-c", "echo err >&2; hostname; cat /etc/hostname; read x < /proc/1/fd/0; sleep 9")
         created = await engine.create(bundle, fifos)
         connected = await engine.tasks(TaskV3.CONNECT, v3.ConnectRequest(id=CONTAINER))
         assert connected.task_pid == created.pid > 0
@@ -123,10 +91,10 @@ async def test_a_pod_and_a_container_live_and_end_as_containerd_calls_them(
             group.start_soon(engine.call, ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD))
             await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
         await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
-        assert (await status(engine)).state == "SANDBOX_NOTREADY"
+        assert (await engine.status()).state == "SANDBOX_NOTREADY"
         await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
         with pytest.raises(NotFoundError):
-            await status(engine)
+            await engine.status()
     assert os.listdir(Path(config.socket).parent) == ["s.sock"]
 
 
@@ -298,11 +266,55 @@ async def test_containers_of_a_pod_with_a_shared_pid_namespace_see_each_other(en
     fifos.close()
 
 
+def first_of_its_namespace(pid: int) -> int:
+    """The process 1 of a process's pid namespace."""
+    space = os.readlink(f"/proc/{pid}/ns/pid")
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{name}/ns/pid") == space:
+                status = Path(f"/proc/{name}/status").read_text()
+                if re.search(r"^NSpid:.*\t1$", status, re.MULTILINE):
+                    return int(name)
+    raise AssertionError("it has none")
+
+
+async def test_a_pod_whose_shared_pid_namespace_has_ended_is_told_by_status_and_wait(engine: Engine) -> None:
+    started = await engine.run_pod(linux=shared(pid=cri.POD))
+    fifos = await engine.run("sleep", "1000", kinds=("ipc", "uts", "pid"))
+    state = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+    assert (await engine.status()).state == "SANDBOX_READY"
+    waited: list[v1.ControllerWaitResponse] = []
+    async with anyio.create_task_group() as group:
+
+        async def wait() -> None:
+            with anyio.fail_after(DEADLINE):
+                waited.append(await engine.call(ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD)))
+
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        os.kill(first_of_its_namespace(state.pid), signal.SIGKILL)
+    now = await engine.status()
+    assert (now.state, now.exited_at) == ("SANDBOX_NOTREADY", waited[0].exited_at)
+    assert now.exited_at is not None
+    assert now.exited_at > (started.created_at or now.exited_at)
+    assert await engine.wait() == 128 + signal.SIGKILL, "with it everything in the namespace has ended"
+    with anyio.fail_after(DEADLINE):
+        again = await engine.call(ControllerV1.WAIT, v1.ControllerWaitRequest(sandbox_id=POD))
+    assert again == waited[0]
+    with pytest.raises(FailedPreconditionError, match="has ended"):
+        await engine.tasks(TaskV3.CREATE, v3.CreateTaskRequest(id="ee" * 32, bundle=str(engine.place / "bundle")))
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+    await engine.call(ControllerV1.STOP, v1.ControllerStopRequest(sandbox_id=POD))
+    assert (await engine.status()).state == "SANDBOX_NOTREADY"
+    await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+    fifos.close()
+
+
 async def test_a_pod_that_another_namespace_made_is_not_there(engine: Engine, config: ServeConfig) -> None:
     await engine.run_pod(linux=shared())
     async with engine_at(config.socket, engine.place, namespace="moby") as other:
         with pytest.raises(NotFoundError):
-            await status(other)
+            await other.status()
         with pytest.raises(NotFoundError):
             await other.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
     other = attrs.evolve(engine, namespace="moby")
@@ -333,26 +345,15 @@ async def test_ids_and_paths_that_are_no_good_are_refused_at_the_door(engine: En
     assert plain.read_text() == ""
 
 
-@pytest.mark.parametrize(
-    "linux",
-    [
-        cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(privileged=True)),
-        cri.LinuxPodSandboxConfig(
-            security_context=cri.SecurityContext(
-                namespace_options=cri.NamespaceOption(userns_options=cri.UserNamespace(mode=cri.POD))
-            )
-        ),
-    ],
-    ids=["privileged", "userns"],
-)
 async def test_what_pods_cannot_have_is_refused_when_they_are_created(
-    engine: Engine, linux: cri.LinuxPodSandboxConfig
+    engine: Engine,
 ) -> None:
+    linux = cri.LinuxPodSandboxConfig(security_context=cri.SecurityContext(privileged=True))
     with pytest.raises(StatusError) as refused:
         await engine.call(ControllerV1.CREATE, engine.pod(linux=linux))
     assert refused.value.status.code == 12
     with pytest.raises(NotFoundError):
-        await status(engine)
+        await engine.status()
 
 
 async def test_a_pods_cgroup_is_below_the_one_that_the_engine_names(engine: Engine, server: Server) -> None:
@@ -387,8 +388,46 @@ async def test_streams_that_are_not_served_are_refused(engine: Engine) -> None:
     )
     with pytest.raises(StatusError, match="ttrpc"):
         await engine.tasks(TaskV3.CREATE, request)
-    with pytest.raises(StatusError):
-        await engine.tasks(TaskV3.UPDATE, v3.UpdateTaskRequest(id=CONTAINER))
+
+
+def update_of(**resources: Any) -> v3.UpdateTaskRequest:
+    """As containerd sends it; see its client's `WithResources`."""
+    kind = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources"
+    return v3.UpdateTaskRequest(id=CONTAINER, resources=AnyMessage(type_url=kind, value=json.dumps(resources).encode()))
+
+
+async def test_limits_can_be_changed_while_a_container_runs(engine: Engine, server: Server) -> None:
+    devices = [{"allow": False, "access": "rwm"}]
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000", resources={"memory": {"limit": 64 << 20}, "devices": devices})
+    pod = await server.pods.entry(POD, None)
+
+    async def now() -> tuple[int | None, int | None]:
+        used = await pod.task.stats(CONTAINER)
+        return used.memory_limit_bytes, used.pids_limit
+
+    # Engines say all of it again, with what cannot be changed.
+    await engine.tasks(TaskV3.UPDATE, update_of(memory={"limit": 96 << 20}, pids={"limit": 50}, devices=devices))
+    assert await now() == (96 << 20, 50)
+    await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": -1}))
+    assert await now() == (96 << 20, None), "what is not said stays"
+    refused: list[tuple[type[Exception], dict[str, Any]]] = [
+        (StatusError, {"memory": {"limit": 32 << 20}, "cpu": {"cpus": "0"}}),
+        (StatusError, {"hugepageLimits": [{"pageSize": "2MB", "limit": 0}]}),
+        (StatusError, {"devices": [{"allow": True, "access": "rwm"}]}),
+        (InvalidArgumentError, {"memory": {"limit": "much"}}),
+        (FailedPreconditionError, {"memory": {"limit": 4096}}),
+    ]
+    for kind, resources in refused:
+        with pytest.raises(kind) as told:
+            await engine.tasks(TaskV3.UPDATE, update_of(**resources))
+        assert kind is not StatusError or told.value.status.code == 12  # type: ignore[attr-defined]
+        assert await now() == (96 << 20, None)
+    await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, signal=signal.SIGKILL))
+    await engine.wait()
+    with pytest.raises(FailedPreconditionError, match="has ended"):
+        await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": 7}))
+    main.close()
 
 
 async def test_a_start_that_fails_leaves_nothing_and_can_be_asked_for_again(engine: Engine, server: Server) -> None:
@@ -451,7 +490,7 @@ async def test_a_directory_belongs_to_one_server_whatever_its_root(
             async with serving(second):
                 pass
         assert sorted(os.listdir(directory)) == there
-    assert (await status(engine)).state == "SANDBOX_READY"
+    assert (await engine.status()).state == "SANDBOX_READY"
 
 
 async def test_the_directory_that_all_engines_share_is_no_place_for_the_socket(config: ServeConfig) -> None:

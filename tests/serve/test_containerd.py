@@ -25,6 +25,7 @@ from tests.keepers import until
 
 LAB: Final = os.environ.get("UNISANDBOX_CONTAINERD_LAB", "")
 SECONDS: Final = 60.0
+EXAMPLE: Final = Path(__file__).resolve().parent.parent.parent / "examples/containerd"
 
 pytestmark = [
     pytest.mark.root,
@@ -43,8 +44,15 @@ class Lab:
     def socket(self) -> str:
         return os.environ.get("UNISANDBOX_SOCKET", "/run/unisandbox/serve/sandboxer.sock")
 
-    def start(self) -> None:
-        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket]
+    @property
+    def containerd(self) -> str:
+        said = subprocess.run([LAB, "env"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
+        return next(word.partition("=")[2] for word in said.split() if word.startswith("CONTAINERD_ADDRESS="))
+
+    def start(self, settings: str = "") -> None:
+        config = self.place / "serve.toml"
+        config.write_text(settings or f'events = "{self.containerd}.ttrpc"\n')
+        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket, "--config", str(config)]
         with (self.place / "log").open("ab") as log:
             self.server = subprocess.Popen(words, stderr=log)
         until(lambda: b"serving" in self.said(), "the server serves", SECONDS)
@@ -68,7 +76,7 @@ class Lab:
         path.write_text(json.dumps(content))
         return str(path)
 
-    def pod(self, **changes: Any) -> tuple[str, str]:
+    def pod(self, handler: str = "uni", **changes: Any) -> tuple[str, str]:
         """A pod: its id, and the file that says what it is."""
         name = uuid.uuid4().hex[:8]
         file = self.file(
@@ -80,7 +88,7 @@ class Lab:
                 **changes,
             }
         )
-        return self.crictl("runp", "--runtime", "uni", file), file
+        return self.crictl("runp", "--runtime", handler, file), file
 
     def container(self, pod: tuple[str, str], *command: str, **changes: Any) -> str:
         """A started container."""
@@ -139,8 +147,12 @@ def test_a_pods_life_by_crictl(lab: Lab) -> None:
     assert "sleep 1000" in lab.crictl("exec", "-s", first, "ps"), "the containers of a pod see each other"
     stats = json.loads(lab.crictl("stats", "-o", "json", first))["stats"]
     assert int(stats[0]["memory"]["workingSetBytes"]["value"]) > 0
+    lab.crictl("update", "--memory", str(96 << 20), "--cpu-share", "512", first)
+    stats = json.loads(lab.crictl("stats", "-o", "json", first))["stats"]
+    assert int(stats[0]["memory"]["availableBytes"]["value"]) < 96 << 20, "the new limit counts"
+    lab.crictl("update", "--cpuset-cpus", "0", first, code=1)
     lab.crictl("stop", first)
-    state = json.loads(lab.crictl("inspect", first))["status"]
+    state = _status(lab, first)
     assert (state["state"], state["exitCode"]) in {("CONTAINER_EXITED", 143), ("CONTAINER_EXITED", 137)}
     lab.crictl("stopp", pod[0])
     assert json.loads(lab.crictl("inspectp", pod[0]))["status"]["state"] == "SANDBOX_NOTREADY"
@@ -150,8 +162,79 @@ def test_a_pods_life_by_crictl(lab: Lab) -> None:
     assert b"which is a bug" not in lab.said()
 
 
-def test_a_terminal_by_crictl(lab: Lab) -> None:
-    container = lab.container(lab.pod(), "sleep", "1000")
+def test_events_come_to_containerd_and_say_who_was_killed_for_memory(lab: Lab) -> None:
+    pod = lab.pod()
+    with subprocess.Popen([LAB, "ctr", "events"], stdout=subprocess.PIPE) as listening:
+        try:
+            assert listening.stdout is not None
+            os.set_blocking(listening.stdout.fileno(), False)
+            said = b""
+
+            def hears(topic: str) -> bool:
+                nonlocal said
+                said += listening.stdout.read() or b""  # type: ignore[union-attr]
+                return topic.encode() in said
+
+            until(lambda: bool(lab.container(pod, "true")) and hears("/tasks/start"), "it listens", SECONDS)
+            limits = {"memory_limit_in_bytes": 32 << 20, "memory_swap_limit_in_bytes": 32 << 20}
+            eater = lab.container(pod, "sh", "-c", "tail /dev/zero; exit 1", linux={"resources": limits})
+            until(lambda: hears("/tasks/oom"), "the kill is told", SECONDS)
+            until(lambda: hears(f'"container_id":"{eater}","id":"{eater}"'), "its end is told", SECONDS)
+        finally:
+            listening.kill()
+    until(lambda: _status(lab, eater)["state"] == "CONTAINER_EXITED", "its end is known", SECONDS)
+    assert (_status(lab, eater)["reason"], _status(lab, eater)["exitCode"]) == ("OOMKilled", 1)
+
+
+def _status(lab: Lab, container: str) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(lab.crictl("inspect", container))["status"]
+    return status
+
+
+def test_streams_without_fifos(lab: Lab) -> None:
+    pod = lab.pod("unistream")
+    count = 300_000  # more than any window
+    first = lab.container(
+        pod,
+        "sh",
+        "-c",
+        f"echo started; head -c {count} /dev/zero | tr '\\0' x; echo; read x; echo ended $x",
+        stdin=True,
+        stdin_once=True,
+    )
+    until(lambda: len(lab.crictl("logs", first)) > count, "its output is in the log", SECONDS)
+    assert lab.crictl("exec", "-s", first, "echo", "fine") == "fine"
+    assert lab.crictl("exec", "-i", first, "cat", stdin=b"x" * count) == "x" * count
+    lab.crictl("exec", first, "sh", "-c", "exit 3", code=1)
+    assert "ended typed" in lab.crictl("attach", "-i", first, stdin=b"typed\n")
+    until(lambda: _status(lab, first)["state"] == "CONTAINER_EXITED", "it has ended", SECONDS)
+    assert lab.crictl("logs", "--tail", "1", first) == "ended typed"
+    lab.crictl("rmp", "-f", pod[0])
+
+
+def test_streams_go_on_when_containerd_is_restarted(lab: Lab) -> None:
+    container = lab.container(lab.pod("unistream"), "sh", "-c", "while :; do echo line; sleep 0.1; done")
+    _restarted(lab, container)
+
+
+@pytest.mark.parametrize("handler", ["uni", "unistream"])
+def test_a_pod_with_a_user_namespace(lab: Lab, handler: str) -> None:
+    rows = [{"host_id": 70_000, "container_id": 0, "length": 100_000}]
+    security = {"security_context": {"namespace_options": {"userns_options": {"mode": 0, "uids": rows, "gids": rows}}}}
+    pod = lab.pod(handler, linux=security)
+    container = lab.container(pod, "sh", "-c", "echo out > /dev/stdout; sleep 1000", linux=security)
+    script = (
+        "cat /proc/self/uid_map; id -u; stat -c %u /bin/busybox; touch /made; ls /sys/class/net; echo > /dev/stderr"
+    )
+    said = lab.crictl("exec", "-s", container, "sh", "-c", script).split()
+    assert said == ["0", "70000", "100000", "0", "0", "eth0", "lo"]
+    until(lambda: lab.crictl("logs", container) == "out", "its output is in the log", SECONDS)
+    lab.crictl("rmp", "-f", pod[0])
+
+
+@pytest.mark.parametrize("handler", ["uni", "unistream"])
+def test_a_terminal_by_crictl(lab: Lab, handler: str) -> None:
+    container = lab.container(lab.pod(handler), "sleep", "1000")
     child, screen = pty.fork()
     if not child:
         os.execv(  # noqa: S606
@@ -198,8 +281,58 @@ def test_pods_live_on_when_the_server_is_killed(lab: Lab) -> None:
 
 def test_containers_live_on_when_containerd_is_restarted(lab: Lab) -> None:
     container = lab.container(lab.pod(), "sh", "-c", "while :; do echo line; sleep 0.1; done")
+    _restarted(lab, container)
+
+
+def _restarted(lab: Lab, container: str) -> None:
     subprocess.run([LAB, "restart"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
     until(lambda: container in lab.crictl("ps", "-q", "--no-trunc", code=None), "containerd has it again", SECONDS)
     before = len(lab.crictl("logs", container))
     until(lambda: len(lab.crictl("logs", container)) > before, "its output goes on", SECONDS)
     assert lab.crictl("exec", "-s", container, "hostname") == "pod-one"
+
+
+def test_the_example_is_a_whole_set_up(lab: Lab, tmp_path: Path) -> None:
+    """containerd with its own settings, ours by `imports`; the server with the example's; then its commands."""
+    lab.end()
+    serve = (EXAMPLE / "serve.toml").read_text()
+    lab.start(serve.replace("/run/containerd/containerd.sock", lab.containerd))
+    address, home = lab.containerd, Path(lab.containerd).parent.parent
+    subprocess.run([LAB, "down"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
+    config = tmp_path / "config.toml"
+    config.write_text(
+        f'version = 3\nimports = ["{EXAMPLE / "config.toml"}"]\nroot = "{home}/root"\nstate = "{home}/run/state"\n'
+        'disabled_plugins = ["io.containerd.nri.v1.nri"]\n'
+        f'[grpc]\naddress = "{address}"\n'
+        "[plugins.'io.containerd.cri.v1.runtime'.cni]\n"
+        f'bin_dirs = ["{home}/bin"]\nconf_dir = "{home}/net.d"\n'
+        "[plugins.'io.containerd.cri.v1.images'.pinned_images]\n"
+        'sandbox = "lab.local/pause:1"\n'
+    )
+    environment = {
+        **os.environ,
+        "PATH": f"{home}/bin:{os.environ['PATH']}",
+        "CONTAINER_RUNTIME_ENDPOINT": f"unix://{address}",
+        "IMAGE_SERVICE_ENDPOINT": f"unix://{address}",
+    }
+    with (
+        (tmp_path / "containerd.log").open("wb") as log,
+        subprocess.Popen(["containerd", "-c", config], env=environment, stdout=log, stderr=log) as containerd,
+    ):
+        try:
+            until(lambda: lab.crictl("images", "-q", code=None) != "", "containerd answers", SECONDS)
+            done = subprocess.run(
+                [EXAMPLE / "demo.sh", "lab.local/busybox:1"],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=SECONDS,
+            )
+            assert done.returncode == 0, done.stderr
+        finally:
+            lab.crictl("rmp", "-af", code=None)
+            containerd.terminate()
+    said = done.stdout.splitlines()
+    assert said[:2] == ["hello from demo", "the first of its processes: sleep"]
+    assert said[-1] == "pods left: 0"

@@ -42,12 +42,6 @@ LINUX = cri.LinuxPodSandboxConfig(
 )
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    """grpclib knows asyncio only."""
-    return "asyncio"
-
-
 @contextmanager
 def server(place: Path, *, ending: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process of its own, which says when it is ready, as systemd wants to hear it."""

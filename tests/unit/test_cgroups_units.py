@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -102,7 +103,7 @@ def test_device_numbers_are_checked(number: int) -> None:
     "arguments",
     [{"memory": 0}, {"memory": -1}, {"swap": -1}, {"cpu": 0.0}, {"cpu": float("nan")}, {"cpu_weight": 0}, {"pids": 0}],
 )
-def test_absurd_limits_are_refused(arguments: dict[str, int]) -> None:
+def test_absurd_limits_are_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
         Limits(**arguments)
 

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
         StartedTask,
         Stdio,
         SupportsCheckpoint,
+        SupportsOomNotice,
         SupportsPause,
         SupportsUpdate,
         TaskService,
@@ -112,6 +113,7 @@ __all__ = [
     "Stdio",
     "SupportsCheckpoint",
     "SupportsGrace",
+    "SupportsOomNotice",
     "SupportsPause",
     "SupportsPrefetch",
     "SupportsUpdate",
@@ -138,8 +140,8 @@ _HOME = {
         "spec": "DEFAULT_CAPABILITIES ContainerSpec Dns Mount Network ProcessSpec Resources Rootfs SandboxSpec"
         " Security Terminal",
         "status": "ContainerStatus FileInfo Metrics SandboxStatus",
-        "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsPause SupportsUpdate"
-        " TaskService TaskState",
+        "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsOomNotice SupportsPause"
+        " SupportsUpdate TaskService TaskState",
     }.items()
     for name in names.split()
 }

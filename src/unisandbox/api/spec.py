@@ -445,6 +445,15 @@ def _hostname(_: object, __: attrs.Attribute[Any], value: Any) -> None:
         raise InvalidArgumentError(f"hostname {value!r} is not valid", hint="Letters, digits, '-' and '.', at most 64.")
 
 
+def _user_ids(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    ids = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(ids) != 2 or any(type(number) is not int or number <= 0 for number in ids) or sum(ids) >= 1 << 32:
+        raise InvalidArgumentError(f"user_ids must be a first id of the host, not 0, and how many, got {value!r:.80}")
+    return ids
+
+
 def _cgroup_parent(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     # No part may be "." or "..": it becomes a part of paths.
     part = r"/[A-Za-z0-9_][A-Za-z0-9_.:@\\-]{0,199}"
@@ -490,6 +499,9 @@ class SandboxSpec:
         annotations: for backends.
         cgroup_parent: the cgroup below which the sandbox's own is made, from the top of each hierarchy, as
             "/kubepods/pod1"; empty: the engine's own place. It is made when it is missing, and stays.
+        user_ids: the host's ids that 0 and those after it are in a private user namespace: the first, and how many;
+            None: a range of 65,536 that nobody else has. When a network namespace is given that belongs to a user
+            namespace of its own, that one is the sandbox's, and must be as it is said here.
     """
 
     isolation: str = "auto"
@@ -512,9 +524,12 @@ class SandboxSpec:
     labels: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     annotations: Mapping[str, str] = attrs.field(factory=dict, converter=_labels)
     cgroup_parent: str = attrs.field(default="", validator=_cgroup_parent)
+    user_ids: tuple[int, int] | None = attrs.field(default=None, converter=_user_ids)
 
     def __attrs_post_init__(self) -> None:
         check_isolation(self.isolation)
+        if self.user_ids is not None and self.userns != "private":
+            raise InvalidArgumentError("user_ids are of a private user namespace, and userns is 'host'")
         if self.name is not None:
             check_name(self.name)
         for field, given in (("sysctls", self.sysctls), ("hosts", self.hosts)):

@@ -75,6 +75,8 @@ class Metrics:
 
     Attributes:
         memory_bytes, memory_peak_bytes: memory in use, and the most so far.
+        memory_inactive_file_bytes: what of it is page cache that nobody has used lately, which the kernel takes back
+            before it kills for memory. The rest is what engines call the working set.
         memory_limit_bytes: the limit, None when not limited.
         cpu_seconds: processor time used.
         pids: processes and threads.
@@ -92,6 +94,7 @@ class Metrics:
     oom_kills: int | None = None
     disk_bytes: int | None = None
     disk_limit_bytes: int | None = None
+    memory_inactive_file_bytes: int | None = None
 
 
 @attrs.frozen

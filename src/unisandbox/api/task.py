@@ -212,10 +212,33 @@ class SupportsPause(Protocol):
 
 @runtime_checkable
 class SupportsUpdate(Protocol):
-    """A task service that can change the limits of a running container."""
+    """A task service that can change the limits of a living container."""
 
-    async def update(self, container_id: str, resources: Resources) -> None:
-        """Set the new limits; all of them or none."""
+    async def update(self, container_id: str, resources: Resources | str) -> None:
+        """Set the new limits; all of them or none.
+
+        Args:
+            container_id: whose.
+            resources: its limits from now on; or the text of an OCI object `linux.resources`: what it does not say, or
+                says as 0, stays as it is, and a negative number takes a limit away.
+
+        Raises:
+            UnsupportedError: a limit that cannot be changed, or not be set here; it is named.
+            FailedPreconditionError: the container has ended, or uses more than the new limit.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsOomNotice(Protocol):
+    """A task service that can tell at once that the kernel has killed processes for memory."""
+
+    async def more_oom_kills(self, container_id: str, than: int = 0) -> int:
+        """Wait until more than so many processes of the container were killed for memory; how many were.
+
+        Raises:
+            UnavailableError: nobody counts them on this host.
+        """
         ...
 
 

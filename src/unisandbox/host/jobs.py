@@ -6,9 +6,10 @@ checks every field and turns steps into calls of `namespaces` and `mounts`. An u
 
 Steps are `{"do": NAME, ...}`; fields without "=" are required.
 
-- `namespaces`: `kinds` (of user, net, ipc, uts), `uid_map=null`, `gid_map=null` (rows `[inside, outside, count]`; both,
-  with "user"), `hostname=null`, `domainname=null`, `sysctls={}` (strings by dotted name), `loopback=true`. Makes them,
-  the others owned by the new "user" one; names their fds by kind; result `{"inodes": {kind: number}}`.
+- `namespaces`: `kinds` (of user, net, ipc, uts), `user=null` (the n-th fd of the request: a user namespace that is
+  there already, in place of the kind), `uid_map=null`, `gid_map=null` (rows `[inside, outside, count]`; both, with
+  either), `hostname=null`, `domainname=null`, `sysctls={}` (strings by dotted name), `loopback=true`. Makes them, the
+  others owned by the "user" one; names their fds by kind; result `{"inodes": {kind: number}}`.
 - `detached`: `name`, `size`, `inodes`, `mode=0o755`. Names an fd of a tmpfs that is mounted nowhere, to build on (Linux
   6.15). It lasts as long as this fd, with all that is mounted in it.
 - `mounts`: `root` (an absolute path without symbolic links, or `{"name": s}`), `ops`: see `mount_operations`; result
@@ -111,8 +112,11 @@ def _namespaces(job: Job, fields: Fields) -> dict[str, object]:
     sysctls = fields.any("sysctls") or {}
     if not isinstance(sysctls, dict) or not all(isinstance(text, str) for pair in sysctls.items() for text in pair):
         raise ValueError(f"field 'sysctls' must have strings by name, got {sysctls!r}")
+    given = fields.number_or_none("user")
+    user_fd = None if given is None else job.given(given)
     made = namespaces.create(
         strings("kinds", fields.items("kinds")),
+        user_fd=user_fd,
         uid_map=_id_map(fields.items("uid_map", required=False)) or None,
         gid_map=_id_map(fields.items("gid_map", required=False)) or None,
         hostname=fields.text_or_none("hostname"),
@@ -121,6 +125,8 @@ def _namespaces(job: Job, fields: Fields) -> dict[str, object]:
         loopback=fields.flag("loopback", True),
         leave_child=job.leave_children,
     )
+    if user_fd is not None:
+        made["user"] = os.dup(user_fd)
     for kind, fd in made.items():
         job.name(kind, fd)
     return {"inodes": {kind: namespaces.namespace_inode(fd) for kind, fd in made.items()}}

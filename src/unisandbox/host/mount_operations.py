@@ -12,7 +12,7 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
   always), `unlink=false` (remove its name once it is mounted).
 - `bind`: `source`, `recursive=true`, `attributes` (hold for the whole tree), `idmap=false` (true, or "try"),
   `create=false` (make the mount point, and directories above it), `detached=false` (the source is a tree that
-  `mounts.detached_tree` made).
+  `mounts.detached_tree` made), `propagation="private"` (or "slave", "shared": see `Tree.bind`).
 - `overlay`: `lower` (sources, the uppermost first), `front=[]` (lower ones above these whose ids are never mapped),
   `upper=null`, `work=null` (sources), `idmap=false`, `volatile=false`, `attributes`.
 - `restrict`: `attributes` (what the mount at `path` has besides stays), `recursive=true`.
@@ -24,7 +24,7 @@ import os
 
 from unisandbox.host import mounts
 from unisandbox.host.job import Fields, Job, strings
-from unisandbox.host.tree import Tree
+from unisandbox.host.tree import PROPAGATION, Tree
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ def _op_bind(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
         fields.flag("detached", False),
         fields.flag("follow", False),
     )
+    propagation = fields.text_or_none("propagation") or "private"
+    if propagation not in PROPAGATION:
+        raise ValueError(f"field 'propagation' must be one of {', '.join(PROPAGATION)}, got {propagation!r}")
     source, owned = job.source(fields.any("source"))
     try:
         mapped = tree.bind(
@@ -108,6 +111,7 @@ def _op_bind(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
             require_idmap=required,
             create=create,
             detached=detached,
+            propagation=propagation,
             follow=follow,
         )
     finally:

@@ -1,9 +1,9 @@
 """Mounts: made detached, found without following links, taken away at once. Standard library only.
 
-Every mount is made detached (fsmount, open_tree) and gets its attributes while nobody can see it. All are private: what
-is mounted on the host later does not appear in them (a submount that came by propagation would be writable inside a
-read-only tree). Source: mount_setattr(2), open_tree(2), fsopen(2), openat2(2), Documentation/filesystems/overlayfs.rst,
-idmappings.rst.
+Every mount is made detached (fsmount, open_tree) and gets its attributes while nobody can see it. All are private, but
+for those that are asked to be otherwise: what is mounted on the host later does not appear in them (a submount that
+came by propagation would be writable inside a read-only tree). Source: mount_setattr(2), open_tree(2), fsopen(2),
+openat2(2), Documentation/filesystems/overlayfs.rst, sharedsubtree.rst, idmappings.rst.
 """
 
 from __future__ import annotations
@@ -166,9 +166,26 @@ def idmap(tree: int, userns_fd: int, recursive: bool, required: bool) -> bool:
     return True
 
 
-def detach(mount_fd: int) -> None:
-    """Unmount what was attached as `mount_fd`, with all that is mounted on it."""
+def passes_on(path: str, propagation: str) -> bool:
+    """Whether what is mounted later below a path without symbolic links is passed on so: "shared", or "slave"."""
+    fd = open_source(path)
     try:
+        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+            number = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
+    finally:
+        os.close(fd)
+    tags = [b"shared:"] if propagation == "shared" else [b"shared:", b"master:"]
+    with open("/proc/self/mountinfo", "rb") as table:
+        line = next((line for line in table if line.startswith(number + b" ")), b"")
+    # Source: proc_pid_mountinfo(5), the optional fields.
+    return any(word.startswith(tuple(tags)) for word in line.partition(b" - ")[0].split()[6:])
+
+
+def detach(mount_fd: int) -> None:
+    """Unmount what was attached as `mount_fd`, with all that is mounted on it, here and nowhere else."""
+    try:
+        # With its peers it would take away what is mounted on them, too. Source: propagate_umount, fs/pnode.c.
+        syscalls.mount_setattr(mount_fd, "", propagation=syscalls.MS_PRIVATE, recursive=True)
         syscalls.umount(f"/proc/self/fd/{mount_fd}", syscalls.MNT_DETACH)
     except OSError as error:
         if error.errno != errno.EINVAL:  # EINVAL: it is mounted nowhere (any more), which is what was wanted

@@ -81,11 +81,16 @@ def owner_userns_inode(fd: int) -> int:
     Raises:
         PermissionError: it lies outside the caller's own user namespace.
     """
-    owner = fcntl.ioctl(fd, syscalls.NS_GET_USERNS)
+    owner = owner_userns(fd)
     try:
         return namespace_inode(owner)
     finally:
         os.close(owner)
+
+
+def owner_userns(fd: int) -> int:
+    """A descriptor of the user namespace that owns the namespace `fd`; the caller closes it. Raises as above."""
+    return fcntl.ioctl(fd, syscalls.NS_GET_USERNS)
 
 
 def process_namespaces(pid: int) -> dict[str, int]:
@@ -110,6 +115,7 @@ def create(
     sysctls: dict[str, str] | None = None,
     loopback: bool = True,
     leave_child: bool = False,
+    user_fd: int | None = None,
 ) -> dict[str, int]:
     """Make namespaces; the caller stays in its own.
 
@@ -125,6 +131,7 @@ def create(
             sandbox may have is for the caller to know.
         loopback: bring `lo` up in a new network namespace.
         leave_child: leave a killed child to the caller to be reaped (waitpid): its end takes as long as all the rest.
+        user_fd: a user namespace that shall own them, which is there already and must have these maps.
 
     Returns:
         Descriptors by kind, each verified to be another namespace than the caller's and rightly owned.
@@ -135,23 +142,25 @@ def create(
             map, a sysctl's value, ... Nothing is left then.
     """
     sysctls = sysctls or {}
-    _check_wishes(kinds, uid_map, gid_map, hostname, domainname, sysctls)
+    _check_wishes(kinds, uid_map, gid_map, hostname, domainname, sysctls, is_given=user_fd is not None)
     flags = 0
     for kind in kinds:
         flags |= KINDS[kind]
     root = _outside_root(uid_map, gid_map) if uid_map and gid_map else (0, 0)
     fds: dict[str, int] = {}
-    pid = _clone_as_root_of(flags, root)
+    pid = _clone_as_root_of(flags, root) if user_fd is None else _fork_into(user_fd, flags)
     try:
         try:
-            if uid_map and gid_map:
-                _write(f"/proc/{pid}/uid_map", _rows(uid_map))
-                _write(f"/proc/{pid}/gid_map", _rows(gid_map))
+            for name, rows in (("uid_map", uid_map), ("gid_map", gid_map)):
+                if rows and user_fd is None:
+                    _write(f"/proc/{pid}/{name}", _rows(rows))
+                elif rows and _read_rows(f"/proc/{pid}/{name}") != rows:
+                    raise OSError(errno.EINVAL, f"the {name} of the given user namespace is another one")
             for kind in kinds:
                 fds[kind] = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
         finally:
             os.kill(pid, signal.SIGKILL)
-        _verify(fds)
+        _verify(fds, user_fd)
         _set_up(fds, root, hostname, domainname, sysctls, loopback)
     except BaseException:
         for fd in fds.values():
@@ -170,10 +179,13 @@ def _check_wishes(
     hostname: str | None,
     domainname: str | None,
     sysctls: dict[str, str],
+    *,
+    is_given: bool,
 ) -> None:
     if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(_MADE_HERE):
         raise ValueError(f"kinds must be some of {', '.join(_MADE_HERE)}, each once, got {list(kinds)}")
-    if ("user" in kinds) != bool(uid_map) or ("user" in kinds) != bool(gid_map):
+    mapped = "user" in kinds or is_given
+    if mapped != bool(uid_map) or mapped != bool(gid_map) or ("user" in kinds and is_given):
         raise ValueError("a user namespace needs a uid map and a gid map, and nothing else has them")
     if (hostname is not None or domainname is not None) and "uts" not in kinds:
         raise ValueError("a host or domain name needs a uts namespace of its own")
@@ -235,8 +247,42 @@ def _clone_as_root_of(flags: int, root: tuple[int, int]) -> int:
         syscalls.setfsgid(0)
 
 
-def _verify(fds: dict[str, int]) -> None:
-    owner = namespace_inode(fds.get("user", "/proc/self/ns/user"))
+def _fork_into(user_fd: int, flags: int) -> int:
+    """A child in a user namespace that is there already, and in new ones that belong to it; it sleeps until its end.
+
+    A fork, since who has entered a user namespace is lost for everything else.
+    """
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        try:
+            syscalls.setns(user_fd, syscalls.CLONE_NEWUSER)
+            os.setresgid(0, 0, 0)
+            os.setresuid(0, 0, 0)
+            syscalls.unshare(flags)
+            os.write(writer, b"\0")
+            signal.pause()
+        except OSError as error:
+            os.write(writer, bytes([error.errno or errno.EIO]))
+        finally:
+            os._exit(1)
+    os.close(writer)
+    said = os.read(reader, 1) or bytes([errno.EIO])
+    os.close(reader)
+    if said != b"\0":
+        os.waitpid(pid, 0)
+        why = os.strerror(said[0])
+        raise OSError(said[0], f"cannot make namespaces in the given user namespace: {why}")
+    return pid
+
+
+def _read_rows(path: str) -> IdMap:
+    with open(path, encoding="ascii") as file:
+        return [(int(inside), int(outside), int(count)) for inside, outside, count in map(str.split, file)]
+
+
+def _verify(fds: dict[str, int], user_fd: int | None) -> None:
+    owner = namespace_inode(fds.get("user", "/proc/self/ns/user" if user_fd is None else user_fd))
     for kind, fd in fds.items():
         if namespace_inode(fd) == namespace_inode(f"/proc/self/ns/{kind}"):
             raise OSError(errno.EBADE, f"the new {kind} namespace is the host's own")

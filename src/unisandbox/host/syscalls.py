@@ -80,6 +80,8 @@ PR_SET_NAME: Final = 15
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 
+IN_MODIFY: Final = 0x2
+
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
 PIDFD_INFO_PID: Final = 1 << 0
 PIDFD_INFO_EXIT: Final = 1 << 3
@@ -224,6 +226,19 @@ def timerfd_settime(timer_fd: int, at: float) -> None:
     value = struct.pack("@4l", 0, 0, seconds, int((at - seconds) * 1e9))
     absolute = 1  # TFD_TIMER_ABSTIME
     _check(_libc.timerfd_settime(ctypes.c_int(timer_fd), ctypes.c_int(absolute), value, None), "timerfd_settime")
+
+
+def inotify(path: str, mask: int) -> int:
+    """A non-blocking inotify of one file."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK  # IN_CLOEXEC, IN_NONBLOCK
+    fd = _check(_libc.inotify_init1(ctypes.c_int(flags)), "inotify_init1")
+    try:
+        encoded = os.fsencode(path)
+        _check(_libc.inotify_add_watch(ctypes.c_int(fd), encoded, ctypes.c_uint32(mask)), "inotify_add_watch", path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF, flags: int = 0) -> None:

@@ -22,6 +22,10 @@ _ATTACH: Final = syscalls.MOVE_MOUNT_F_EMPTY_PATH | syscalls.MOVE_MOUNT_T_EMPTY_
 _LOWERDIR_APPEND: Final = (6, 7)  # the Linux that lets layers of an overlay be named one by one
 
 
+PROPAGATION: Final = {"private": syscalls.MS_PRIVATE, "slave": syscalls.MS_SLAVE, "shared": 0}
+"""Of a copy of a mount, by word. It begins as its source's peer, and stays so with "shared"."""
+
+
 class _Layers:
     """What an overlay is made of: descriptors of directories."""
 
@@ -217,6 +221,7 @@ class Tree:
         require_idmap: bool = True,
         create: bool = False,
         detached: bool = False,
+        propagation: str = "private",
         follow: bool = False,
     ) -> bool:
         """Mount what `source_fd` is open on (directory or file) at `path`.
@@ -231,6 +236,8 @@ class Tree:
             require_idmap: False: mount it unmapped where its file system cannot (overlayfs, FUSE, ...).
             create: make the mount point if it is missing.
             detached: `source_fd` is a detached tree already (`detached_tree`), and is used up.
+            propagation: "private"; or what is mounted later on its source appears here ("slave"), and the other way
+                round ("shared"), if the source passes that on.
             follow: see `mounts.open_below`.
 
         Returns:
@@ -239,7 +246,7 @@ class Tree:
         tree = os.dup(source_fd) if detached else mounts.clone_source(source_fd, recursive)
         try:
             syscalls.mount_setattr(
-                tree, "", set=attributes, propagation=syscalls.MS_PRIVATE, recursive=recursive or detached
+                tree, "", set=attributes, propagation=PROPAGATION[propagation], recursive=recursive or detached
             )
             mapped = userns_fd is not None and mounts.idmap(tree, userns_fd, recursive or detached, require_idmap)
             if create:

@@ -26,11 +26,14 @@ _NEWER: Final[Mapping[str, frozenset[str]]] = {
     "linux": frozenset({"timeOffsets", "netDevices", "memoryPolicy", "intelRdt", "personality"}),
 }
 _NAMESPACES: Final = frozenset({"pid", "network", "mount", "ipc", "uts", "user", "cgroup"})
-_SHARED: Final = frozenset({"shared", "rshared", "slave", "rslave", "unbindable", "runbindable"})
+_PROPAGATION: Final = {"rshared": "shared", "rslave": "slave"}
+_OTHER_PROPAGATION: Final = frozenset({"shared", "slave", "unbindable", "runbindable"})
 # The devices of every container (see the backend), and the console, which is a terminal of devpts.
 _USUAL_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, None)})
 _SHARES_PER_WEIGHT: Final = 1024 / 100  # the defaults of cgroup v1 and v2 mean the same
 _UNLIMITED: Final = 1 << 62
+_OOM_GROUP: Final = "memory.oom.group"
+_NO_LIMITS: Final = Limits(swap=None)
 
 
 def parse(text: str) -> Config:
@@ -77,16 +80,16 @@ def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False)
     for mount in config.get("mounts") or []:
         options = frozenset(mount.get("options") or [])
         where = f"mount {mount.get('destination')!r}"
-        if (mount.get("uidMappings") or mount.get("gidMappings")) and not program.features.idmapped_mounts:
+        if is_mapped(mount) and not _is_bind(mount):
             raise _refusal(f"{where} with ids of its own", program)
         if "rro" in options and not program.features.recursive_readonly:
             raise _refusal(f"{where} that is read-only with all below it", program)
-        if shared := sorted(options & _SHARED):
-            raise UnsupportedError(
-                f"{where} with propagation {shared[0]!r}", "runc", reason="what is mounted later is not passed on"
-            )
-    if (propagation := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate"}:
-        raise UnsupportedError(f"rootfs propagation {propagation!r}", "runc")
+        if other := sorted(options & _OTHER_PROPAGATION):
+            raise UnsupportedError(f"{where} with propagation {other[0]!r}", "runc", alternatives=("rshared", "rslave"))
+        if propagation(mount) != "private" and not _is_bind(mount):
+            raise UnsupportedError(f"{where} with rslave or rshared", "runc", reason="it shows nothing of the host")
+    if (of_root := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate", *_PROPAGATION}:
+        raise UnsupportedError(f"rootfs propagation {of_root!r}", "runc")
     if linux_of(config).get("devices") and not all_devices:
         raise UnsupportedError("devices of the host", "runc", reason="a sandbox has the usual ones only")
 
@@ -95,30 +98,75 @@ def _refusal(what: str, program: RuntimeProgram) -> UnsupportedError:
     return UnsupportedError(what, "runc", reason=f"{program.name} {program.version_text} is not known to honour it")
 
 
-def limits(resources: Mapping[str, Any]) -> Limits:
+def parse_resources(text: str) -> Config:
+    """An OCI object `linux.resources`. Raises InvalidArgumentError when it is none."""
+    try:
+        resources = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"this is no usable OCI object of resources: {error!r}") from error
+    if not isinstance(resources, dict):
+        raise InvalidArgumentError("this is no usable OCI object of resources")
+    return resources
+
+
+def limits(resources: Mapping[str, Any], now: Limits = _NO_LIMITS) -> Limits:
     """The limits of a container's own cgroup, but for `devices`.
+
+    Args:
+        resources: what of it is missing, or 0, is as it is `now`; a negative number is no limit.
+        now: the limits that it has.
 
     Raises:
         UnsupportedError: a limit that cannot be set here; it is named.
     """
-    known = {"memory", "cpu", "pids", "devices"}
+    known = {"memory", "cpu", "pids", "devices", "unified"}
     for name, value in resources.items():
         if name not in known and value:
             raise UnsupportedError(f"resources.{name}", "runc")
-    memory, cpu = _part(resources, "memory"), _part(resources, "cpu")
+    memory, cpu, pids = (_part(resources, name) for name in ("memory", "cpu", "pids"))
     _check_part("memory", memory, {"limit", "swap", "checkBeforeUpdate"})
     _check_part("cpu", cpu, {"shares", "quota", "period"})
-    size, both = _positive(memory.get("limit")), _positive(memory.get("swap"))
-    if both is not None and (size is None or both < size):
-        raise InvalidArgumentError(f"resources.memory.swap {both} is less than the memory limit {size}")
-    # In OCI swap counts memory too, and not saying anything means no limit of its own.
-    swap = None if both is None or size is None else both - size
-    quota, period = cpu.get("quota"), cpu.get("period") or 100_000
-    cores = None if not quota or quota < 0 else max(quota / period, CPU_MIN)
-    shares = _positive(cpu.get("shares"))
+    _check_part("pids", pids, {"limit"})
+    size = _limit(memory.get("limit"), now.memory)
+    swap = now.swap
+    if both := memory.get("swap"):
+        # In OCI swap counts memory too.
+        swap = _limit(both, None)
+        if swap is not None and (size is None or swap < size):
+            raise InvalidArgumentError(f"resources.memory.swap {both} is less than the memory limit {size}")
+        swap = None if swap is None or size is None else swap - size
+    shares = _limit(cpu.get("shares"), None)
     weight = None if shares is None else max(1, min(10_000, round(shares / _SHARES_PER_WEIGHT)))
-    pids = _positive(_part(resources, "pids").get("limit"))
-    return Limits(memory=size, swap=swap, cpu=cores, cpu_weight=weight, pids=pids)
+    return Limits(
+        memory=size,
+        swap=swap,
+        cpu=_cores(cpu, now.cpu),
+        cpu_weight=weight if cpu.get("shares") else now.cpu_weight,
+        pids=_limit(pids.get("limit"), now.pids),
+        oom_group=_oom_group(resources, now.oom_group),
+    )
+
+
+def _oom_group(resources: Mapping[str, Any], now: bool) -> bool:
+    """What a kubelet as it comes says of every container, on a host with cgroup v2."""
+    unified = _part(resources, "unified")
+    if other := sorted(unified.keys() - {_OOM_GROUP}):
+        raise UnsupportedError(f"resources.unified.{other[0]}", "runc")
+    value = unified.get(_OOM_GROUP, str(int(now)))
+    if value not in {"0", "1"}:
+        raise InvalidArgumentError(f"resources.unified.{_OOM_GROUP} must be '0' or '1', got {value!r:.80}")
+    return bool(value == "1")
+
+
+def _cores(cpu: Mapping[str, Any], now: float | None) -> float | None:
+    quota, period = cpu.get("quota"), cpu.get("period")
+    if not quota:
+        if period and now is not None:
+            raise UnsupportedError("a change of resources.cpu.period without its quota", "runc")
+        return now
+    if period is not None and period < 0:
+        raise InvalidArgumentError(f"resources.cpu.period must be > 0, got {period}")
+    return None if quota < 0 else max(quota / (period or 100_000), CPU_MIN)
 
 
 def _part(resources: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -136,8 +184,10 @@ def _check_part(name: str, part: Mapping[str, Any], known: set[str]) -> None:
             raise InvalidArgumentError(f"resources.{name}.{key} must be a number, got {value!r:.80}")
 
 
-def _positive(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 < value < _UNLIMITED else None
+def _limit(value: int | None, now: int | None) -> int | None:
+    if not value:
+        return now
+    return value if 0 < value < _UNLIMITED else None
 
 
 def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
@@ -166,13 +216,35 @@ def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
 
 def binds(config: Config) -> Iterator[Config]:
     """The mounts that show something of the host."""
-    for mount in config.get("mounts") or []:
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options") or []):
-            yield mount
+    return filter(_is_bind, config.get("mounts") or [])
 
 
-def overlay_op(mount: RootMount) -> dict[str, object]:
+def is_mapped(mount: Config) -> bool:
+    """Whether a mount (or the `linux` of a config) has ids of its own."""
+    return bool(mount.get("uidMappings") or mount.get("gidMappings"))
+
+
+def has_ids(part: Config, first: int, count: int) -> bool:
+    """Whether those are of one row, from 0 inside to `first` outside."""
+    row = {"containerID": 0, "hostID": first, "size": count}
+    return all(part.get(name) == [row] for name in ("uidMappings", "gidMappings"))
+
+
+def _is_bind(mount: Config) -> bool:
+    return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or []))
+
+
+def propagation(mount: Config) -> str:
+    """What becomes of mounts that are made later: "private", "slave" or "shared"."""
+    return next((_PROPAGATION[option] for option in mount.get("options") or [] if option in _PROPAGATION), "private")
+
+
+def overlay_op(mount: RootMount, ids: tuple[int, int] | None = None) -> dict[str, object]:
     """An overlay as an operation of a job, its `path` still missing.
+
+    Args:
+        mount: what an engine says.
+        ids: the first id of the host, and how many, of the user namespace of whoever sees it.
 
     Directories are named one by one there, so that no option is too long however many layers there are.
 
@@ -190,12 +262,17 @@ def overlay_op(mount: RootMount) -> dict[str, object]:
             attributes.append("readonly")
         elif option == "volatile":
             given[name] = "yes"
+        elif name in {"uidmap", "gidmap"} and ids is not None and value == f"0:{ids[0]}:{ids[1]}":
+            given[name] = value
         elif option not in {"rw", "index=off"}:  # "off" is what the kernel does unless it is built otherwise
             raise UnsupportedError(f"overlay option {option!r}", "runc")
     if "lowerdir" not in given or ("upperdir" in given) != ("workdir" in given):
         raise InvalidArgumentError("an overlay needs lowerdir, and upperdir and workdir together")
+    if ("uidmap" in given) != ("gidmap" in given):
+        raise InvalidArgumentError("an overlay has uidmap and gidmap, or none of them")
     op: dict[str, object] = {
         "op": "overlay",
+        "idmap": "uidmap" in given,
         "lower": [_directory(path) for path in given["lowerdir"].split(":")],
         "attributes": attributes,
         "volatile": "volatile" in given,

@@ -1,4 +1,4 @@
-"""What a runtime has made: from the pid-file of a call to a process that is certainly the one, in its cgroup."""
+"""What a runtime (or init) has made: from its pid to a process that is certainly the one, in its cgroup."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 from unisandbox.api.errors import BackendError
 from unisandbox.host import pidfd as pidfds
 from unisandbox.oci.answers import read_log, why
-from unisandbox.oci.calls import Call, children, kill_tree
+from unisandbox.oci.calls import Call, Spawner, children, kill_tree
 from unisandbox.oci.states import RuntimeFiles
 
 # Source: PID_MAX_LIMIT, include/linux/threads.h.
@@ -40,13 +40,8 @@ async def identify(
 ) -> Created:
     """From a pid-file to a process that is certainly the one: a child of the keeper, held by a pidfd."""
     pid = _read_pid(files, call, pid_file)
-    with contextlib.suppress(ProcessLookupError):
-        start_time = pidfds.start_time(pid)
-        # It is that process which had the start time before and has it after.
-        if _parent(pid) == files.keeper.pid and files.keeper.alive:
-            created = Created(pid, start_time, pidfds.open_verified(pid, start_time), bundle)
-            files.keeper.expect(pid, start_time)
-            return created
+    if created := child_of(files.keeper, pid, bundle):
+        return created
     if exits_after is not None:
         # It has ended and was reaped before we could look at it.
         records, _ = await files.keeper.exits_after(exits_after)
@@ -56,6 +51,18 @@ async def identify(
     log = read_log(call.log)
     reason = why(log) or "its log is empty"
     raise BackendError(f"{call.label}: process {pid} is not there, or not its process: {reason}", log=log)
+
+
+def child_of(keeper: Spawner, pid: int, bundle: str = "") -> Created | None:
+    """The process that has this pid, if it is a child of the keeper's."""
+    with contextlib.suppress(ProcessLookupError):
+        start_time = pidfds.start_time(pid)
+        # It is that process which had the start time before and has it after.
+        if _parent(pid) == keeper.pid and keeper.alive:
+            created = Created(pid, start_time, pidfds.open_verified(pid, start_time), bundle)
+            keeper.expect(pid, start_time)
+            return created
+    return None
 
 
 def _read_pid(files: RuntimeFiles, call: Call, pid_file: str) -> int:

@@ -84,6 +84,7 @@ def metrics_of(cgroup: Cgroup) -> Metrics:
     stats = cgroup.stats()
     return Metrics(
         memory_bytes=stats.memory_bytes,
+        memory_inactive_file_bytes=stats.memory_inactive_file_bytes,
         memory_peak_bytes=stats.memory_peak_bytes,
         memory_limit_bytes=stats.memory_limit_bytes,
         cpu_seconds=stats.cpu_seconds,

@@ -45,10 +45,12 @@ from unisandbox.host.ends import HeldEnd
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.latest import EXITS_KEPT, Latest
 from unisandbox.host.pidfd import has_ended
+from unisandbox.oci.changing import change_limits
 from unisandbox.oci.ends import end_now, exit_of, wait_end, wait_end_of_init
 from unisandbox.oci.ledger import ContainerFacts, Ledger, container_facts
 from unisandbox.oci.made import Created
-from unisandbox.oci.plan import Planner, limits_of, metrics_of
+from unisandbox.oci.memory import more_oom_kills
+from unisandbox.oci.plan import Planner, metrics_of
 from unisandbox.oci.processes import (
     Container,
     Process,
@@ -65,8 +67,6 @@ from unisandbox.oci.starting import OWN_LEAVES, START_SECONDS, Starter, is_with_
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
 _TOLD_SECONDS: Final = 1.0
-# What of the resources no cgroup limits: it is fixed when a container is made.
-_FIXED: Final = ("disk", "nofile", "core", "cpu_seconds")
 
 
 class OciTaskService:
@@ -489,6 +489,10 @@ class OciTaskService:
             return metrics  # not counted here
         return attrs.evolve(metrics, oom_kills=all_oom_kills_of(container))
 
+    async def more_oom_kills(self, container_id: str, than: int = 0) -> int:
+        """See `SupportsOomNotice.more_oom_kills`."""
+        return await more_oom_kills(self._container(container_id), than)
+
     def oom_kills(self) -> int:
         """Processes of the sandbox that were killed for memory; cgroup v1 counts only those of one cgroup."""
         return self._oom_kills_gone + sum(all_oom_kills_of(container) for container in self._containers.values())
@@ -522,19 +526,10 @@ class OciTaskService:
         self._container(container_id).plan.cgroup.thaw()
         await anyio.lowlevel.checkpoint()
 
-    async def update(self, container_id: str, resources: Resources) -> None:
-        """See `SupportsUpdate.update`. Only what a cgroup limits can be changed; the rest must be as it is."""
-        container = self._container(container_id)
-        now = (container.spec and container.spec.resources) or Resources()
-        fixed = [name for name in _FIXED if getattr(resources, name) != getattr(now, name)]
-        if fixed:
-            raise UnsupportedError(
-                f"a change of {', '.join(fixed)} of a living container",
-                "runc",
-                hint="Leave it out, or give what it was made with.",
-            )
-        container.plan.cgroup.set_limits(limits_of(resources))
-        await anyio.lowlevel.checkpoint()
+    async def update(self, container_id: str, resources: Resources | str) -> None:
+        """See `SupportsUpdate.update`."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
+        change_limits(self._container(container_id), resources, self._label)
 
     def _container(self, container_id: str) -> Container:
         container = self._containers.get(container_id)

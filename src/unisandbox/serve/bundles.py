@@ -8,7 +8,7 @@ import stat
 from collections.abc import Sequence
 from typing import Any, Final
 
-from unisandbox.api import InvalidArgumentError
+from unisandbox.api import InvalidArgumentError, UnsupportedError
 from unisandbox.api.task import SANDBOX_NAMESPACES
 from unisandbox.serve.cri import NODE
 from unisandbox.serve.pods import PodFacts
@@ -43,12 +43,55 @@ def adapted(config: dict[str, Any], facts: PodFacts) -> str:
     The engine names all namespaces of a pod by its process, which the pod does not have: those that it shares with the
     host are left out here, the others are the sandbox's.
     """
-    linux = config.get("linux") or {}
-    hosts = {"ipc": facts.ipc == NODE, "pid": facts.pid == NODE, "net": facts.network == NODE, "user": True}
+    linux = _linux_of(config)
+    hosts = {
+        "ipc": facts.ipc == NODE,
+        "pid": facts.pid == NODE,
+        "net": facts.network == NODE,
+        "user": facts.user == NODE,
+    }
     linux["namespaces"] = [space for space in _spaces(linux) if not hosts.get(_own_kind(space), False)]
     if facts.sysctls:
         linux["sysctl"] = {**(linux.get("sysctl") or {}), **facts.sysctls}
     return json.dumps({**config, "linux": linux}, separators=(",", ":"))
+
+
+def owner_of(process: object, ids: tuple[int, int]) -> tuple[int, int]:
+    """The host's ids of an OCI process object's user and group, in a user namespace.
+
+    Args:
+        process: the object.
+        ids: the host's first id there, and how many.
+    """
+    user = process.get("user") if isinstance(process, dict) else None
+    own = [(user or {}).get(name, 0) for name in ("uid", "gid")] if isinstance(user or {}, dict) else []
+    if len(own) != 2 or any(type(number) is not int or not 0 <= number < ids[1] for number in own):
+        raise InvalidArgumentError(f"user {user!r:.80} of a process has no ids in its user namespace")
+    return ids[0] + own[0], ids[0] + own[1]
+
+
+def changed_resources(value: bytes, bundle: str) -> str:
+    """The text of an OCI object `linux.resources` without its devices, which must be those of the bundle.
+
+    Engines say all of it again when they change a limit.
+
+    Raises:
+        UnsupportedError: its devices are others than when the container was made.
+    """
+    try:
+        resources = json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"the resources cannot be read: {error}") from error
+    if not isinstance(resources, dict):
+        raise InvalidArgumentError("the resources are no object")
+    devices = resources.pop("devices", None)
+    if devices and devices != (_linux_of(read_config(bundle)).get("resources") or {}).get("devices"):
+        raise UnsupportedError("a change of resources.devices of a living container", "serve")
+    return json.dumps(resources)
+
+
+def _linux_of(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get("linux") or {}  # `read_config` has looked at it
 
 
 def _spaces(linux: dict[str, Any]) -> Sequence[dict[str, Any]]:

@@ -29,6 +29,7 @@ class ServeConfig:
     Attributes:
         root: the engine's state directory.
         socket: of the controller; task sockets lie beside it.
+        events: containerd's socket for events, its own with ".ttrpc" at the end; empty: nobody is told.
         isolation: the backend of pods that nothing else is said of.
         handlers: backends by the name of the runtime handler (Kubernetes' RuntimeClass handler).
         sandboxers: backends by the name under which the engine knows this sandboxer.
@@ -39,6 +40,7 @@ class ServeConfig:
 
     root: str = DEFAULT_ROOT
     socket: str = DEFAULT_SOCKET
+    events: str = ""
     isolation: str = "runc"
     handlers: Mapping[str, str] = attrs.field(factory=dict)
     sandboxers: Mapping[str, str] = attrs.field(factory=dict)
@@ -46,7 +48,7 @@ class ServeConfig:
     privileged: bool = False
 
     def __attrs_post_init__(self) -> None:
-        for name in ("root", "socket"):
+        for name in ("root", "socket", *(["events"] if self.events else [])):
             path = getattr(self, name)
             if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
                 raise InvalidArgumentError(f"{name} must be an absolute path, got {path!r}")

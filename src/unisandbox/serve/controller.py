@@ -5,7 +5,6 @@ Source: containerd, api/services/sandbox/v1/sandbox.proto.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import time
@@ -18,6 +17,7 @@ from unisandbox.api.proto.containerd.services.sandbox import v1
 from unisandbox.api.proto.containerd.types import Metric, Platform
 from unisandbox.api.proto.methods import ControllerV1
 from unisandbox.serve.metrics import any_of
+from unisandbox.serve.moments import moment
 from unisandbox.serve.pods import Pods
 from unisandbox.wire.services import Call, Services, namespace_of
 
@@ -153,11 +153,6 @@ class Controller:
             tasks = request.sandbox.extensions.get(_TASKS) if request.sandbox is not None else None
             self._pods.announced[entry.sandbox_id] = _announced(b"{}" if tasks is None else tasks.value)
         return v1.ControllerUpdateResponse()
-
-
-def moment(seconds: float) -> datetime.datetime:
-    """A time as messages have it."""
-    return datetime.datetime.fromtimestamp(seconds, tz=datetime.UTC)
 
 
 def _info(backend: str, namespaces: Mapping[str, int]) -> str:

@@ -34,10 +34,21 @@ class DnsConfig(betterproto2.Message):
 
 
 @dataclass(eq=False, repr=False)
+class IdMapping(betterproto2.Message):
+    """So many ids, from one of the host's and one of the container's on."""
+
+    host_id: int = betterproto2.field(1, betterproto2.TYPE_UINT32)
+    container_id: int = betterproto2.field(2, betterproto2.TYPE_UINT32)
+    length: int = betterproto2.field(3, betterproto2.TYPE_UINT32)
+
+
+@dataclass(eq=False, repr=False)
 class UserNamespace(betterproto2.Message):
-    """Whether ids are mapped."""
+    """Whether ids are mapped, and how."""
 
     mode: int = betterproto2.field(1, betterproto2.TYPE_INT32)
+    uids: list[IdMapping] = betterproto2.field(2, betterproto2.TYPE_MESSAGE, repeated=True)
+    gids: list[IdMapping] = betterproto2.field(3, betterproto2.TYPE_MESSAGE, repeated=True)
 
 
 @dataclass(eq=False, repr=False)

@@ -28,7 +28,10 @@ from unisandbox.serve import systemd
 from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.controller import Controller
 from unisandbox.serve.pods import Pods
+from unisandbox.serve.publishing import Publisher
+from unisandbox.serve.streaming import Streaming
 from unisandbox.serve.tasks import OfPod, Tasks
+from unisandbox.serve.telling import Telling
 from unisandbox.wire import grpc
 from unisandbox.wire.accepting import accept
 from unisandbox.wire.services import Services
@@ -87,7 +90,11 @@ class Server:
         self._tasks = _Counted()
         self._pods = Pods(core, config, os.path.dirname(config.socket), self._listen)
         Controller(self._pods).add_to(self._controller)
-        Tasks(self._pods, group).add_to(self._tasks)
+        self._publisher = Publisher(config.events)
+        self._telling = Telling(self._publisher, group)
+        streaming = Streaming(self._pods, group)
+        streaming.add_to(self._tasks)
+        Tasks(self._pods, self._telling, streaming, group).add_to(self._tasks)
         self._grpc = grpc.server(self._controller)
         self._transports: list[asyncio.BaseTransport] = []
 
@@ -96,14 +103,17 @@ class Server:
         """The pods that it serves."""
         return self._pods
 
-    def begin(self, listener: socket.socket) -> None:
+    async def begin(self, listener: socket.socket) -> None:
         """Take over the pods of a former server, then calls.
 
         Args:
             listener: of the controller's socket; closed at the end.
         """
-        count = self._pods.adopt()
-        _logger.info("serving %d pods at %s", count, listener.getsockname())
+        pods = self._pods.adopt()
+        _logger.info("serving %d pods at %s", len(pods), listener.getsockname())
+        self._group.start_soon(self._publisher.run)
+        for entry in pods:
+            await self._telling.adopt(self._pods.place(entry))
         self._group.start_soon(self._accept, listener, "", self._take_grpc, anyio.CancelScope())
 
     async def drain(self) -> None:
@@ -269,7 +279,7 @@ async def serving(config: ServeConfig, *, given: socket.socket | None = None) ->
             listener = listen(config.socket) if given is None else given
             async with anyio.create_task_group() as group:
                 server = Server(core, config, group)
-                server.begin(listener)
+                await server.begin(listener)
                 group.start_soon(_watch, core)
                 try:
                     yield server

@@ -19,19 +19,28 @@ def any_of(metrics: Metrics, *, unified: bool) -> Any:
         unified: the host has cgroup v2 alone.
     """
     used, most, limit = metrics.memory_bytes or 0, metrics.memory_peak_bytes or 0, metrics.memory_limit_bytes
+    inactive = metrics.memory_inactive_file_bytes or 0
     seconds = metrics.cpu_seconds or 0.0
     if unified:
         made = v2.Metrics(
             pids=v2.PidsStat(current=metrics.pids or 0, limit=metrics.pids_limit or 0),
             cpu=v2.CpuStat(usage_usec=int(seconds * _MICRO)),
-            memory=v2.MemoryStat(usage=used, usage_limit=(1 << 64) - 1 if limit is None else limit, max_usage=most),
+            memory=v2.MemoryStat(
+                usage=used,
+                usage_limit=(1 << 64) - 1 if limit is None else limit,
+                max_usage=most,
+                inactive_file=inactive,
+            ),
             memory_events=v2.MemoryEvents(oom_kill=metrics.oom_kills or 0),
         )
         return Any(type_url="io.containerd.cgroups.v2.Metrics", value=bytes(made))
     old = v1.Metrics(
         pids=v1.PidsStat(current=metrics.pids or 0, limit=metrics.pids_limit or 0),
         cpu=v1.CpuStat(usage=v1.CpuUsage(total=int(seconds * _NANO))),
-        memory=v1.MemoryStat(usage=v1.MemoryEntry(limit=_UNLIMITED if limit is None else limit, usage=used, max=most)),
+        memory=v1.MemoryStat(
+            total_inactive_file=inactive,
+            usage=v1.MemoryEntry(limit=_UNLIMITED if limit is None else limit, usage=used, max=most),
+        ),
         memory_oom_control=v1.MemoryOomControl(oom_kill=metrics.oom_kills or 0),
     )
     return Any(type_url="io.containerd.cgroups.v1.Metrics", value=bytes(old))

@@ -22,6 +22,7 @@ from unisandbox.api import (
     RootMount,
     SandboxSpec,
     Security,
+    TaskService,
     UnsupportedError,
     check_id,
     short_name,
@@ -31,10 +32,14 @@ from unisandbox.engine.core import EngineCore
 from unisandbox.engine.entry import Entry
 from unisandbox.serve import cri
 from unisandbox.serve.config import ServeConfig
+from unisandbox.serve.stdio import HeldStreams
 from unisandbox.wire import codec
 
 LABEL: Final = "io.unisandbox.pod"
 """The label of a pod's sandbox that holds its facts."""
+
+POD_KEY: Final = "unisandbox-pod"
+"""The metadata of a task service's call that names its pod: set here for every request, whatever the caller says."""
 
 _METADATA: Final = "metadata"
 _MOST_WAITING: Final = 4096
@@ -48,7 +53,7 @@ class PodFacts(NamedTuple):
 
     Attributes:
         namespace: containerd's, of whoever made it.
-        pid, ipc, network: whose namespaces; see `cri`.
+        pid, ipc, network, user: whose namespaces; see `cri`.
         sysctls: for each of its containers.
     """
 
@@ -57,6 +62,7 @@ class PodFacts(NamedTuple):
     ipc: int = cri.POD
     network: int = cri.POD
     sysctls: Mapping[str, str] = {}
+    user: int = cri.NODE
 
 
 class _Asked(NamedTuple):
@@ -65,6 +71,14 @@ class _Asked(NamedTuple):
     namespace: str
     spec: SandboxSpec
     created_at: float
+
+
+class Place(NamedTuple):
+    """A pod that is at work: its sandbox, its containers and their streams."""
+
+    entry: Entry
+    task: TaskService
+    streams: HeldStreams
 
 
 class Pods:
@@ -91,8 +105,8 @@ class Pods:
         #: Called with the id of a pod that is gone.
         self.on_removed: list[Callable[[str], None]] = []
 
-    def adopt(self) -> int:
-        """Listen for the pods of a former server, and remove the sockets of those that are gone; how many there are."""
+    def adopt(self) -> list[Entry]:
+        """Listen for the pods of a former server, and remove the sockets of those that are gone; which there are."""
         pods = [entry for entry in self.core.entries() if LABEL in entry.spec.labels]
         alive = {self.path(entry.sandbox_id) for entry in pods}
         for name in os.listdir(self._directory):
@@ -101,7 +115,12 @@ class Pods:
                 os.unlink(path)
         for entry in pods:
             self._serve(entry.sandbox_id)
-        return len(pods)
+        return pods
+
+    def place(self, entry: Entry) -> Place:
+        """Where calls for a started pod go."""
+        host = self.core.host
+        return Place(entry, entry.task, HeldStreams(host.keeper, host.prefix(entry.sandbox_id)))
 
     def path(self, sandbox_id: str) -> str:
         """Of the pod's task socket."""
@@ -192,9 +211,17 @@ class Pods:
         _check(modes)
         if security.privileged and not self._config.privileged:
             raise UnsupportedError("a privileged pod", "serve", hint="Set privileged = true in its configuration.")
+        user_ids = _user_ids_of(modes)
+        if user_ids is not None and not request.netns_path:
+            raise UnsupportedError("a user namespace of the pod with the host's network", "serve")
         network = Network.namespace(request.netns_path) if request.netns_path else Network.host()
         facts = PodFacts(
-            namespace, modes.pid, modes.ipc, cri.POD if request.netns_path else cri.NODE, dict(linux.sysctls)
+            namespace,
+            modes.pid,
+            modes.ipc,
+            cri.POD if request.netns_path else cri.NODE,
+            dict(linux.sysctls),
+            cri.NODE if user_ids is None else cri.POD,
         )
         _check_sysctls(facts)
         isolation = self._config.backend(
@@ -203,7 +230,8 @@ class Pods:
         return SandboxSpec(
             isolation=isolation,
             network=network,
-            userns="host",
+            userns="host" if user_ids is None else "private",
+            user_ids=user_ids,
             hostname=config.hostname or os.uname().nodename,
             dns=_dns_of(config),
             resources=Resources.unlimited(),
@@ -240,11 +268,21 @@ def _config_of(request: ControllerCreateRequest) -> cri.PodSandboxConfig:
 
 
 def _check(modes: cri.NamespaceOption) -> None:
-    """Refuse what a pod cannot have yet."""
-    if modes.userns_options is not None and modes.userns_options.mode != cri.NODE:
-        raise UnsupportedError("a user namespace of the pod", "serve")
+    """Refuse what means nothing."""
     if modes.pid not in {cri.POD, cri.CONTAINER, cri.NODE, cri.TARGET} or modes.ipc not in {cri.POD, cri.NODE}:
         raise InvalidArgumentError(f"namespace modes of the pod are not valid: pid {modes.pid}, ipc {modes.ipc}")
+
+
+def _user_ids_of(modes: cri.NamespaceOption) -> tuple[int, int] | None:
+    """The host's first id and how many, of a pod with a user namespace of its own; None: it has the host's."""
+    wanted = modes.userns_options
+    if wanted is None or wanted.mode == cri.NODE:
+        return None
+    if wanted.mode != cri.POD:
+        raise InvalidArgumentError(f"the mode of a pod's user namespace is not valid: {wanted.mode}")
+    if len(wanted.uids) != 1 or wanted.uids != wanted.gids or wanted.uids[0].container_id:
+        raise InvalidArgumentError("a pod's user and group ids are mapped by one and the same row, which begins with 0")
+    return wanted.uids[0].host_id, wanted.uids[0].length
 
 
 def _check_sysctls(facts: PodFacts) -> None:

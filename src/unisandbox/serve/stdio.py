@@ -1,8 +1,8 @@
-"""The streams of a container: FIFOs of the engine, whose ends the processes get as they are.
+"""The streams of a container: FIFOs of the engine, whose ends the processes get as they are, or pipes (`streaming`).
 
-Nothing is copied. The opposite ends are held by the keeper, so that neither a restart of the engine nor of this server
-closes a stream that a process uses: a writer waits for its reader to come back, and standard input ends when the engine
-says so (CloseIO).
+What goes through FIFOs is not copied. The opposite ends are held by the keeper, so that neither a restart of the engine
+nor of this server closes a stream that a process uses: a writer waits for its reader to come back, and standard input
+ends when the engine says so (CloseIO).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from unisandbox.api import InvalidArgumentError, Stdio, UnsupportedError
 from unisandbox.host.keeper import Keeper
 
 _MAIN: Final = "-"
+_TOLD: Final = "told"
 _NAMES: Final = ("stdin", "stdout", "stderr")
 _PIECE: Final = 32 << 10
 
@@ -26,7 +27,7 @@ class Streams(NamedTuple):
     """What an engine has said of a process's streams.
 
     Attributes:
-        stdin, stdout, stderr: paths of FIFOs, or empty.
+        stdin, stdout, stderr: paths of FIFOs, addresses of streams, or empty.
         terminal: they are those of a terminal.
         bundle: of its container.
     """
@@ -38,8 +39,39 @@ class Streams(NamedTuple):
     bundle: str = ""
 
 
+class End(NamedTuple):
+    """The outer end of one stream of a process; its number is that of the process's descriptor."""
+
+    container: str
+    exec_id: str
+    number: int
+
+
+def ends_of(container: str, exec_id: str, streams: Streams) -> dict[str, End]:
+    """Those of a process's streams that are asked for by an id, by it."""
+    ids = enumerate(_streaming_id(path) for path in streams[:3])
+    return {name: End(container, exec_id, index) for index, name in ids if name}
+
+
+def _streaming_id(address: str) -> str:
+    """Source: containerd, internal/cri/io/helpers.go."""
+    return address.partition("?streaming_id=")[2]
+
+
+class Told(NamedTuple):
+    """What an engine was told of a process.
+
+    Attributes:
+        exit: its end.
+        oom_kills: of a first one: how many processes of its container were killed for memory.
+    """
+
+    exit: bool = False
+    oom_kills: int = 0
+
+
 class Ends:
-    """Both ends of a process's FIFOs, as descriptors of ours; -1 for none.
+    """Both ends of a process's FIFOs or pipes, as descriptors of ours; -1 for none.
 
     Attributes:
         inside: the process's: standard input for reading, the others for writing.
@@ -51,17 +83,23 @@ class Ends:
         self.outside: list[int] = [-1, -1, -1]
 
     @classmethod
-    def open(cls, streams: Streams) -> Ends:
+    def open(cls, streams: Streams, address: str) -> Ends:
         """Open them; never waits for the engine.
 
+        Args:
+            streams: what the engine says.
+            address: of the pod, where streams without a FIFO are asked for.
+
         Raises:
-            UnsupportedError: a stream that is no FIFO's path.
+            UnsupportedError: a stream that is neither a FIFO's path nor asked for at the pod's address.
             InvalidArgumentError: the path cannot be opened, or is no FIFO.
         """
         ends = cls()
         try:
             for index, path in enumerate(streams[:3]):
-                if path:
+                if path.partition("?")[0] == address and _streaming_id(path):
+                    ends._make(index)
+                elif path:
                     ends._open(index, path)
         except BaseException:
             ends.close()
@@ -70,16 +108,30 @@ class Ends:
 
     def _open(self, index: int, path: str) -> None:
         if "://" in path:
-            kind = path.partition("://")[0]
-            raise UnsupportedError(f"{_NAMES[index]} by {kind!r}", "serve", hint="Use io_type = 'fifo'.")
+            hint = "Use io_type = 'fifo' or 'streaming'."
+            raise UnsupportedError(f"{_NAMES[index]} by {path!r:.200}", "serve", hint=hint)
         if not os.path.isabs(path):
             raise InvalidArgumentError(f"{_NAMES[index]} must be an absolute path, got {path!r:.200}")
         reader = _open_fifo(path, os.O_RDONLY | os.O_NONBLOCK, _NAMES[index])
-        ends = (self.inside, self.outside) if index == 0 else (self.outside, self.inside)
-        ends[0][index] = reader
+        readers, writers = self._sides(index)
+        readers[index] = reader
         # There is a reader now, so this does not wait.
-        ends[1][index] = _open_fifo(path, os.O_WRONLY | os.O_NONBLOCK, _NAMES[index])
+        writers[index] = _open_fifo(path, os.O_WRONLY | os.O_NONBLOCK, _NAMES[index])
         os.set_blocking(self.inside[index], True)  # what programs expect
+
+    def _make(self, index: int) -> None:
+        readers, writers = self._sides(index)
+        readers[index], writers[index] = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.outside[index], False)
+
+    def _sides(self, index: int) -> tuple[list[int], list[int]]:
+        return (self.inside, self.outside) if index == 0 else (self.outside, self.inside)
+
+    def give_to(self, uid: int, gid: int) -> None:
+        """Let a process of this user open its streams again (/dev/stdout), which those of root are closed to."""
+        for fd in self.inside:
+            if fd >= 0:
+                os.fchown(fd, uid, gid)
 
     def stdio(self) -> Stdio:
         """The process's ends."""
@@ -133,6 +185,35 @@ class HeldStreams:
         name = self._name(container, exec_id)
         note = (await self._keeper.notes(name)).get(name)
         return Streams() if note is None else Streams(**json.loads(note))
+
+    async def end_of(self, streaming_id: str) -> End | None:
+        """Whose stream is asked for by this id; None while there is no such process."""
+        for (container, exec_id), note in (await self._processes()).items():
+            if end := ends_of(container, exec_id, Streams(**json.loads(note))).get(streaming_id):
+                return end
+        return None
+
+    async def take(self, end: End) -> int:
+        """A copy of an outer end, the caller's to close. Raises FileNotFoundError."""
+        return await self._keeper.take(f"{self._name(end.container, end.exec_id)}/{end.number}")
+
+    async def _processes(self) -> dict[tuple[str, str], str]:
+        """What was said of each process's streams, by container and exec id."""
+        notes = await self._keeper.notes(self._prefix)
+        names = {name: name.removeprefix(self._prefix).split("/") for name in notes}
+        return {
+            (parts[0], parts[1].removeprefix(_MAIN)): notes[name] for name, parts in names.items() if len(parts) == 2
+        }
+
+    def note_told(self, container: str, exec_id: str, told: Told) -> None:
+        """Keep what the engine was told of a process."""
+        self._keeper.note_now(f"{self._name(container, exec_id)}/{_TOLD}", json.dumps(told))
+
+    async def told(self) -> dict[tuple[str, str], Told]:
+        """What the engine was told of each process that is known, by container and exec id."""
+        notes = await self._keeper.notes(self._prefix)
+        known = await self._processes()
+        return {key: Told(*json.loads(notes.get(f"{self._name(*key)}/{_TOLD}", "[]"))) for key in known}
 
     async def close_stdin(self, container: str, exec_id: str) -> None:
         """No more comes: the process sees the end of its standard input when the engine has closed its end, too."""

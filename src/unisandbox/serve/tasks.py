@@ -6,6 +6,7 @@ One table serves all pods: each pod has a socket of its own, and what comes by i
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -24,11 +25,12 @@ from unisandbox.api import (
     NotFoundError,
     RootMount,
     SupportsPause,
-    TaskService,
+    SupportsUpdate,
     TaskState,
     Terminal,
     UnsupportedError,
 )
+from unisandbox.api.proto.containerd import events
 from unisandbox.api.proto.containerd.runc.v1 import Options
 from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.containerd.v1.types import ProcessInfo, Status
@@ -36,20 +38,18 @@ from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import TaskV2, TaskV3
 from unisandbox.api.rpc import Method
-from unisandbox.engine.entry import Entry
-from unisandbox.serve.bundles import adapted, read_config
-from unisandbox.serve.controller import moment
+from unisandbox.serve.bundles import adapted, changed_resources, owner_of, read_config
 from unisandbox.serve.metrics import any_of
-from unisandbox.serve.pods import Pods, facts_of
-from unisandbox.serve.stdio import Ends, HeldStreams, Streams, copy_terminal
+from unisandbox.serve.moments import moment
+from unisandbox.serve.pods import POD_KEY, Place, Pods, facts_of
+from unisandbox.serve.stdio import Ends, Streams, copy_terminal
+from unisandbox.serve.streaming import Streaming
+from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services, namespace_of
 from unisandbox.wire.ttrpc import Messages, Request, Shape
 
 _logger: Final = logging.getLogger("unisandbox.serve")
-
-_POD: Final = "unisandbox-pod"
-"""Set here for every request, whatever the caller says."""
 
 _STATES: Final = {
     "created": Status.CREATED,
@@ -85,20 +85,11 @@ class OfPod:
         await self._services.converse(self._marked(request), messages)
 
     def _marked(self, request: Request) -> Request:
-        return attrs.evolve(request, metadata={**request.metadata, _POD: (self._sandbox_id,)})
+        return attrs.evolve(request, metadata={**request.metadata, POD_KEY: (self._sandbox_id,)})
 
 
 class _Ids(Protocol):
     id: str
-
-
-@attrs.frozen(eq=False)
-class _Place:
-    """The pod of a call."""
-
-    entry: Entry
-    task: TaskService
-    streams: HeldStreams
 
 
 class Tasks:
@@ -106,11 +97,15 @@ class Tasks:
 
     Args:
         pods: whose containers these are.
+        telling: of what happens.
+        streaming: the streams of those that have no FIFOs.
         group: where terminals are copied.
     """
 
-    def __init__(self, pods: Pods, group: anyio.abc.TaskGroup) -> None:
+    def __init__(self, pods: Pods, telling: Telling, streaming: Streaming, group: anyio.abc.TaskGroup) -> None:
         self._pods = pods
+        self._telling = telling
+        self._streaming = streaming
         self._group = group
         pods.on_removed.append(self._forget_pod)
         # Set when a process that was added has started, or never will: engines wait for it before that.
@@ -132,6 +127,7 @@ class Tasks:
             TaskV3.RESUME: self.resume,
             TaskV3.KILL: self.kill,
             TaskV3.EXEC: self.exec,
+            TaskV3.UPDATE: self.update,
             TaskV3.RESIZE_PTY: self.resize_pty,
             TaskV3.CLOSE_IO: self.close_io,
             TaskV3.WAIT: self.wait,
@@ -143,12 +139,10 @@ class Tasks:
             services.add(method, handler, namespaced=False)
             services.add(method.under(TaskV2.CREATE.service), handler, namespaced=False)
 
-    async def _place(self, call: Call) -> _Place:
-        sandbox_id = call.metadata[_POD][0]
+    async def _place(self, call: Call) -> Place:
+        sandbox_id = call.metadata[POD_KEY][0]
         namespace = namespace_of(call.metadata)
-        entry = await self._pods.entry(sandbox_id, namespace or None)
-        host = self._pods.core.host
-        return _Place(entry, entry.task, HeldStreams(host.keeper, host.prefix(sandbox_id)))
+        return self._pods.place(await self._pods.entry(sandbox_id, namespace or None))
 
     # --- containers ---
 
@@ -157,21 +151,26 @@ class Tasks:
         place = await self._place(call)
         if request.checkpoint or request.parent_checkpoint:
             raise UnsupportedError("restoring a checkpoint", "serve")
-        _check_options(request.options)
+        ids = place.entry.spec.user_ids
+        _check_options(request.options, is_mapped=ids is not None)
         place.entry.check_started()
+        if (await place.entry.sandboxer.status(place.entry.sandbox_id)).state != "ready":
+            raise FailedPreconditionError(f"pod {place.entry.sandbox_id!r} has ended")
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal, request.bundle)
-        config = adapted(read_config(request.bundle), facts_of(place.entry))
+        config = read_config(request.bundle)
         rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)
         rootfs = rootfs or self._pods.announced.get(place.entry.sandbox_id, {}).get(request.id, ())
-        ends = Ends.open(streams)
+        ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, "")
         try:
+            if ids is not None:
+                ends.give_to(*owner_of(config.get("process"), ids))
             wanted = CreateTask(
                 request.id,
                 bundle=request.bundle,
                 terminal=request.terminal,
                 stdio=CreateTask("").stdio if request.terminal else ends.stdio(),
-                config=config,
+                config=adapted(config, facts_of(place.entry)),
                 rootfs=rootfs,
             )
             async with place.entry.sharing.changing():
@@ -180,11 +179,21 @@ class Tasks:
         except BaseException:
             ends.close()
             raise
-        return v3.CreateTaskResponse(pid=(await place.task.state(request.id)).pid or 0)
+        pid = (await place.task.state(request.id)).pid or 0
+        self._telling.expect(place, request.id, "", pid)
+        io = events.TaskIo(stdin=request.stdin, stdout=request.stdout, stderr=request.stderr, terminal=request.terminal)
+        self._telling.tell(
+            place,
+            events.TaskCreate(
+                container_id=request.id, bundle=request.bundle, rootfs=list(request.rootfs), io=io, pid=pid
+            ),
+        )
+        return v3.CreateTaskResponse(pid=pid)
 
-    async def _keep(self, place: _Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
+    async def _keep(self, place: Place, key: tuple[str, str, str], streams: Streams, ends: Ends) -> None:
         """Hand the outer ends to the keeper; those of a terminal wait for it."""
         await place.streams.hold(key[1], key[2], streams, ends)
+        self._streaming.made(*key, streams)
         if streams.terminal:
             self._terminals[key] = ends
         else:
@@ -200,11 +209,22 @@ class Tasks:
             async with place.entry.sharing.changing():
                 started = await place.task.start(request.id)
         self._has_started(key)
+        self._tell_start(place, request, started.pid or 0)
         if started.terminal is not None:
             ends = self._terminals.pop(key, None) or Ends()
             self._copies[key] = anyio.CancelScope()
             self._group.start_soon(self._copy, key, self._copies[key], started.terminal, ends)
         return v3.StartResponse(pid=started.pid or 0)
+
+    def _tell_start(self, place: Place, request: v3.StartRequest, pid: int) -> None:
+        """Before its end can be told."""
+        if request.exec_id:
+            self._telling.expect(place, request.id, request.exec_id, pid)
+            event = events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=pid)
+            self._telling.tell(place, event)
+        else:
+            self._telling.tell(place, events.TaskStart(container_id=request.id, pid=pid))
+        self._telling.watch(place, request.id, request.exec_id)
 
     async def _copy(self, key: tuple[str, str, str], scope: anyio.CancelScope, master: int, ends: Ends) -> None:
         """Copy a terminal; what fails ends this one alone."""
@@ -229,11 +249,14 @@ class Tasks:
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal)
         try:
             text = request.spec.value.decode()
-        except UnicodeDecodeError as error:
-            raise InvalidArgumentError(f"the OCI process object is no text: {error}") from error
-        ends = Ends.open(streams)
+            process = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgumentError(f"the OCI process object cannot be read: {error}") from error
+        ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, request.exec_id)
         try:
+            if (ids := place.entry.spec.user_ids) is not None:
+                ends.give_to(*owner_of(process, ids))
             wanted = ExecTask(request.id, request.exec_id, oci_process=text)
             if not request.terminal:
                 wanted = attrs.evolve(wanted, stdio=ends.stdio())
@@ -242,6 +265,7 @@ class Tasks:
         except BaseException:
             ends.close()
             raise
+        self._telling.tell(place, events.TaskExecAdded(container_id=request.id, exec_id=request.exec_id))
         return Empty()
 
     async def delete(self, request: v3.DeleteRequest, call: Call) -> v3.DeleteResponse:
@@ -250,19 +274,21 @@ class Tasks:
         state = await self._state(place, request.id, request.exec_id)
         if state.state in {"running", "paused"}:
             raise FailedPreconditionError(f"process {request.exec_id or request.id!r} still runs")
+        exit = state.exit
+        pid = 0 if exit is None else await self._telling.ended(place, request.id, request.exec_id, exit)
         if request.exec_id:
             await place.task.delete(request.id, request.exec_id)
         else:
             async with place.entry.sharing.changing():
                 await place.task.delete(request.id)
         self._forget(place, request.id, request.exec_id)
-        exit = state.exit
-        return v3.DeleteResponse(
-            exit_status=0 if exit is None else exit.code,
-            exited_at=None if exit is None else moment(exit.exited_at),
-        )
+        code, at = (0, None) if exit is None else (exit.code, moment(exit.exited_at))
+        if not request.exec_id:
+            gone = events.TaskDelete(container_id=request.id, pid=pid, exit_status=code, exited_at=at)
+            self._telling.tell(place, gone)
+        return v3.DeleteResponse(pid=pid, exit_status=code, exited_at=at)
 
-    def _forget(self, place: _Place, container: str, exec_id: str) -> None:
+    def _forget(self, place: Place, container: str, exec_id: str) -> None:
         place.streams.forget(container, exec_id)
         self._forget_all(place.entry.sandbox_id, container, *filter(None, [exec_id]))
 
@@ -271,6 +297,8 @@ class Tasks:
 
     def _forget_all(self, *beginning: str) -> None:
         """Forget what never came to its start, wake whoever waits for that, and let terminals end."""
+        self._telling.forget(beginning)
+        self._streaming.forget(beginning)
         for key in {*self._terminals, *self._starts, *self._copies}:
             if key[: len(beginning)] == beginning:
                 if copy := self._copies.pop(key, None):
@@ -282,7 +310,7 @@ class Tasks:
 
     # --- what is known of them ---
 
-    async def _state(self, place: _Place, container: str, exec_id: str) -> TaskState:
+    async def _state(self, place: Place, container: str, exec_id: str) -> TaskState:
         """The state, with the exit of what has ended."""
         state = await place.task.state(container, exec_id)
         if state.state == "stopped" and state.exit is None:
@@ -321,7 +349,7 @@ class Tasks:
         exit: Exit = await place.task.wait(request.id, request.exec_id)
         return v3.WaitResponse(exit_status=exit.code, exited_at=moment(exit.exited_at))
 
-    async def _start_of(self, place: _Place, container: str, exec_id: str) -> None:
+    async def _start_of(self, place: Place, container: str, exec_id: str) -> None:
         """Wait until a process that was added has started, or never will."""
         starts = self._starts.setdefault((place.entry.sandbox_id, container, exec_id), anyio.Event())
         async with anyio.create_task_group() as group:
@@ -381,6 +409,22 @@ class Tasks:
         if not isinstance(place.task, SupportsPause):
             raise UnsupportedError("pause", place.entry.backend)
         await (place.task.resume if go_on else place.task.pause)(request.id)
+        kind = events.TaskResumed if go_on else events.TaskPaused
+        self._telling.tell(place, kind(container_id=request.id))
+        return Empty()
+
+    async def update(self, request: v3.UpdateTaskRequest, call: Call) -> Empty:
+        """Change its limits; what is not said stays as it is."""
+        place = await self._place(call)
+        if not isinstance(place.task, SupportsUpdate):
+            raise UnsupportedError("changing the limits of a container", place.entry.backend)
+        if request.annotations:
+            raise UnsupportedError("annotations of changed limits", "serve")
+        if request.resources is None:
+            raise InvalidArgumentError("an update needs resources")
+        bundle = (await place.streams.of(request.id, "")).bundle
+        text = changed_resources(request.resources.value, bundle)
+        await place.task.update(request.id, text)
         return Empty()
 
     async def resize_pty(self, request: v3.ResizePtyRequest, call: Call) -> Empty:
@@ -402,7 +446,7 @@ class Tasks:
         return Empty()
 
 
-def _check_options(options: AnyMessage | None) -> None:
+def _check_options(options: AnyMessage | None, *, is_mapped: bool) -> None:
     """Refuse what would be ignored."""
     if options is None or (not options.type_url and not options.value):
         return
@@ -412,3 +456,5 @@ def _check_options(options: AnyMessage | None) -> None:
     for name in _REFUSED_OPTIONS:
         if getattr(given, name):
             raise UnsupportedError(f"the runtime option {name}", "serve", hint="Leave it out of containerd's config.")
+    if (given.io_uid or given.io_gid) and not is_mapped:  # with a user namespace they are what the process's user is
+        raise UnsupportedError("the runtime options io_uid and io_gid without a user namespace", "serve")

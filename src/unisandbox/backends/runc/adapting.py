@@ -114,9 +114,14 @@ class Adapted:
             joined.add(kind)
             if kind not in entered:
                 spaces.append({**space, "path": pin(kind)})
+        if self._pod.mapped and ("user" not in joined or not self._has_ids(linux)):
+            raise InvalidArgumentError(f"all containers of sandbox {self._pod.label!r} are in its user namespace")
         linux["namespaces"] = spaces
         self.config["linux"] = linux
         self.joined = frozenset(joined)
+
+    def _has_ids(self, part: foreign.Config) -> bool:
+        return foreign.has_ids(part, self._pod.first_id, self._pod.ids)
 
     def _mount_root(self, bundle: str, rootfs: Sequence[RootMount]) -> None:
         root = self.config["root"]
@@ -126,7 +131,8 @@ class Adapted:
         if not rootfs:
             self._bind(os.path.join(bundle, root["path"]), path, recursive=True, attributes=[])
         elif rootfs[0].type == "overlay":
-            self.ops.append({**foreign.overlay_op(rootfs[0]), "path": path})
+            ids = (self._pod.first_id, self._pod.ids) if self._pod.mapped else None
+            self.ops.append({**foreign.overlay_op(rootfs[0], ids), "path": path})
         elif rootfs[0].type == "bind" or {"bind", "rbind"} & set(rootfs[0].options):
             options = set(rootfs[0].options)
             if unknown := sorted(options - {"bind", "rbind", "ro", "rw"}):
@@ -141,16 +147,43 @@ class Adapted:
         for number, mount in enumerate(foreign.binds(self.config)):
             path = f"{self._directory}/m{number}"
             source = os.path.join(bundle, str(mount.get("source") or ""))
-            self._bind(source, path, recursive="rbind" in (mount.get("options") or []), attributes=[])
+            recursive = "rbind" in (mount.get("options") or [])
+            idmap = foreign.is_mapped(mount)
+            if idmap and not (self._pod.mapped and self._has_ids(mount)):
+                where = f"mount {mount.get('destination')!r}"
+                raise UnsupportedError(f"{where} with other ids than the sandbox's", "runc")
+            propagation = foreign.propagation(mount)
+            self._bind(source, path, recursive=recursive, attributes=[], propagation=propagation, idmap=idmap)
+            # It has them already.
+            for name in ("uidMappings", "gidMappings"):
+                mount.pop(name, None)
+            mount["options"] = [option for option in mount.get("options") or [] if option not in {"idmap", "ridmap"}]
             mount["source"] = f"{self._pod.work}{path}"
 
-    def _bind(self, source: str, path: str, *, recursive: bool, attributes: Sequence[str]) -> None:
+    def _bind(
+        self,
+        source: str,
+        path: str,
+        *,
+        recursive: bool,
+        attributes: Sequence[str],
+        propagation: str = "private",
+        idmap: bool = False,
+    ) -> None:
         if len(self.sources) >= _MOST_SOURCES:
             raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
         try:
             self.sources.append(mounts.detached_tree(os.path.realpath(source), recursive=recursive))
+            passes_on = propagation == "private" or mounts.passes_on(os.path.realpath(source), propagation)
         except OSError as error:
             raise InvalidArgumentError(f"mount source {source!r} cannot be used: {error.strerror}") from error
+        if not passes_on:
+            raise InvalidArgumentError(
+                f"mount source {source!r} is on a mount that passes nothing on, and shall be {propagation}",
+                hint="mount --make-rshared it on the host.",
+            )
+        if propagation == "shared" and self._pod.mapped:
+            raise UnsupportedError("a shared mount in a user namespace", "runc", reason="the kernel passes nothing out")
         self.ops.append(
             {
                 "op": "bind",
@@ -158,6 +191,8 @@ class Adapted:
                 "path": path,
                 "create": True,
                 "detached": True,
+                "propagation": propagation,
+                "idmap": idmap,
                 "attributes": list(attributes),
             }
         )
@@ -185,13 +220,17 @@ class Adapted:
             json.dump(self.config, file)
         reached("after bundle.write", directory)
 
-    def steps(self, mnt: int) -> list[Mapping[str, object]]:
+    def steps(self, mnt: int, user: int | None) -> list[Mapping[str, object]]:
         """The job that mounts it all.
 
         Args:
             mnt: number among the request's descriptors of the sandbox's mount namespace.
+            user: the same of its user namespace; None: it has none.
         """
-        return [{"do": "enter", "fd": mnt}, {"do": "mounts", "root": self._pod.work, "ops": self.ops}]
+        steps: list[Mapping[str, object]] = [{"do": "enter", "fd": mnt}]
+        if user is not None:
+            steps.append({"do": "given", "fd": user, "name": "user"})
+        return [*steps, {"do": "mounts", "root": self._pod.work, "ops": self.ops}]
 
 
 def _devices(resources: Mapping[str, Any], pod: Pod) -> Sequence[DeviceRule] | None:

@@ -83,12 +83,22 @@ class Maker:
         maps: dict[str, object] = {}
         hold: dict[str, str] = {what: pod.held(what) for what in HELD}
         fds = list(pod.sources)
+        given: dict[str, int] = {}
+        if spec.network.kind == "namespace":
+            given["net"] = _open_network(spec.network.path, pod.label)
         if pod.mapped:
-            pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
-            pod.first_id = pod.lease * IDS
-            rows = [[0, pod.first_id, IDS]]
-            kinds = ["user", *kinds]
-            maps = {"uid_map": rows, "gid_map": rows}
+            if spec.user_ids is not None:
+                pod.first_id = spec.user_ids[0]
+                # Nobody else could mount what belongs to the network (/sys).
+                given |= _owner_of(given.get("net", -1))
+            else:
+                pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
+                pod.first_id = pod.lease * IDS
+            maps = {"uid_map": pod.id_map, "gid_map": pod.id_map}
+            if "user" in given:
+                maps["user"] = len(fds) + list(given).index("user")
+            else:
+                kinds = ["user", *kinds]
         steps.append(
             {
                 "do": "namespaces",
@@ -100,7 +110,6 @@ class Maker:
         )
         hold |= {kind: f"{pod.short}/{kind}" for kind in kinds}
         place = pod.place()
-        empty: list[Op] = [{"op": "mkdir", "path": f"{EMPTY_ROOT}{name}"} for name in ("", "/proc", "/dev", "/sys")]
         ops: list[Op] = pod.layer.ops("/rw", pod.image, pod.first_id)
         ops += [
             {"op": "mkdir", "path": "/shm"},
@@ -119,7 +128,7 @@ class Maker:
         ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared)
         ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
         if spec.share_pid:
-            ops += empty
+            ops.append({"op": "mkdir", "path": EMPTY_ROOT})
             source = f"{pod.work}{EMPTY_ROOT}"
             ops.append({"op": "bind", "source": source, "path": EMPTY_ROOT, "attributes": SAFE_READONLY})
         steps += [
@@ -128,17 +137,15 @@ class Maker:
             {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"},
             {"do": "dirfd", "path": f"{pod.work}/rw", "name": "rw"},
         ]
-        given = -1
+        if "net" in given:
+            steps.append({"do": "given", "fd": len(fds), "name": "net"})
+        hold |= {kind: f"{pod.short}/{kind}" for kind in given}
+        fds += given.values()
         try:
-            if spec.network.kind == "namespace":
-                given = _open_network(spec.network.path, pod.label)
-                steps.append({"do": "given", "fd": len(fds), "name": "net"})
-                fds.append(given)
-                hold["net"] = f"{pod.short}/net"
             result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
         finally:
-            if given >= 0:
-                os.close(given)
+            for fd in given.values():
+                os.close(fd)
         pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         for kind, number in pod.pins.items():
@@ -183,6 +190,17 @@ class Maker:
             return dict((await self._host.keeper.job(steps, hold=hold, fds=fds, timeout=_JOB_SECONDS)).held)
         except JobFailed as error:
             raise translate_job(error, label, mounts) from error
+
+
+def _owner_of(network: int) -> dict[str, int]:
+    """The user namespace that a network namespace belongs to, by its kind; nothing when it is our own."""
+    if network < 0:
+        return {}
+    owner = namespaces.owner_userns(network)
+    if namespaces.namespace_inode(owner) == namespaces.namespace_inode("/proc/self/ns/user"):
+        os.close(owner)
+        return {}
+    return {"user": owner}
 
 
 def _open_network(path: str, label: str) -> int:

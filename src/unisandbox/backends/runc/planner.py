@@ -6,10 +6,8 @@ import contextlib
 import functools
 import os
 import resource
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Final
-
-import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -21,8 +19,8 @@ from unisandbox.api import (
 )
 from unisandbox.backends.runc.adapting import Adapted
 from unisandbox.backends.runc.checks import check_container
-from unisandbox.backends.runc.pod import IDS, Pod, open_sources, translate_job
-from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, mount_ops, root_attributes, root_ops
+from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
+from unisandbox.backends.runc.rootfs import Op, mount_ops, root_attributes, root_ops
 from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.host import seccomp
 from unisandbox.host.boundary import reached
@@ -130,9 +128,14 @@ class PodPlanner:
             plan = self._foreign_plan(name, bundle, cgroup, adapted.joined)
             await self._guard_own_cgroups(plan.oci_id)
             self._own_roots.add(name)
-            with self._open("mnt") as mnt:
-                steps = adapted.steps(len(adapted.sources))
-                await self._host.keeper.job(steps, fds=[*adapted.sources, mnt])
+            fds = list(adapted.sources)
+            steps = adapted.steps(len(fds), len(fds) + 1 if pod.mapped else None)
+            with contextlib.ExitStack() as opened:
+                fds.append(opened.enter_context(self._open("mnt")))
+                if pod.mapped:
+                    fds.append(self._host.keeper.open_held(pod.pins["user"], os.O_RDONLY))
+                    opened.callback(os.close, fds[-1])
+                await self._host.keeper.job(steps, fds=fds)
             adapted.write(self._host.keeper.outside(bundle))
         except JobFailed as error:
             raise translate_job(error, f"{pod.label}/{name}") from error
@@ -278,24 +281,7 @@ class PodPlanner:
         """The path of a pinned namespace, for the keeper's children: they do not outlive it."""
         return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
 
-    async def restrict_root(self, pid: int) -> None:
-        """Make the root of a shared pid namespace's one process read-only; see `Verifier`."""
-        await self._verifier.restrict_root(pid, SAFE_READONLY)
-
-    def pause_bundle(self, root: str) -> Bundle:
-        """What the one process of a shared pid namespace runs in: `root` with nothing in it but /proc."""
-        return attrs.evolve(
-            self._bundle(root, program=["/proc/self/fd/3", "pause"]),
-            mounts=[
-                OciMount("/proc", "proc", "proc", ("nosuid", "noexec", "nodev")),
-                OciMount("/dev", "tmpfs", "tmpfs", ("nosuid", "noexec", "mode=755", "size=64k")),
-            ],
-            capabilities=frozenset(),
-            masked_paths=(),
-            readonly_paths=(),
-        )
-
-    def _bundle(self, root: str, program: Sequence[str] = ("/proc/self/fd/4",)) -> Bundle:
+    def _bundle(self, root: str) -> Bundle:
         pod = self._pod
         security = pod.spec.security
         spaces = [OciNamespace("mount")]
@@ -312,13 +298,13 @@ class PodPlanner:
         by_annotation = profile is not None and self._runtime.program.features.seccomp_bpf_annotation
         return Bundle(
             oci_version=self._runtime.program.oci_version,
-            args=program,
+            args=("/proc/self/fd/4",),
             # youki wants one, although the program's path is absolute; init's own environment reaches nobody.
             env=("PATH=/usr/bin:/bin",),
             root=root,
             mounts=self._mounts(),
             namespaces=spaces,
-            ids=(pod.first_id, IDS) if pod.mapped else None,
+            ids=(pod.first_id, pod.ids) if pod.mapped else None,
             capabilities=security.capabilities | _INIT_CAPABILITIES,
             no_new_privileges=security.no_new_privileges,
             oom_score_adj=_INIT_OOM_SCORE,
@@ -378,7 +364,7 @@ class PodPlanner:
         if user is None:
             return ROOT
         with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
-            return resolve_user(root_fd, user, largest_id=IDS - 1 if self._pod.mapped else 2**32 - 2)
+            return resolve_user(root_fd, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
 
     def _environment(self, container: ContainerSpec, process: ProcessSpec) -> dict[str, str]:
         env = {"PATH": _PATH, "LANG": "C.UTF-8"}

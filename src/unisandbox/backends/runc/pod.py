@@ -25,7 +25,7 @@ from unisandbox.host.cgroups import Cgroup, DeviceRule
 from unisandbox.host.keeper import JobFailed
 
 IDS: Final = 65536
-"""How many user ids a sandbox has, as every image may use 0 to 65535."""
+"""How many user ids a sandbox has unless it is said, as every image may use 0 to 65535."""
 
 HELD: Final = ("root", "rw", "mnt")
 """What the keeper holds of every sandbox beside its namespaces; see `Pod.fds`."""
@@ -140,6 +140,16 @@ class Pod:
         return self.spec.userns == "private"
 
     @property
+    def ids(self) -> int:
+        """How many user ids it has, with a user namespace of its own."""
+        return IDS if self.spec.user_ids is None else self.spec.user_ids[1]
+
+    @property
+    def id_map(self) -> list[list[int]]:
+        """The one row of its user and group map: inside, outside, count."""
+        return [[0, self.first_id, self.ids]]
+
+    @property
     def identity(self) -> Identity:
         """What its /etc says."""
         return Identity.of(self.spec, self.hostname)
@@ -223,6 +233,8 @@ def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) ->
         return InvalidArgumentError(f"sandbox {label!r}: {text}")
     if error.errno == errno.EFBIG:
         return InvalidArgumentError(f"sandbox {label!r}: the disk limit is above what the file system can hold")
+    if "of the given user namespace" in text:
+        return InvalidArgumentError(f"cannot make sandbox {label!r}: {text}")
     if error.do == "namespaces":
         return UnsupportedError(
             "a user namespace of its own",

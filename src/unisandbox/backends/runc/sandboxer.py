@@ -35,7 +35,7 @@ from unisandbox.backends.runc.checks import check_resources, check_sandbox
 from unisandbox.backends.runc.making import Maker
 from unisandbox.backends.runc.pidns import SharedPids
 from unisandbox.backends.runc.planner import PodPlanner, plain_limits
-from unisandbox.backends.runc.pod import DEVICES, IDS, Pod, ids_of, open_sources
+from unisandbox.backends.runc.pod import DEVICES, Pod, ids_of, open_sources
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, patience
@@ -64,6 +64,8 @@ class _Sandbox:
     remains: bool = False
     started_at: float | None = None
     stopped_at: float | None = None
+    # Its pid namespace has lost its first process.
+    lost_at: float | None = None
     ended: anyio.Event = attrs.field(factory=anyio.Event)
 
 
@@ -143,10 +145,9 @@ class RuncSandboxer:
             if self._host.shared:
                 await self._host.keeper.note(f"{pod.short}/pod", pod.facts(sandbox.created_at, sandbox.started_at))
         if pod.spec.share_pid and sandbox.pids is None:
-            assert sandbox.planner is not None  # noqa: S101 (made with the task service)
-            sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
+            sandbox.pids = await SharedPids.make(self._host, pod, self._init())
         if sandbox.stopped_at is not None:
-            sandbox.started_at, sandbox.stopped_at = time.time(), None
+            sandbox.started_at, sandbox.stopped_at, sandbox.lost_at = time.time(), None, None
         sandbox.ended = anyio.Event()
         return StartedSandbox(sandbox.task)
 
@@ -208,9 +209,9 @@ class RuncSandboxer:
             if sandbox.pids is not None:
                 sandbox.pids.close()
                 sandbox.pids = None
-            await SharedPids.clear(self._host, self._runtime, pod)
+            await SharedPids.clear(self._host, pod)
             if request.started:
-                sandbox.pids = await SharedPids.make(self._host, self._runtime, pod, sandbox.planner, self._init())
+                sandbox.pids = await SharedPids.make(self._host, pod, self._init())
         await sandbox.task.restore(exclusive=request.exclusive)
         return StartedSandbox(sandbox.task)
 
@@ -228,11 +229,11 @@ class RuncSandboxer:
                 for container_id in task.container_ids:
                     await task.delete(container_id)
             if sandbox.pids is not None:
-                await sandbox.pids.end(self._host, self._runtime, sandbox.pod)
+                await sandbox.pids.end(self._host, sandbox.pod)
                 sandbox.pids = None
         except UnavailableError:
             await self._end_without_keeper(sandbox)
-        sandbox.stopped_at = time.time()
+        sandbox.stopped_at = sandbox.lost_at or time.time()
         sandbox.ended.set()
 
     async def ask_to_end(self, sandbox_id: str, grace: float) -> None:
@@ -251,8 +252,20 @@ class RuncSandboxer:
     async def wait(self, sandbox_id: str) -> Exit:
         """See `Sandboxer.wait`."""
         sandbox = self._get(sandbox_id)
-        await sandbox.ended.wait()
-        return Exit(code=0, exited_at=sandbox.stopped_at or time.time())
+        async with anyio.create_task_group() as group:
+            if sandbox.pids is not None:
+                group.start_soon(self._see_the_end, sandbox, sandbox.pids)
+            await sandbox.ended.wait()
+            group.cancel_scope.cancel()
+        return Exit(code=0, exited_at=sandbox.stopped_at or sandbox.lost_at or time.time())
+
+    async def _see_the_end(self, sandbox: _Sandbox, pids: SharedPids) -> None:
+        """Without the first process of its pid namespace it is at its end, although nobody has stopped it."""
+        with contextlib.suppress(UnavailableError):  # the keeper is dead: whoever asks for the status is told
+            at = await pids.ended_at(self._host.keeper)
+            if not pids.ending:
+                sandbox.lost_at = at
+                sandbox.ended.set()
 
     async def status(self, sandbox_id: str) -> SandboxStatus:
         """See `Sandboxer.status`."""
@@ -264,14 +277,18 @@ class RuncSandboxer:
                 state = await task.state(container_id)
                 containers.append(ContainerStatus(container_id, state.state, state.pid, state.exit))
         await anyio.lowlevel.checkpoint_if_cancelled()
+        pids = sandbox.pids
+        if pids is not None and pids.has_ended:
+            await self._see_the_end(sandbox, pids)
+        stopped_at = sandbox.stopped_at or sandbox.lost_at
         return SandboxStatus(
             id=sandbox_id,
             name=pod.spec.name,
             backend="runc",
-            state="created" if sandbox.task is None else "stopped" if sandbox.stopped_at else "ready",
+            state="created" if sandbox.task is None else "stopped" if stopped_at else "ready",
             created_at=sandbox.created_at,
             started_at=sandbox.started_at,
-            stopped_at=sandbox.stopped_at,
+            stopped_at=stopped_at,
             containers=tuple(containers),
             labels=pod.spec.labels,
             annotations=pod.spec.annotations,
@@ -409,7 +426,7 @@ class RuncSandboxer:
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""
         pod = self._get(sandbox_id).pod
-        return (pod.first_id, IDS) if pod.mapped else (0, 2**32 - 1)
+        return (pod.first_id, pod.ids) if pod.mapped else (0, 2**32 - 1)
 
     def abandon(self) -> None:
         """See `Sandboxer.abandon`."""

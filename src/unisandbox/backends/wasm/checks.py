@@ -41,6 +41,7 @@ def check_spec(spec: SandboxSpec, backend: str) -> None:
     lacking: Mapping[str, bool] = {
         f"network {spec.network.kind!r}": spec.network.kind != "none",
         "userns='host'": spec.userns != "private",
+        "user_ids": spec.user_ids is not None,
         "share_pid": spec.share_pid,
         "hostname": spec.hostname is not None,
         "sysctls": bool(spec.sysctls),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from unisandbox.host.cgroups.tree import Cgroups
 
 _NO_LIMITS = Limits()
+_OOM_SECONDS = 0.2
 # What a process of its own needs a directory for.
 _FOR_PROCESS = frozenset({"memory", "freezer"})
 
@@ -222,6 +223,10 @@ class Cgroup:
 
     def _write_limits(self, limits: Limits, *, fresh: bool) -> None:
         version = v2 if self._tree.version == "v2" else v1
+        if limits.oom_group and version is v1:
+            raise UnavailableError(
+                f"processes of {self} cannot be killed for memory as one", hint="It needs cgroup v2."
+            )
         if limits.memory is not None and limits.swap and not version.counts_swap(self._at["memory"]):
             raise UnavailableError(
                 f"a swap limit for {self._at['memory']} cannot be set: this kernel does not account for swap",
@@ -261,6 +266,21 @@ class Cgroup:
             if os.path.isdir(self._at["memory"]):
                 raise
             raise FileNotFoundError(errno.ENOENT, f"cgroup {self._at['memory']} does not exist") from None
+
+    def watch_oom(self) -> tuple[int, float]:
+        """A descriptor, the caller's to close, that becomes readable when memory runs out in here or below.
+
+        And how many seconds after that a kill may be counted: v1 gives notice before it looks for a victim.
+
+        Raises:
+            UnavailableError: the memory controller cannot be used on this host.
+            OSError: the kernel refused, or the cgroup is gone.
+        """
+        if "memory" not in self._at:
+            raise UnavailableError(
+                f"OOM kills in cgroup {self} are not counted", hint=self._tree.missing.get("memory", "")
+            )
+        return (v2.watch_oom(self._at), 0.0) if self._tree.version == "v2" else (v1.watch_oom(self._at), _OOM_SECONDS)
 
     def pids(self) -> tuple[int, ...]:
         """The processes in and below this cgroup, whichever hierarchy they are in."""

@@ -47,6 +47,7 @@ class Limits:
         cpu: cores, as a quota per 100 ms; 0.5 is 50 ms of every 100.
         cpu_weight: share of the cpu when it is scarce, 1 to 10000; the kernel's default is 100.
         pids: processes and threads.
+        oom_group: what the kernel kills one of for memory it kills all of; v1 cannot.
     """
 
     memory: int | None = attrs.field(default=None, validator=_positive)
@@ -54,12 +55,15 @@ class Limits:
     cpu: float | None = attrs.field(default=None, validator=_cpu)
     cpu_weight: int | None = attrs.field(default=None, validator=_weight)
     pids: int | None = attrs.field(default=None, validator=_positive)
+    oom_group: bool = False
 
     def controllers(self) -> dict[str, str]:
         """What this needs: controller -> the limit that needs it."""
         needed = {}
         if self.memory is not None:
             needed["memory"] = "memory"
+        elif self.oom_group:
+            needed["memory"] = "oom_group"
         if self.cpu is not None or self.cpu_weight is not None:
             needed["cpu"] = "cpu" if self.cpu is not None else "cpu_weight"
         if self.pids is not None:
@@ -74,6 +78,7 @@ class Stats(NamedTuple):
     """
 
     memory_bytes: int | None = None
+    memory_inactive_file_bytes: int | None = None
     memory_peak_bytes: int | None = None
     memory_limit_bytes: int | None = None
     swap_bytes: int | None = None

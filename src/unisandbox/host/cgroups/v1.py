@@ -90,11 +90,12 @@ def counts_swap(directory: str) -> bool:
 
 def stats(at: Mapping[str, str]) -> Stats:
     """What the cgroup uses. cpu times come from the unified tree where there is one: it needs no hierarchy more."""
-    memory = peak = limit = swap = pids = pids_limit = kills = None
+    memory = inactive = peak = limit = swap = pids = pids_limit = kills = None
     total = user = system = periods = throttled = None
     if "memory" in at:
         directory = at["memory"]
         memory = files.read_int(directory, "memory.usage_in_bytes")
+        inactive = files.read_table(directory, "memory.stat").get("total_inactive_file")
         peak = files.read_int(directory, "memory.max_usage_in_bytes")
         limit = files.read_int(directory, "memory.limit_in_bytes")
         both = files.read_int(directory, "memory.memsw.usage_in_bytes")
@@ -113,7 +114,7 @@ def stats(at: Mapping[str, str]) -> Stats:
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.current")
         pids_limit = files.read_int(at["pids"], "pids.max")
-    return Stats(memory, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
+    return Stats(memory, inactive, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
 
 
 def oom_kills(at: Mapping[str, str]) -> int:
@@ -122,6 +123,21 @@ def oom_kills(at: Mapping[str, str]) -> int:
     if kills is None:
         raise OSError(errno.ENOTSUP, f"{at['memory']}/{OOM_FILE} counts no kills: Linux 4.13 is needed")
     return kills
+
+
+def watch_oom(at: Mapping[str, str]) -> int:
+    """An eventfd that becomes readable when memory runs out. Source: cgroup-v1/memory.rst, section 10."""
+    notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        control = os.open(f"{at['memory']}/{OOM_FILE}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            files.write(at["memory"], "cgroup.event_control", f"{notice} {control}")
+        finally:
+            os.close(control)
+    except BaseException:
+        os.close(notice)
+        raise
+    return notice
 
 
 def freeze(at: Mapping[str, str]) -> bool:

@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 
+from unisandbox.host import syscalls
 from unisandbox.host.cgroups import devices, ending, files
 from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
@@ -21,6 +22,8 @@ def set_limits(at: Mapping[str, str], limits: Limits, *, fresh: bool) -> None:
     """Write the limits; of a `fresh` cgroup only those that are given."""
     if "memory" in at and (limits.memory is not None or not fresh):
         _set_memory(at["memory"], limits, fresh=fresh)
+    if "memory" in at and (limits.oom_group or not fresh):
+        files.write(at["memory"], "memory.oom.group", str(int(limits.oom_group)))
     if "cpu" in at and (limits.cpu is not None or not fresh):
         quota = "max" if limits.cpu is None else str(round(limits.cpu * CPU_PERIOD_US))
         files.write(at["cpu"], "cpu.max", f"{quota} {CPU_PERIOD_US}")
@@ -61,9 +64,10 @@ def _text(value: int | None) -> str:
 
 def get_limits(at: Mapping[str, str]) -> Limits:
     """The limits as the kernel has them."""
-    memory = swap = cpu = weight = pids = None
+    memory = swap = cpu = weight = pids = group = None
     if "memory" in at:
         memory = files.read_int(at["memory"], "memory.max")
+        group = files.read_int(at["memory"], "memory.oom.group")
         swap = files.read_int(at["memory"], "memory.swap.max")
     if "cpu" in at:
         quota, period = files.read(at["cpu"], "cpu.max").split()
@@ -72,7 +76,7 @@ def get_limits(at: Mapping[str, str]) -> Limits:
         weight = None if weight == 100 else weight
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.max")
-    return Limits(memory=memory, swap=swap, cpu=cpu, cpu_weight=weight, pids=pids)
+    return Limits(memory=memory, swap=swap, cpu=cpu, cpu_weight=weight, pids=pids, oom_group=bool(group))
 
 
 def counts_swap(directory: str) -> bool:
@@ -82,11 +86,12 @@ def counts_swap(directory: str) -> bool:
 
 def stats(at: Mapping[str, str]) -> Stats:
     """What the cgroup uses."""
-    memory = peak = limit = swap = pids = pids_limit = kills = None
+    memory = inactive = peak = limit = swap = pids = pids_limit = kills = None
     total = user = system = periods = throttled = None
     if "memory" in at:
         directory = at["memory"]
         memory = files.read_int(directory, "memory.current")
+        inactive = files.read_table(directory, "memory.stat").get("inactive_file")
         peak = files.read_int(directory, "memory.peak")  # Linux 5.19
         limit = files.read_int(directory, "memory.max")
         swap = files.read_int(directory, "memory.swap.current")
@@ -99,7 +104,7 @@ def stats(at: Mapping[str, str]) -> Stats:
     if "pids" in at:
         pids = files.read_int(at["pids"], "pids.current")
         pids_limit = files.read_int(at["pids"], "pids.max")
-    return Stats(memory, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
+    return Stats(memory, inactive, peak, limit, swap, total, user, system, periods, throttled, pids, pids_limit, kills)
 
 
 def cpu_times(directory: str) -> tuple[float | None, float | None, float | None]:
@@ -116,6 +121,11 @@ def oom_kills(at: Mapping[str, str]) -> int:
     if kills is None:
         raise OSError(errno.ENOTSUP, f"{at['memory']}/{OOM_FILE} is not there: Linux 5.2 is needed")
     return kills
+
+
+def watch_oom(at: Mapping[str, str]) -> int:
+    """An inotify that becomes readable when memory.events changes: it counts what is below, too."""
+    return syscalls.inotify(f"{at['memory']}/memory.events", syscalls.IN_MODIFY)
 
 
 def freeze(at: Mapping[str, str]) -> bool:

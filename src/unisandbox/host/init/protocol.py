@@ -62,6 +62,8 @@ STEPS: Final = (
     "signals",
     "exec",
     "cgroup",
+    "namespaces",
+    "root",
 )
 """Where a start can fail, in the order of the numbers that init sends (from 1)."""
 

@@ -1,0 +1,214 @@
+"""What containerd is told of containers: by a service of events that stands in its place."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import anyio
+import attrs
+import pytest
+from betterproto2 import Message
+from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, engine_at, shared
+
+from unisandbox.api.proto.containerd import events
+from unisandbox.api.proto.containerd.services.events.ttrpc.v1 import ForwardRequest
+from unisandbox.api.proto.containerd.services.sandbox import v1
+from unisandbox.api.proto.containerd.task import v3
+from unisandbox.api.proto.containerd.types import Envelope
+from unisandbox.api.proto.containerd.v1.types import Status as TaskStatus
+from unisandbox.api.proto.google.protobuf import Empty
+from unisandbox.api.proto.methods import ControllerV1, EventsV1, TaskV3
+from unisandbox.serve import publishing
+from unisandbox.serve.config import ServeConfig
+from unisandbox.serve.daemon import serving
+from unisandbox.serve.publishing import Publisher
+from unisandbox.wire import codec
+from unisandbox.wire.services import Call, Services
+from unisandbox.wire.ttrpc import serve
+
+pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+KINDS: Final = {
+    "containerd.events.TaskOOM": events.TaskOom,
+    **{f"containerd.events.{name}": getattr(events, name) for name in events.__all__ if name != "TaskOom"},
+}
+
+
+@attrs.define
+class Heard:
+    """What containerd has got."""
+
+    path: str
+    envelopes: list[Envelope] = attrs.field(factory=list)
+    news: anyio.Event = attrs.field(factory=anyio.Event)
+
+    async def forward(self, request: ForwardRequest, call: Call) -> Empty:
+        assert request.envelope is not None
+        assert request.envelope.timestamp is not None
+        assert request.envelope.namespace == call.namespace == "k8s.io"
+        self.envelopes.append(request.envelope)
+        self.news.set()
+        return Empty()
+
+    @property
+    def messages(self) -> list[Message]:
+        told = [envelope.event for envelope in self.envelopes if envelope.event is not None]
+        return [codec.decode(KINDS[event.type_url], event.value) for event in told]
+
+    @property
+    def topics(self) -> list[str]:
+        return [envelope.topic.removeprefix("/tasks/") for envelope in self.envelopes]
+
+    async def until(self, topic: str, count: int = 1) -> None:
+        with anyio.fail_after(DEADLINE):
+            while self.topics.count(topic) < count:
+                self.news = anyio.Event()
+                await self.news.wait()
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[None]:
+        services = Services()
+        services.add(EventsV1.FORWARD, self.forward)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self.path)
+            listener.listen()
+            async with anyio.create_task_group() as group:
+                group.start_soon(serve, listener, services)
+                yield
+                group.cancel_scope.cancel()
+        os.unlink(self.path)
+
+
+@pytest.fixture
+def heard(tmp_path: Path) -> Heard:
+    return Heard(str(tmp_path / "containerd.sock.ttrpc"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, heard: Heard) -> ServeConfig:
+    return ServeConfig(root=str(tmp_path / "root"), socket=str(tmp_path / "run/s.sock"), events=heard.path)
+
+
+async def kill(engine: Engine, exec_id: str = "") -> None:
+    await engine.tasks(TaskV3.KILL, v3.KillRequest(id=CONTAINER, exec_id=exec_id, signal=signal.SIGKILL))
+
+
+async def test_what_happens_is_told_as_shims_tell_it_although_nobody_waits(engine: Engine, heard: Heard) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main = await engine.run("sleep", "1000")
+        fifos = engine.fifos("e1")
+        added = await engine.exec("e1", fifos, "sh", "-c", "exit 3")
+        await heard.until("exit")
+        await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+        await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+        await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+        pid = (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).pid
+        await kill(engine)
+        await heard.until("exit", 2)
+        gone = await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+        await heard.until("delete")
+    order = ["create", "start", "exec-added", "exec-started", "exit", "paused", "resumed", "exit", "delete"]
+    assert heard.topics == order
+    told = heard.messages
+    assert isinstance(told[0], events.TaskCreate)
+    assert told[0].io is not None
+    assert (told[0].container_id, told[0].pid, told[0].io.stdout) == (CONTAINER, pid, main.path("stdout"))
+    assert told[0].rootfs[0].type == "overlay"
+    assert told[3] == events.TaskExecStarted(container_id=CONTAINER, exec_id="e1", pid=added.pid)
+    assert isinstance(told[4], events.TaskExit)
+    assert (told[4].id, told[4].pid, told[4].exit_status) == ("e1", added.pid, 3)
+    assert isinstance(told[7], events.TaskExit)
+    assert (told[7].id, told[7].container_id, told[7].pid) == (CONTAINER, CONTAINER, pid)
+    assert (told[7].exit_status, told[7].exited_at) == (137, gone.exited_at)
+    assert told[8] == events.TaskDelete(container_id=CONTAINER, pid=pid, exit_status=137, exited_at=gone.exited_at)
+    assert gone.pid == pid
+    for each in (main, fifos):
+        each.close()
+
+
+async def test_an_end_with_the_whole_pod_is_told(engine: Engine, heard: Heard) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main = await engine.run("sleep", "1000")
+        await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+        await heard.until("exit")
+        main.close()
+
+
+async def test_what_is_killed_for_memory_is_told_while_its_container_lives_on(engine: Engine, heard: Heard) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        limit = {"memory": {"limit": 32 << 20, "swap": 32 << 20}}
+        script = "tail /dev/zero & wait; read x; exec tail /dev/zero"
+        main = await engine.run("sh", "-c", script, resources=limit, stdin=True)
+        await heard.until("oom")
+        state = await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
+        assert state.status == TaskStatus.RUNNING
+        os.write(main.ends["stdin"], b"now\n")
+        await heard.until("exit")
+        assert heard.topics == ["create", "start", "oom", "oom", "exit"]
+        assert heard.messages[2] == events.TaskOom(container_id=CONTAINER)
+        main.close()
+
+
+async def test_events_wait_for_containerd_and_hold_up_no_call(engine: Engine, heard: Heard) -> None:
+    await engine.run_pod(linux=shared())
+    main = await engine.run("true")
+    assert await engine.wait() == 0
+    async with heard.listening():
+        await heard.until("exit")
+        assert heard.topics == ["create", "start", "exit"]
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))  # containerd is away again
+    async with heard.listening():
+        await heard.until("delete")
+    assert heard.topics == ["create", "start", "exit", "delete"]
+    main.close()
+
+
+async def test_an_end_that_no_server_saw_is_told_by_the_next_one_and_not_again(
+    config: ServeConfig, heard: Heard, tmp_path: Path
+) -> None:
+    async with heard.listening():
+        async with serving(config), engine_at(config.socket, tmp_path) as engine:
+            address = (await engine.run_pod(linux=shared())).address
+            main = await engine.run("sh", "-c", "read x; exit 7", stdin=True)
+            await heard.until("start")
+        os.write(main.ends["stdin"], b"end\n")
+        assert await main.read() == b"", "it has ended"
+        for _ in range(2):
+            async with serving(config):
+                await heard.until("exit")
+        async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+            await engine.connect(address)
+            await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+            await heard.until("delete")
+            for entry in server.pods.core.entries():
+                await entry.remove()
+    assert heard.topics == ["create", "start", "exit", "delete"]
+    assert isinstance(heard.messages[2], events.TaskExit)
+    assert heard.messages[2].exit_status == 7
+    main.close()
+
+
+async def test_of_too_many_events_the_oldest_are_lost(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publishing, "_MOST_WAITING", 3)
+    publisher = Publisher(heard.path)
+    for number in range(5):
+        publisher.publish("k8s.io", "/tasks/oom", events.TaskOom(container_id=str(number)))
+    publisher.publish("", "/tasks/oom", events.TaskOom(container_id="iSulad's"))
+    async with heard.listening(), anyio.create_task_group() as group:
+        group.start_soon(publisher.run)
+        await heard.until("oom", 3)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    assert heard.messages == [events.TaskOom(container_id=str(number)) for number in (2, 3, 4)]
+    assert "2 events were lost" in caplog.text

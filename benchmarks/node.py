@@ -32,7 +32,7 @@ _CALL_SECONDS: Final = 120.0
 _CONFIG: Final = """
 version = 3
 root = "{place}/root"
-state = "{place}/state"
+state = "{state}/containerd"
 disabled_plugins = ["io.containerd.nri.v1.nri", "io.containerd.tracing.processor.v1.otlp"]
 [grpc]
   address = "{place}/containerd.sock"
@@ -79,10 +79,15 @@ class Node:
     """See `node`.
 
     Attributes:
+        place: its files on a disk.
+        state: its files in memory, where containerd has its state by default, and our server too.
+        tools: the directory of containerd and its companions.
         handlers: what carries pods, with the name of its runtime handler.
+        servers: the sandboxers, by the same.
     """
 
     place: Path
+    state: Path
     tools: Path
     handlers: dict[str, str]
     servers: dict[str, subprocess.Popen[bytes]]
@@ -139,7 +144,7 @@ class Node:
         if who == SHIM:
             return [pid for pid in _processes() if self._is_of_shim(pid)]
         server = self.servers[who].pid
-        root = str(self.place / self.handlers[who])
+        root = str(self.state / self.handlers[who])
         return [server, *(pid for pid in _processes() if pid != server and _holds(pid, root))]
 
     def _is_of_shim(self, pid: int) -> bool:
@@ -221,17 +226,18 @@ def node(lab: str) -> Iterator[Node]:
         ToolFailed: something of it does not start.
     """
     tools = tools_of(lab)
-    place = Path(tempfile.mkdtemp(prefix="pods-", dir="/var/tmp"))
+    place, state = (Path(tempfile.mkdtemp(prefix="pods-", dir=above)) for above in ("/var/tmp", "/run"))
     handlers = {SHIM: "shim", OURS: "uni-runc", FLOOR: "nothing"}
     if shutil.which("crun"):
         handlers[OURS_CRUN] = "uni-crun"
-    made = Node(place, tools, handlers, {})
+    made = Node(place, state, tools, handlers, {})
     with contextlib.ExitStack() as stack:
-        stack.callback(shutil.rmtree, place, ignore_errors=True)
+        for directory in (place, state):
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
         for name in ("cni", "logs", "log"):
             (place / name).mkdir()
         runc = str(tools / "runc")
-        config, proxies = _CONFIG.format(place=place, runc=runc), ""
+        config, proxies = _CONFIG.format(place=place, state=state, runc=runc), ""
         for who, runtime in ((OURS, runc), (OURS_CRUN, "crun"), (FLOOR, "")):
             if who not in handlers:
                 continue
@@ -240,7 +246,7 @@ def node(lab: str) -> Iterator[Node]:
             socket = f"{place}/{name}.d/s"
             config += _SANDBOXER.format(name=name)
             proxies += _PROXY.format(name=name, socket=socket)
-            made.servers[who] = stack.enter_context(_server(place, name, socket, runtime))
+            made.servers[who] = stack.enter_context(_server(made, name, socket, runtime))
         (place / "containerd.toml").write_text(config + proxies)
         address = f"{place}/containerd.sock"
         (place / "crictl.yaml").write_text(
@@ -263,14 +269,14 @@ def _remove_all(made: Node) -> None:
 
 
 @contextlib.contextmanager
-def _server(place: Path, name: str, socket: str, runtime: str) -> Iterator[subprocess.Popen[bytes]]:
+def _server(made: Node, name: str, socket: str, runtime: str) -> Iterator[subprocess.Popen[bytes]]:
     if runtime:
-        config = place / f"{name}.toml"
-        config.write_text(f'root = "{place}/{name}"\nsocket = "{socket}"\nruntime = "{runtime}"\n')
+        config = made.place / f"{name}.toml"
+        config.write_text(f'root = "{made.state}/{name}"\nsocket = "{socket}"\nruntime = "{runtime}"\n')
         command = [sys.executable, "-m", "unisandbox.cli", "serve", "--config", str(config)]
     else:
         command = [sys.executable, "-m", "benchmarks.nothing", socket]
-    with _process(command, place / "log" / name) as process:
+    with _process(command, made.place / "log" / name) as process:
         _until(lambda: os.path.exists(socket), name)
         yield process
 

@@ -13,7 +13,9 @@ from unisandbox.api import InvalidArgumentError
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.names import check_isolation
 
-DEFAULT_ROOT: Final = "/var/lib/unisandbox/serve"
+DEFAULT_ROOT: Final = "/run/unisandbox-serve"
+"""In memory: pods do not outlive the machine, and what is written down of them need not wait for a disk."""
+
 DEFAULT_SOCKET: Final = "/run/unisandbox/serve/sandboxer.sock"
 ANNOTATION: Final = "io.unisandbox.isolation"
 """The annotation of a pod that names its backend."""

@@ -10,11 +10,14 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # The tests start Python hundreds of times: it shall not compile everything anew each time.
 export PYTHONDONTWRITEBYTECODE :=
 
+# Brings up a real containerd; see tools/test_serve.sh.
+CONTAINERD_LAB ?= $(or $(UNISANDBOX_CONTAINERD_LAB),$(abspath ../shared/lab/containerd-lab.sh))
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-long test-v2 test-serve lint types proto fmt bench docs setup setup-demo clean
+.PHONY: help demo test check test-long test-v2 test-serve lint types proto fmt bench bench-serve docs setup setup-demo clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: setup-demo ## run real programs in sandboxes and print a short report (examples/tour.py)
 	$(BIN)/python examples/tour.py
@@ -55,6 +58,9 @@ fmt: setup ## format, and fix what ruff can fix
 
 bench: setup ## measure against the bare tools; table, JSON and plot in bench-results/
 	$(BIN)/python -m benchmarks
+
+bench-serve: setup ## measure pods against containerd's own shim, with a real containerd
+	UNISANDBOX_CONTAINERD_LAB=$(CONTAINERD_LAB) $(BIN)/python -m benchmarks.pods
 
 docs: setup ## run every example of README and docs
 	$(PYTEST) -q tests/integration/test_docs.py

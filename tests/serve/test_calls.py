@@ -25,6 +25,7 @@ from unisandbox.api import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    SandboxError,
 )
 from unisandbox.api.proto.containerd.services.sandbox import v1
 from unisandbox.api.proto.containerd.task import v3
@@ -498,6 +499,15 @@ async def test_the_directory_that_all_engines_share_is_no_place_for_the_socket(c
     with pytest.raises(InvalidArgumentError, match="shared by all engines"):
         async with serving(wrong):
             pass
+
+
+async def test_the_runtime_that_was_chosen_is_used_and_no_other(config: ServeConfig, tmp_path: Path) -> None:
+    chosen = attrs.evolve(config, runtime=str(tmp_path / "runc"))
+    async with serving(chosen), engine_at(config.socket, tmp_path) as engine:
+        with pytest.raises(SandboxError, match=f"{tmp_path}/runc cannot be used as an OCI runtime"):
+            await engine.run_pod(linux=shared())
+    with pytest.raises(InvalidArgumentError, match="runtime must be a name or an absolute path"):
+        attrs.evolve(config, runtime="bin/runc")
 
 
 def test_a_pods_backend_is_chosen_by_annotation_handler_sandboxer_or_default(tmp_path: Path) -> None:

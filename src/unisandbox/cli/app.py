@@ -259,7 +259,7 @@ def bench(rounds: int, isolation: str, as_json: bool, debug: bool) -> int:
 
 
 @cli.command(short_help="Serve pods to containerd and iSulad.")
-@click.option("--root", metavar="DIR", help="State of the pods.  [default: /var/lib/unisandbox/serve]")
+@click.option("--root", metavar="DIR", help="State of the pods.  [default: /run/unisandbox-serve]")
 @click.option("--socket", metavar="PATH", help="Of the controller.  [default: /run/unisandbox/serve/sandboxer.sock]")
 @click.option("--config", metavar="FILE", help="TOML; the options above count more.")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")

@@ -13,7 +13,9 @@ from unisandbox.api import InvalidArgumentError
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.names import check_isolation
 
-DEFAULT_ROOT: Final = "/var/lib/unisandbox/serve"
+DEFAULT_ROOT: Final = "/run/unisandbox-serve"
+"""In memory: pods do not outlive the machine, and what is written down of them need not wait for a disk."""
+
 DEFAULT_SOCKET: Final = "/run/unisandbox/serve/sandboxer.sock"
 ANNOTATION: Final = "io.unisandbox.isolation"
 """The annotation of a pod that names its backend."""
@@ -31,6 +33,8 @@ class ServeConfig:
         socket: of the controller; task sockets lie beside it.
         events: containerd's socket for events, its own with ".ttrpc" at the end; empty: nobody is told.
         isolation: the backend of pods that nothing else is said of.
+        runtime: the OCI runtime of the backend "runc": "crun", "runc", "youki" or an absolute path; empty: the first of
+            them that is installed.
         handlers: backends by the name of the runtime handler (Kubernetes' RuntimeClass handler).
         sandboxers: backends by the name under which the engine knows this sandboxer.
         annotation: pods may name their backend by the annotation `io.unisandbox.isolation`: one of these. Closed by
@@ -42,6 +46,7 @@ class ServeConfig:
     socket: str = DEFAULT_SOCKET
     events: str = ""
     isolation: str = "runc"
+    runtime: str = ""
     handlers: Mapping[str, str] = attrs.field(factory=dict)
     sandboxers: Mapping[str, str] = attrs.field(factory=dict)
     annotation: tuple[str, ...] = ()
@@ -52,6 +57,8 @@ class ServeConfig:
             path = getattr(self, name)
             if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
                 raise InvalidArgumentError(f"{name} must be an absolute path, got {path!r}")
+        if not isinstance(self.runtime, str) or ("/" in self.runtime and not os.path.isabs(self.runtime)):
+            raise InvalidArgumentError(f"runtime must be a name or an absolute path, got {self.runtime!r}")
         for backend in (self.isolation, *self.handlers.values(), *self.sandboxers.values(), *self.annotation):
             check_isolation(backend)
 

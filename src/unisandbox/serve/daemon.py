@@ -19,6 +19,7 @@ import anyio
 import anyio.abc
 
 from unisandbox.api import FailedPreconditionError, InvalidArgumentError
+from unisandbox.backends.runc import RuncBackend
 from unisandbox.engine.closing import close
 from unisandbox.engine.core import EngineCore
 from unisandbox.engine.opening import open_engine
@@ -271,7 +272,8 @@ async def serving(config: ServeConfig, *, given: socket.socket | None = None) ->
     """
     directory = os.path.dirname(config.socket)
     prepare_directory(directory)
-    core = await open_engine(config.root, policy="keep", on_recover="adopt")
+    backends = {"runc": RuncBackend(config.runtime)} if config.runtime else None
+    core = await open_engine(config.root, policy="keep", on_recover="adopt", backends=backends)
     try:
         # After the engine: a server that has just ended on this root is gone now, and maybe its directory.
         prepare_directory(directory)

@@ -230,7 +230,7 @@ LOOPS = """
 def alive(pid):
     try:
         return open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[0] not in "XZ"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return False
 
 async def leave(tag):

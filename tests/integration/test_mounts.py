@@ -116,6 +116,25 @@ def test_readonly_holds_for_submounts_where_a_plain_bind_does_not(tmp_path: Path
     assert isolated(work, tmp_path)
 
 
+def test_two_may_unmount_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = mounts.mount_points
+
+    def and_another_is_quicker(below: str = "/") -> list[str]:
+        found = listed(below)
+        for point in found:
+            syscalls.umount(point)
+            os.rmdir(point)
+        return found
+
+    def work(where: Path) -> object:
+        (where / "root/in").mkdir(parents=True)
+        syscalls.mount("tmpfs", str(where / "root/in"), "tmpfs")
+        monkeypatch.setattr(mounts, "mount_points", and_another_is_quicker)
+        return mounts.unmount_below(str(where / "root"))
+
+    assert isolated(work, tmp_path) == 0
+
+
 def test_a_later_mount_of_the_host_does_not_appear_inside(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         source = where / "source"

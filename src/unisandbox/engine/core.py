@@ -180,13 +180,12 @@ class EngineCore:
             expires_at=None if spec.ttl is None else now + spec.ttl,
             operation_id=operation_id,
         )
-        entry = Entry(self, record, spec, sandboxer)
         async with contextlib.AsyncExitStack() as stack:
             async with self._naming({identity, *filter(None, [spec.name])} if is_given or spec.name else set()):
                 self._check_open()
                 self._check_free(identity, spec)
                 # The lock before the record: whoever finds that and gets the lock knows that nobody makes it any more.
-                self._entries[identity] = entry
+                entry = self._entries[identity] = Entry(self, record, spec, sandboxer)
                 try:
                     await stack.enter_async_context(entry.sharing.changing())
                     entry.intend()

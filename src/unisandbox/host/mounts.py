@@ -209,7 +209,13 @@ def unmount_below(path: str) -> int:
     while found := mount_points(path):
         uppermost = [point for point in found if not any(point.startswith(other + "/") for other in found)]
         for point in uppermost:  # stacked ones are there several times
-            fd = syscalls.openat2(syscalls.AT_FDCWD, point, os.O_PATH, resolve=NO_LINKS)
+            try:
+                fd = syscalls.openat2(syscalls.AT_FDCWD, point, os.O_PATH, resolve=NO_LINKS)
+            except FileNotFoundError:
+                # Another one may have unmounted it meanwhile, and removed what it was mounted on.
+                if point in mount_points(point):
+                    raise
+                continue
             try:
                 detach(fd)
                 done += 1

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from unisandbox.host.cgroups.tree import Cgroups
 
 _NO_LIMITS = Limits()
-_OOM_SECONDS = 0.2
+_OOM_SECONDS = 2.0
 # What a process of its own needs a directory for.
 _FOR_PROCESS = frozenset({"memory", "freezer"})
 

@@ -262,7 +262,7 @@ async def test_no_module_is_said_to_be_none(sandbox: Sandbox) -> None:
 
 
 async def test_a_module_made_to_be_slow_is_ended_in_time(cache: Path, root: Path) -> None:
-    (root / "bomb.wat").write_text(bomb(functions=5000))
+    (root / "bomb.wat").write_text(bomb(functions=18_000))
     async with engine(cache, compile_seconds=3) as opened, opened.create(isolation="wasm", rootfs=root) as sandbox:
         begun = time.monotonic()
         with pytest.raises(DeadlineExceededError) as caught:
@@ -310,7 +310,7 @@ async def test_modules_made_to_be_slow_hold_up_no_other_sandbox_and_no_known_mod
 ) -> None:
     monkeypatch.setattr(compiling, "_PROCESSORS", 2)
     for number in range(4):
-        (root / f"bomb{number}.wat").write_text(bomb(functions=5000 + number))
+        (root / f"bomb{number}.wat").write_text(bomb(functions=18_000 + number))
     (root / "eight.wat").write_text(EXIT_7.replace("7", "8"))
     (root / "nine.wat").write_text(EXIT_7.replace("7", "9"))
     ended = []

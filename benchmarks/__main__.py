@@ -21,6 +21,7 @@ from benchmarks.memory import measure_idle, measure_imports
 from benchmarks.phases import measure_phases
 from benchmarks.wasm import measure_guests, wasm_cases
 from unisandbox import Engine, SandboxError
+from unisandbox.oci.features import find_runtimes
 
 _ROUNDS: Final = 60
 _QUICK_ROUNDS: Final = 8
@@ -86,7 +87,7 @@ async def run(rounds: int, *, quick: bool, only: Sequence[str]) -> report.Result
     imports: dict[str, Series] = {}
     idle: dict[str, float] = {}
     guests: dict[str, float] = {}
-    with Bare() as bare:
+    with Bare(await find_runtimes()) as bare:
         programs = {name: program.version_text for name, program in bare.programs.items()}
         host = report.describe_host(programs)
         async with Engine.open() as engine:

@@ -23,7 +23,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self, cast
 
-import anyio
 import attrs
 
 from benchmarks import spawner
@@ -32,7 +31,7 @@ from unisandbox.backends.runc.rootfs import Layer, host_tree
 from unisandbox.host import seccomp
 from unisandbox.host.cgroups import Cgroups, ending, hierarchy
 from unisandbox.oci.bundle import Bundle, OciMount, OciNamespace
-from unisandbox.oci.features import RuntimeProgram, find_runtimes
+from unisandbox.oci.features import RuntimeProgram
 
 Seccomp = Literal["json", "bpf"]
 
@@ -120,12 +119,15 @@ class Tool:
 class Bare:
     """The bare tools that this host has; a context manager that leaves nothing.
 
+    Args:
+        runtimes: the OCI runtimes that this host has.
+
     Attributes:
-        programs: the OCI runtimes, by name.
+        programs: these, by name.
     """
 
-    def __init__(self) -> None:
-        self.programs: dict[str, RuntimeProgram] = {program.name: program for program in anyio.run(find_runtimes)}
+    def __init__(self, runtimes: Sequence[RuntimeProgram]) -> None:
+        self.programs: dict[str, RuntimeProgram] = {program.name: program for program in runtimes}
         self._stack = contextlib.ExitStack()
         self._scratch = ""
         self._pid = 0

@@ -17,6 +17,7 @@ from benchmarks.cases import TRUE
 from benchmarks.measure import Series
 from unisandbox import Engine
 from unisandbox.backends.runc.planner import PodPlanner
+from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.engine.records import RecordStore
 from unisandbox.host.cgroups.cgroup import Cgroup
 from unisandbox.host.keeper import Keeper
@@ -35,7 +36,7 @@ _PHASES: Final[tuple[tuple[str, object, tuple[str, ...]], ...]] = (
     ("bundle", PodPlanner, ("prepare",)),
     ("crun: begin", Keeper, ("spawn",)),
     ("crun: create", Keeper, ("wait_exit",)),
-    ("verification", PodPlanner, ("_verify",)),
+    ("verification", Verifier, ("verify",)),
     ("start by FIFO", Runtime, ("start",)),
     ("init: spawn and exec", starting, ("spawn",)),
     ("program to its end", task.OciTaskService, ("wait",)),

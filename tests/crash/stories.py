@@ -118,7 +118,7 @@ async def bundle(stage: Stage) -> None:
     """A bundle of somebody else, as an engine above us would have it run."""
     engine = await opened(stage, "open")
     with making(stage, "a"):
-        a = await engine.create(name="a", resources=SMALL)
+        a = await engine.create(name="a", resources=SMALL, userns="host")
     task = a._entry.task
     path = foreign_bundle(Path(stage.place, "bundle"), "sleep", "1000")
     with stage.at("create a task"):

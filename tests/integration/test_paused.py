@@ -11,6 +11,7 @@ import anyio.lowlevel
 import pytest
 
 from unisandbox import DeadlineExceededError, Engine, Resources, Sandbox
+from unisandbox.engine import opening
 from unisandbox.host.cgroups import Cgroups
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
@@ -24,9 +25,12 @@ async def sandbox(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, anyio_backend: str
 ) -> AsyncIterator[Sandbox]:
     if request.param == "without unified tree":
-        if Cgroups.detect("unisandbox-x").version == "v2":
+        detect, found = Cgroups.detect, Cgroups.detect("unisandbox-x")
+        if found.version == "v2":
             pytest.skip("this host has no hierarchies of cgroup v1")
-        detect = Cgroups.detect
+        # The runtime shall not see it either.
+        hidden = opening._hidden(found)
+        monkeypatch.setattr(opening, "_hidden", lambda _: hidden)
         monkeypatch.setattr(Cgroups, "detect", lambda name, **options: detect(name, **options, use_unified=False))
     async with Engine.open() as engine, engine.create(isolation="runc", resources=SMALL) as made:
         yield made

@@ -176,9 +176,10 @@ def test_publishing_replaces_the_old_results_only(tmp_path: Path, monkeypatch: p
 def test_the_next_run_removes_what_a_killed_one_has_left() -> None:
     # Its container goes on, in its cgroups: that is what a bare runtime leaves.
     killed = (
-        "import os, signal\n"
+        "import os, signal, anyio\n"
         "from benchmarks.bare import Bare\n"
-        "with Bare() as bare, bare.running('crun') as container:\n"
+        "from unisandbox.oci.features import find_runtimes\n"
+        "with Bare(anyio.run(find_runtimes)) as bare, bare.running('crun') as container:\n"
         "    print(container, flush=True)\n"
         "    os.killpg(0, signal.SIGKILL)\n"
     )
@@ -188,7 +189,7 @@ def test_the_next_run_removes_what_a_killed_one_has_left() -> None:
     container = done.stdout.strip()
     assert done.returncode == -signal.SIGKILL
     assert left_of(container)
-    with Bare():
+    with Bare([]):
         assert left_of(container) == []
 
 

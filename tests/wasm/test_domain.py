@@ -230,7 +230,7 @@ async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy:
         f" start to end of another p50 {starts[25]:.1f}, p99 {starts[-1]:.1f} ms;"
         f" beside as many Python threads p50 {late_beside_threads[1]:.1f} and {starts_beside_threads[1]:.1f} ms"
     )
-    assert late[25] < late_beside_threads[1]
+    assert late[25] < max(50.0, late_beside_threads[1])
     assert starts[25] < starts_beside_threads[1]
 
 

@@ -293,10 +293,14 @@ async def _started(
     return pid, fds[0]
 
 
+_LAST_BREATH_MS: Final = 200
+
+
 def _no_answer(control: socket.socket, request: SpawnRequest) -> Exception:
     poll = select.poll()
     poll.register(control, 0)
-    if poll.poll(0):
+    # One that is being killed loses its descriptors one after the other.
+    if poll.poll(_LAST_BREATH_MS):
         return UnavailableError(f"the container's init has ended, so {_name(request)} was not started")
     return BackendError(f"the container's init refused to start {_name(request)}")
 

@@ -450,7 +450,7 @@ static void need(int step, long result)
 		said(step, result);
 }
 
-/* Joins the namespaces that are open as 4, 5 ... (a user namespace comes first), takes the directory `root` for all that
+/* Joins the namespaces that are open as 4, 5 ... (a user namespace comes last), takes the directory `root` for all that
  * it will ever see, gives up every privilege, and makes the namespace. Returns in its PID 1, a child of our own parent;
  * that one's pid, or the step that failed with its errno, is said on fd 1.
  *
@@ -492,10 +492,15 @@ void start(long *stack)
 	int pause = stack[0] > 1, first = stack[0] == 3;
 	if (stack[0] > 3 || (pause && argv[1][0] != (first ? 'f' : 'p')))
 		exit(64);
+	if (first) {
+		begin(argv[2]);
+		/* Whoever shares the namespace may read our command line: a path of the host is nobody's business. */
+		for (char *c = argv[2]; *c; c++)
+			*c = 0;
+	}
+	/* After the change of ids, which would undo it. */
 	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0)
 		exit(70);
-	if (first)
-		begin(argv[2]);
 	if (CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
 		exit(70);
 	/* The parent is the keeper by now. Without it nobody reaps us nor finds us: what runs here ends with it, and

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,7 @@ async def test_the_first_process_of_a_shared_pid_namespace_has_nothing_and_may_n
         spaces = namespaces.process_namespaces(first)
         known = (await sandbox.status()).namespaces
         assert {kind: spaces[kind] for kind in known} == known
+        assert "/run/" not in (await sandbox.sh("cat /proc/1/cmdline")).text
         seen = await sandbox.sh("cat /proc/1/status; ls /proc/1/root/ /proc/1/fd; kill -9 1; kill -0 1 && echo alive")
         assert ("Name:\tinit" in seen.text, seen.text.endswith("alive\n")) == (True, True)
 
@@ -220,3 +222,64 @@ async def test_a_container_may_have_any_name_beside_a_shared_pid_namespace() -> 
         await sandbox.stop(grace=0)
         await sandbox.start()
         assert (await sandbox.run(["true"])).exit_code == 0
+
+
+async def until_stopped(sandbox: Sandbox) -> None:
+    """The first process of a namespace ends after all others in it, and what has ended it does not wait for that."""
+    with anyio.fail_after(20):
+        while (await sandbox.status()).state != "stopped":
+            await anyio.sleep(0.01)
+
+
+async def test_a_sandbox_that_has_lost_its_shared_pid_namespace_starts_again() -> None:
+    async with Sandbox.create(resources=Resources(memory="128M"), share_pid=True) as sandbox:
+        for _ in range(2):
+            async with sandbox.exec(["sleep", "60"]) as process:
+                os.kill(first_of_its_namespace(process.pid), signal.SIGKILL)
+                assert (await process.wait()).signal == signal.SIGKILL
+            await until_stopped(sandbox)
+            await sandbox.start()
+            assert (await sandbox.status()).state == "ready"
+            assert (await sandbox.run(["true"])).exit_code == 0
+
+
+async def test_who_has_attached_sees_that_a_lost_pid_namespace_is_there_again(tmp_path: Path) -> None:
+    async with (
+        Engine.open(tmp_path) as engine,
+        Engine.attach(tmp_path) as other,
+        engine.create(name="a", resources=Resources(memory="128M"), share_pid=True) as sandbox,
+    ):
+        same = await other.get("a")
+        async with sandbox.exec(["sleep", "60"]) as process:
+            os.kill(first_of_its_namespace(process.pid), signal.SIGKILL)
+            await process.wait()
+        await until_stopped(same)
+        await sandbox.stop(grace=0)
+        await sandbox.start()
+        assert (await same.status()).state == "ready"
+        assert (await same.run(["true"])).exit_code == 0
+        assert ((await same.status()).state, (await sandbox.status()).state) == ("ready", "ready")
+
+
+async def test_looks_at_a_shared_pid_namespace_end_while_others_change_the_sandbox(tmp_path: Path) -> None:
+    async with (
+        Engine.open(tmp_path) as engine,
+        Engine.attach(tmp_path) as other,
+        engine.create(name="a", resources=Resources(memory="128M"), share_pid=True) as sandbox,
+    ):
+        same = await other.get("a")
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+
+                async def look() -> None:
+                    for _ in range(100):
+                        assert (await same.status()).state == "ready"
+
+                async def change(one: Sandbox) -> None:
+                    for number in range(25):
+                        await one.update(Resources(memory=f"{128 + number}M"))
+
+                for _ in range(4):
+                    group.start_soon(look)
+                group.start_soon(change, sandbox)
+                group.start_soon(change, same)

@@ -113,6 +113,15 @@ async def test_a_given_network_is_joined(create: Create, network_namespace: str)
         assert (await sandbox.status()).namespaces["net"] == int(inside[5:-1])
 
 
+@pytest.mark.needs("networks:namespace", "processes", "shared_pid")
+async def test_a_given_network_is_joined_where_containers_share_their_processes(
+    create: Create, network_namespace: str
+) -> None:
+    async with create(network=network_namespace, share_pid=True) as sandbox:
+        inside = (await sandbox.run(["readlink", "/proc/self/ns/net"])).text.strip()
+        assert inside == _link(network_namespace)
+
+
 def _link(path: str) -> str:
     return str(Path(path).readlink())
 

@@ -242,7 +242,11 @@ class Entry:
         async with self.sharing.changing():
             self.check_alive()
             if self.state == "ready":
-                return
+                if (await self._sandboxer.status(self.sandbox_id)).state != "stopped":
+                    return
+                # It has lost what its containers share, and with it all that ran.
+                self.programs.main_made = False
+                await self._sandboxer.stop(self.sandbox_id, grace=0)
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
             self._write("ready", started_at=time.time(), stopped_at=None)
@@ -364,6 +368,10 @@ class Entry:
             self._note("removing")
             await self._free()
 
+    def _as_written(self) -> SandboxStatus:
+        written = attrs.evolve(self.sharing.written_down(), started_at=self.record.started_at)
+        return attrs.evolve(written, state="ready" if self.record.phase == "ready" else "stopped")
+
     async def status(self) -> SandboxStatus:
         """The state at this moment; never waits for another call.
 
@@ -390,9 +398,9 @@ class Entry:
                     raise
                 return self.sharing.written_down()  # its removal was begun since we looked, or was cut
             except UnsupportedError:
-                # It lives in another process, and cannot be used from here: what is written down.
-                written = attrs.evolve(self.sharing.written_down(), started_at=self.record.started_at)
-                return attrs.evolve(written, state="ready" if self.record.phase == "ready" else "stopped")
+                return self._as_written()  # it lives in another process, and cannot be used from here
+            if self.state == "unread":
+                return self._as_written()  # a change by another task is about to read it
         status = await self.sandboxer.status(self.sandbox_id)
         record = self.record
         return attrs.evolve(

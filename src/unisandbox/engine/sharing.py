@@ -113,7 +113,9 @@ class Sharing:
     async def learn(self) -> None:
         """The same for whoever uses it: one that is being made or removed is waited for."""
         self._entry.check_alive()
-        if self._entry.state == "new" or (self._host.shared and not self.is_whole):
+        # A change by this process that is under way reads it first: until then nothing of it is known here.
+        is_being_read = self._entry.state == "unread" and self._lock.locked()
+        if self._entry.state == "new" or is_being_read or (self._host.shared and not self.is_whole):
             await self.settled()
         else:
             await self.look()

@@ -247,6 +247,9 @@ def _clone_as_root_of(flags: int, root: tuple[int, int]) -> int:
         syscalls.setfsgid(0)
 
 
+_PAUSE_SECONDS: Final = 10
+
+
 def _fork_into(user_fd: int, flags: int) -> int:
     """A child in a user namespace that is there already, and in new ones that belong to it; it sleeps until its end.
 
@@ -260,6 +263,7 @@ def _fork_into(user_fd: int, flags: int) -> int:
             os.setresgid(0, 0, 0)
             os.setresuid(0, 0, 0)
             syscalls.unshare(flags)
+            signal.alarm(_PAUSE_SECONDS)  # whoever waits for it may be killed
             os.write(writer, b"\0")
             signal.pause()
         except OSError as error:

@@ -5,6 +5,7 @@ All of it is one job of the keeper, and verified before anybody is told.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections import deque
@@ -75,6 +76,10 @@ class Maker:
 
     async def make(self, pod: Pod) -> None:
         """Namespaces and root file system, in one job of the keeper; verified."""
+        with contextlib.ExitStack() as opened:
+            await self._make(pod, _given(pod, opened))
+
+    async def _make(self, pod: Pod, given: Mapping[str, int]) -> None:
         spec = pod.spec
         keeper = self._host.keeper
         # A mount namespace of its own: mounts of one sandbox cost no other anything, and they end with it.
@@ -83,14 +88,9 @@ class Maker:
         maps: dict[str, object] = {}
         hold: dict[str, str] = {what: pod.held(what) for what in HELD}
         fds = list(pod.sources)
-        given: dict[str, int] = {}
-        if spec.network.kind == "namespace":
-            given["net"] = _open_network(spec.network.path, pod.label)
         if pod.mapped:
             if spec.user_ids is not None:
                 pod.first_id = spec.user_ids[0]
-                # Nobody else could mount what belongs to the network (/sys).
-                given |= _owner_of(given.get("net", -1))
             else:
                 pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
                 pod.first_id = pod.lease * IDS
@@ -141,11 +141,7 @@ class Maker:
             steps.append({"do": "given", "fd": len(fds), "name": "net"})
         hold |= {kind: f"{pod.short}/{kind}" for kind in given}
         fds += given.values()
-        try:
-            result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
-        finally:
-            for fd in given.values():
-                os.close(fd)
+        result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
         pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         for kind, number in pod.pins.items():
@@ -192,15 +188,20 @@ class Maker:
             raise translate_job(error, label, mounts) from error
 
 
-def _owner_of(network: int) -> dict[str, int]:
-    """The user namespace that a network namespace belongs to, by its kind; nothing when it is our own."""
-    if network < 0:
-        return {}
-    owner = namespaces.owner_userns(network)
-    if namespaces.namespace_inode(owner) == namespaces.namespace_inode("/proc/self/ns/user"):
-        os.close(owner)
-        return {}
-    return {"user": owner}
+def _given(pod: Pod, opened: contextlib.ExitStack) -> dict[str, int]:
+    """The namespaces that are there already, by their kind; `opened` closes them."""
+    given: dict[str, int] = {}
+    spec = pod.spec
+    if spec.network.kind == "namespace":
+        given["net"] = _open_network(spec.network.path, pod.label)
+        opened.callback(os.close, given["net"])
+        if pod.mapped and spec.user_ids is not None:
+            # Nobody but the network's owner could mount what belongs to it (/sys).
+            owner = namespaces.owner_userns(given["net"])
+            opened.callback(os.close, owner)
+            if namespaces.namespace_inode(owner) != namespaces.namespace_inode("/proc/self/ns/user"):
+                given["user"] = owner
+    return given
 
 
 def _open_network(path: str, label: str) -> int:

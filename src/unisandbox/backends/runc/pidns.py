@@ -38,7 +38,8 @@ EMPTY_ROOT: Final = "/empty"
 _END_SECONDS: Final = 5.0
 # The name, below the sandbox's prefix, of what is known of the process.
 _FIRST: Final = "pid-first"
-_JOINED: Final = ("user", "net", "ipc", "uts")
+# The user namespace comes last: a given network may belong to the host's.
+_JOINED: Final = ("net", "ipc", "uts", "user")
 _SAID: Final = struct.Struct("=2i")  # a step, and a pid or an errno below zero
 
 
@@ -110,8 +111,13 @@ class SharedPids:
 
     @property
     def has_ended(self) -> bool:
-        """Nothing can be started in the namespace any more."""
-        return has_ended(self.created.pidfd)
+        """Nothing can be started in the namespace any more; False for one that was let go of."""
+        return not self._closed and has_ended(self.created.pidfd)
+
+    def is_same(self, other: SharedPids | None) -> bool:
+        """Whether it is about the same process."""
+        identity = (self.created.pid, self.created.start_time)
+        return other is not None and identity == (other.created.pid, other.created.start_time)
 
     async def ended_at(self, keeper: Keeper) -> float:
         """Wait for its end; when that came, in seconds since the epoch.

@@ -202,9 +202,12 @@ class RuncSandboxer:
             sandbox.planner = self._planner_of(pod)
         if sandbox.task is None:
             sandbox.task = self._task_of(pod, sandbox.planner)
-        if sandbox.pids is not None:
-            sandbox.pids.close()
-        sandbox.pids = await SharedPids.restore(self._host, pod) if pod.spec.share_pid else None
+        if pod.spec.share_pid:
+            found = await SharedPids.restore(self._host, pod)
+            # Not before: others look at it meanwhile.
+            former, sandbox.pids = sandbox.pids, found
+            if former is not None:
+                former.close()
         if pod.spec.share_pid and request.exclusive and (sandbox.pids is None or sandbox.pids.has_ended):
             if sandbox.pids is not None:
                 sandbox.pids.close()
@@ -212,6 +215,10 @@ class RuncSandboxer:
             await SharedPids.clear(self._host, pod)
             if request.started:
                 sandbox.pids = await SharedPids.make(self._host, pod, self._init())
+        if request.started and (sandbox.pids is None or not sandbox.pids.has_ended):
+            sandbox.lost_at = None
+            if sandbox.ended.is_set():
+                sandbox.ended = anyio.Event()
         await sandbox.task.restore(exclusive=request.exclusive)
         return StartedSandbox(sandbox.task)
 
@@ -261,9 +268,11 @@ class RuncSandboxer:
 
     async def _see_the_end(self, sandbox: _Sandbox, pids: SharedPids) -> None:
         """Without the first process of its pid namespace it is at its end, although nobody has stopped it."""
-        with contextlib.suppress(UnavailableError):  # the keeper is dead: whoever asks for the status is told
+        # The keeper is dead: whoever asks for the status is told. Or it knows of it no more, since it was freed.
+        with contextlib.suppress(UnavailableError, ProcessLookupError):
             at = await pids.ended_at(self._host.keeper)
-            if not pids.ending:
+            now = sandbox.pids
+            if now is not None and pids.is_same(now) and not now.ending:
                 sandbox.lost_at = at
                 sandbox.ended.set()
 

@@ -26,8 +26,9 @@ from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import ControllerV1, EventsV1, TaskV3
 from unisandbox.serve import publishing
 from unisandbox.serve.config import ServeConfig
-from unisandbox.serve.daemon import serving
+from unisandbox.serve.daemon import Server, serving
 from unisandbox.serve.publishing import Publisher
+from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services
 from unisandbox.wire.ttrpc import serve
@@ -131,6 +132,26 @@ async def test_what_happens_is_told_as_shims_tell_it_although_nobody_waits(engin
     assert gone.pid == pid
     for each in (main, fifos):
         each.close()
+
+
+async def test_an_end_is_told_also_of_what_is_forgotten_as_it_begins(
+    engine: Engine, server: Server, tmp_path: Path
+) -> None:
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    place = server.pods.place(await server.pods.entry(POD, None))
+    heard = Heard(str(tmp_path / "another.sock"))
+    publisher = Publisher(heard.path)
+    async with heard.listening(), anyio.create_task_group() as group:
+        group.start_soon(publisher.run)
+        telling = Telling(publisher, group)
+        telling.expect(place, CONTAINER, "", 1)
+        telling.watch(place, CONTAINER, "")
+        telling.forget([POD])  # before the task that waits for the end has had its first step
+        await kill(engine)
+        await heard.until("exit")
+        group.cancel_scope.cancel()
+    main.close()
 
 
 async def test_an_end_with_the_whole_pod_is_told(engine: Engine, heard: Heard) -> None:

@@ -74,8 +74,9 @@ class Telling:
 
     def watch(self, place: Place, container: str, exec_id: str) -> None:
         """An expected process runs: tell how it ends."""
-        if (place.entry.sandbox_id, container, exec_id) in self._lives:
-            self._group.start_soon(self._watch, place, container, exec_id)
+        life = self._lives.get((place.entry.sandbox_id, container, exec_id))
+        if life is not None:
+            self._group.start_soon(self._watch, place, container, exec_id, life)
 
     def forget(self, beginning: Sequence[str]) -> None:
         """What is called so is gone; an end that happens at this moment is still told."""
@@ -106,8 +107,7 @@ class Telling:
 
     # --- watching ---
 
-    async def _watch(self, place: Place, container: str, exec_id: str) -> None:
-        life = self._lives[place.entry.sandbox_id, container, exec_id]
+    async def _watch(self, place: Place, container: str, exec_id: str, life: _Life) -> None:
         try:
             exit: Exit | None = None
             async with anyio.create_task_group() as group:
@@ -142,7 +142,7 @@ class Telling:
         try:
             first = self._lives.get((place.entry.sandbox_id, container, ""), life)
             kills = first.told.oom_kills + int(exit.reason == "oom" and not first.told.oom_kills)
-            with contextlib.suppress(SandboxError):  # its cgroup is gone already
+            with contextlib.suppress(SandboxError, OSError):  # its cgroup is gone already
                 kills = max(kills, (await place.task.stats(container)).oom_kills or 0)
             self._tell_kills(place, container, first, kills)
             if not life.told.exit:

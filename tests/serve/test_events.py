@@ -28,6 +28,7 @@ from unisandbox.serve import publishing
 from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.daemon import Server, serving
 from unisandbox.serve.publishing import Publisher
+from unisandbox.serve.stdio import Ends, Streams, Told
 from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services
@@ -43,11 +44,17 @@ KINDS: Final = {
 
 @attrs.define
 class Heard:
-    """What containerd has got."""
+    """What containerd has got.
+
+    Attributes:
+        path: where.
+        taking: what it takes next is acknowledged once this is set.
+    """
 
     path: str
     envelopes: list[Envelope] = attrs.field(factory=list)
     news: anyio.Event = attrs.field(factory=anyio.Event)
+    taking: anyio.Event | None = None
 
     async def forward(self, request: ForwardRequest, call: Call) -> Empty:
         assert request.envelope is not None
@@ -55,6 +62,8 @@ class Heard:
         assert request.envelope.namespace == call.namespace == "k8s.io"
         self.envelopes.append(request.envelope)
         self.news.set()
+        if self.taking is not None:
+            await self.taking.wait()
         return Empty()
 
     @property
@@ -216,6 +225,35 @@ async def test_an_end_that_no_server_saw_is_told_by_the_next_one_and_not_again(
     assert isinstance(heard.messages[2], events.TaskExit)
     assert heard.messages[2].exit_status == 7
     main.close()
+
+
+async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(engine: Engine, server: Server, heard: Heard) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main, fifos = await engine.run("sleep", "1000"), engine.fifos("e1")
+        await heard.until("start")
+        heard.taking = anyio.Event()
+        await engine.exec("e1", fifos, "true")
+        assert await engine.wait("e1") == 0
+        await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+        await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+        heard.taking.set()
+        await heard.until("paused")  # what was told before is acknowledged
+        await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+        notes = await server.pods.core.host.keeper.notes()
+        assert [name for name in notes if "/e1" in name] == []
+        for each in (main, fifos):
+            each.close()
+
+
+async def test_a_process_is_not_known_by_what_was_told_of_a_former_one_of_this_name(
+    engine: Engine, server: Server
+) -> None:
+    await engine.run_pod(linux=shared())
+    streams = server.pods.place(await server.pods.entry(POD, None)).streams
+    streams.note_told(CONTAINER, "e1", Told(exit=True))
+    await streams.hold(CONTAINER, "e1", Streams(), Ends())
+    assert await streams.told() == {(CONTAINER, "e1"): Told()}
 
 
 async def test_of_too_many_events_the_oldest_are_lost(

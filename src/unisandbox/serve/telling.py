@@ -166,7 +166,10 @@ class Telling:
     def _publish_once(self, place: Place, container: str, exec_id: str, life: _Life, event: Message) -> None:
         """What containerd has is written down, so that the next server does not tell it again."""
         told = life.told
-        namespace = facts_of(place.entry).namespace
-        self._publisher.publish(
-            namespace, _TOPICS[type(event)], event, lambda: place.streams.note_told(container, exec_id, told)
-        )
+        key = (place.entry.sandbox_id, container, exec_id)
+
+        def note() -> None:
+            if self._lives.get(key) is life:  # else it would be taken for that of a later process of this name
+                place.streams.note_told(container, exec_id, told)
+
+        self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event, note)

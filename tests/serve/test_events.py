@@ -227,6 +227,40 @@ async def test_an_end_that_no_server_saw_is_told_by_the_next_one_and_not_again(
     main.close()
 
 
+async def test_a_process_that_is_deleted_while_it_starts_has_its_end_told(
+    engine: Engine, server: Server, heard: Heard
+) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main, fifos = await engine.run("sleep", "1000"), engine.fifos("e1")
+        await engine.add("e1", fifos, "sh", "-c", "exit 3")
+        async with anyio.create_task_group() as group:
+            keeper = server.pods.core.host.keeper.pid
+            os.kill(keeper, signal.SIGSTOP)  # so that nothing starts
+            try:
+                group.start_soon(engine.tasks, TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id="e1"))
+                await anyio.wait_all_tasks_blocked()
+                gone: list[v3.DeleteResponse] = []
+
+                async def delete() -> None:
+                    request = v3.DeleteRequest(id=CONTAINER, exec_id="e1")
+                    gone.append(await engine.tasks(TaskV3.DELETE, request))
+
+                group.start_soon(delete)
+                # Requests come in order, and what answers this one asks no keeper.
+                await engine.tasks(TaskV3.CONNECT, v3.ConnectRequest(id=CONTAINER))
+                await anyio.wait_all_tasks_blocked()
+                assert gone == []
+            finally:
+                os.kill(keeper, signal.SIGCONT)
+        assert [answer.exit_status for answer in gone] == [3]
+        await heard.until("exit")
+        told = next(message for message in heard.messages if isinstance(message, events.TaskExit))
+        assert (told.id, told.exit_status, told.exited_at) == ("e1", 3, gone[0].exited_at)
+        for each in (main, fifos):
+            each.close()
+
+
 async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(engine: Engine, server: Server, heard: Heard) -> None:
     async with heard.listening():
         await engine.run_pod(linux=shared())

@@ -290,6 +290,32 @@ async def test_a_process_is_not_known_by_what_was_told_of_a_former_one_of_this_n
     assert await streams.told() == {(CONTAINER, "e1"): Told()}
 
 
+async def test_a_kill_for_memory_is_told_by_the_next_server_although_one_was_told_before(
+    config: ServeConfig, heard: Heard, tmp_path: Path
+) -> None:
+    async with heard.listening():
+        async with serving(config), engine_at(config.socket, tmp_path) as engine:
+            address = (await engine.run_pod(linux=shared())).address
+            limit = {"memory": {"limit": 32 << 20, "swap": 32 << 20}}
+            main = await engine.run("sh", "-c", "read x; exec tail /dev/zero", resources=limit, stdin=True)
+            fifos = engine.fifos("e1")
+            await engine.exec("e1", fifos, "tail", "/dev/zero")
+            assert await engine.wait("e1") == 137
+            await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+            await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+            await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+            await heard.until("resumed")  # containerd has what was told before
+        async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+            await engine.connect(address)
+            os.write(main.ends["stdin"], b"now\n")
+            await heard.until("exit", 2)
+            assert heard.topics[heard.topics.index("resumed") :] == ["resumed", "oom", "exit"]
+            for entry in server.pods.core.entries():
+                await entry.remove()
+    for each in (main, fifos):
+        each.close()
+
+
 async def test_of_too_many_events_the_oldest_are_lost(
     heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -90,10 +90,14 @@ class Telling:
         for (container, exec_id), told in (await place.streams.told()).items():
             with contextlib.suppress(NotFoundError):  # deleted meanwhile
                 state = await place.task.state(container, exec_id)
+                kills = told.oom_kills
+                if kills and not told.exit:
+                    # Those of processes that are gone are not counted any more.
+                    kills = min(kills, await _oom_kills(place, container))
                 key = (place.entry.sandbox_id, container, exec_id)
                 if key in self._lives or (state.state == "created" and exec_id):
                     continue
-                self.expect(place, container, exec_id, state.pid or 0, told)
+                self.expect(place, container, exec_id, state.pid or 0, told._replace(oom_kills=kills))
                 if state.state != "created":
                     self.watch(place, container, exec_id)
 
@@ -142,9 +146,7 @@ class Telling:
         try:
             first = self._lives.get((place.entry.sandbox_id, container, ""), life)
             kills = first.told.oom_kills + int(exit.reason == "oom" and not first.told.oom_kills)
-            with contextlib.suppress(SandboxError, OSError):  # its cgroup is gone already
-                kills = max(kills, (await place.task.stats(container)).oom_kills or 0)
-            self._tell_kills(place, container, first, kills)
+            self._tell_kills(place, container, first, max(kills, await _oom_kills(place, container)))
             if not life.told.exit:
                 life.told = life.told._replace(exit=True)
                 event = events.TaskExit(
@@ -173,3 +175,10 @@ class Telling:
                 place.streams.note_told(container, exec_id, told)
 
         self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event, note)
+
+
+async def _oom_kills(place: Place, container: str) -> int:
+    """How many are counted now that were killed for memory in a container."""
+    with contextlib.suppress(SandboxError, OSError):  # its cgroup is gone already
+        return (await place.task.stats(container)).oom_kills or 0
+    return 0

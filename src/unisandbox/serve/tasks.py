@@ -426,6 +426,7 @@ class Tasks:
             raise UnsupportedError("annotations of changed limits", "serve")
         if request.resources is None:
             raise InvalidArgumentError("an update needs resources")
+        await place.task.state(request.id)  # what is gone has no bundle either, and that would be told in its place
         bundle = (await place.streams.of(request.id, "")).bundle
         text = changed_resources(request.resources.value, bundle)
         await place.task.update(request.id, text)

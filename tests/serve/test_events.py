@@ -261,7 +261,10 @@ async def test_a_process_that_is_deleted_while_it_starts_has_its_end_told(
             each.close()
 
 
-async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(engine: Engine, server: Server, heard: Heard) -> None:
+@pytest.mark.parametrize("with_pod", [False, True])
+async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(
+    engine: Engine, server: Server, heard: Heard, *, with_pod: bool
+) -> None:
     async with heard.listening():
         await engine.run_pod(linux=shared())
         main, fifos = await engine.run("sleep", "1000"), engine.fifos("e1")
@@ -269,11 +272,13 @@ async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(engine: Engine
         heard.taking = anyio.Event()
         await engine.exec("e1", fifos, "true")
         assert await engine.wait("e1") == 0
-        await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
-        await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+        if with_pod:  # by another process, say
+            await (await server.pods.entry(POD, None)).remove()
+        else:
+            await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+            await kill(engine)
         heard.taking.set()
-        await heard.until("paused")  # what was told before is acknowledged
-        await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+        await heard.until("exit", 2)  # what was told before is acknowledged
         notes = await server.pods.core.host.keeper.notes()
         assert [name for name in notes if "/e1" in name] == []
         for each in (main, fifos):

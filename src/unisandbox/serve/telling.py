@@ -171,7 +171,8 @@ class Telling:
         key = (place.entry.sandbox_id, container, exec_id)
 
         def note() -> None:
-            if self._lives.get(key) is life:  # else it would be taken for that of a later process of this name
+            # Else it would be taken for that of a later process of this name, or stay when its pod is gone.
+            if self._lives.get(key) is life and not place.entry.removed:
                 place.streams.note_told(container, exec_id, told)
 
         self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event, note)

@@ -272,7 +272,11 @@ def _remove_all(made: Node) -> None:
 def _server(made: Node, name: str, socket: str, runtime: str) -> Iterator[subprocess.Popen[bytes]]:
     if runtime:
         config = made.place / f"{name}.toml"
-        config.write_text(f'root = "{made.state}/{name}"\nsocket = "{socket}"\nruntime = "{runtime}"\n')
+        # The shim tells containerd what happens, too.
+        events = f"{made.place}/containerd.sock.ttrpc"
+        config.write_text(
+            f'root = "{made.state}/{name}"\nsocket = "{socket}"\nruntime = "{runtime}"\nevents = "{events}"\n'
+        )
         command = [sys.executable, "-m", "unisandbox.cli", "serve", "--config", str(config)]
     else:
         command = [sys.executable, "-m", "benchmarks.nothing", socket]

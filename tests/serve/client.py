@@ -177,6 +177,11 @@ class Engine:
 
     async def exec(self, exec_id: str, fifos: HasPaths, *args: str, terminal: bool = False) -> v3.StartResponse:
         """A process more, started."""
+        await self.add(exec_id, fifos, *args, terminal=terminal)
+        return await self.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id=exec_id))
+
+    async def add(self, exec_id: str, fifos: HasPaths, *args: str, terminal: bool = False) -> None:
+        """A process more, not started."""
         spec = AnyMessage(
             type_url="types.containerd.io/opencontainers/runtime-spec/1/Process",
             value=json.dumps({**process(*args), "terminal": terminal}).encode(),
@@ -193,7 +198,6 @@ class Engine:
                 spec=spec,
             ),
         )
-        return await self.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id=exec_id))
 
     async def wait(self, exec_id: str = "") -> int:
         """Its exit status."""

@@ -428,6 +428,9 @@ async def test_limits_can_be_changed_while_a_container_runs(engine: Engine, serv
     await engine.wait()
     with pytest.raises(FailedPreconditionError, match="has ended"):
         await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": 7}))
+    await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
+    with pytest.raises(NotFoundError):
+        await engine.tasks(TaskV3.UPDATE, update_of(pids={"limit": 7}, devices=devices))
     main.close()
 
 

@@ -26,8 +26,10 @@ from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import ControllerV1, EventsV1, TaskV3
 from unisandbox.serve import publishing
 from unisandbox.serve.config import ServeConfig
-from unisandbox.serve.daemon import serving
+from unisandbox.serve.daemon import Server, serving
 from unisandbox.serve.publishing import Publisher
+from unisandbox.serve.stdio import Ends, Streams, Told
+from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services
 from unisandbox.wire.ttrpc import serve
@@ -42,11 +44,17 @@ KINDS: Final = {
 
 @attrs.define
 class Heard:
-    """What containerd has got."""
+    """What containerd has got.
+
+    Attributes:
+        path: where.
+        taking: what it takes next is acknowledged once this is set.
+    """
 
     path: str
     envelopes: list[Envelope] = attrs.field(factory=list)
     news: anyio.Event = attrs.field(factory=anyio.Event)
+    taking: anyio.Event | None = None
 
     async def forward(self, request: ForwardRequest, call: Call) -> Empty:
         assert request.envelope is not None
@@ -54,6 +62,8 @@ class Heard:
         assert request.envelope.namespace == call.namespace == "k8s.io"
         self.envelopes.append(request.envelope)
         self.news.set()
+        if self.taking is not None:
+            await self.taking.wait()
         return Empty()
 
     @property
@@ -133,6 +143,26 @@ async def test_what_happens_is_told_as_shims_tell_it_although_nobody_waits(engin
         each.close()
 
 
+async def test_an_end_is_told_also_of_what_is_forgotten_as_it_begins(
+    engine: Engine, server: Server, tmp_path: Path
+) -> None:
+    await engine.run_pod(linux=shared())
+    main = await engine.run("sleep", "1000")
+    place = server.pods.place(await server.pods.entry(POD, None))
+    heard = Heard(str(tmp_path / "another.sock"))
+    publisher = Publisher(heard.path)
+    async with heard.listening(), anyio.create_task_group() as group:
+        group.start_soon(publisher.run)
+        telling = Telling(publisher, group)
+        telling.expect(place, CONTAINER, "", 1)
+        telling.watch(place, CONTAINER, "")
+        telling.forget([POD])  # before the task that waits for the end has had its first step
+        await kill(engine)
+        await heard.until("exit")
+        group.cancel_scope.cancel()
+    main.close()
+
+
 async def test_an_end_with_the_whole_pod_is_told(engine: Engine, heard: Heard) -> None:
     async with heard.listening():
         await engine.run_pod(linux=shared())
@@ -195,6 +225,100 @@ async def test_an_end_that_no_server_saw_is_told_by_the_next_one_and_not_again(
     assert isinstance(heard.messages[2], events.TaskExit)
     assert heard.messages[2].exit_status == 7
     main.close()
+
+
+async def test_a_process_that_is_deleted_while_it_starts_has_its_end_told(
+    engine: Engine, server: Server, heard: Heard
+) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main, fifos = await engine.run("sleep", "1000"), engine.fifos("e1")
+        await engine.add("e1", fifos, "sh", "-c", "exit 3")
+        async with anyio.create_task_group() as group:
+            keeper = server.pods.core.host.keeper.pid
+            os.kill(keeper, signal.SIGSTOP)  # so that nothing starts
+            try:
+                group.start_soon(engine.tasks, TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id="e1"))
+                await anyio.wait_all_tasks_blocked()
+                gone: list[v3.DeleteResponse] = []
+
+                async def delete() -> None:
+                    request = v3.DeleteRequest(id=CONTAINER, exec_id="e1")
+                    gone.append(await engine.tasks(TaskV3.DELETE, request))
+
+                group.start_soon(delete)
+                # Requests come in order, and what answers this one asks no keeper.
+                await engine.tasks(TaskV3.CONNECT, v3.ConnectRequest(id=CONTAINER))
+                await anyio.wait_all_tasks_blocked()
+                assert gone == []
+            finally:
+                os.kill(keeper, signal.SIGCONT)
+        assert [answer.exit_status for answer in gone] == [3]
+        await heard.until("exit")
+        told = next(message for message in heard.messages if isinstance(message, events.TaskExit))
+        assert (told.id, told.exit_status, told.exited_at) == ("e1", 3, gone[0].exited_at)
+        for each in (main, fifos):
+            each.close()
+
+
+@pytest.mark.parametrize("with_pod", [False, True])
+async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(
+    engine: Engine, server: Server, heard: Heard, *, with_pod: bool
+) -> None:
+    async with heard.listening():
+        await engine.run_pod(linux=shared())
+        main, fifos = await engine.run("sleep", "1000"), engine.fifos("e1")
+        await heard.until("start")
+        heard.taking = anyio.Event()
+        await engine.exec("e1", fifos, "true")
+        assert await engine.wait("e1") == 0
+        if with_pod:  # by another process, say
+            await (await server.pods.entry(POD, None)).remove()
+        else:
+            await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+            await kill(engine)
+        heard.taking.set()
+        await heard.until("exit", 2)  # what was told before is acknowledged
+        notes = await server.pods.core.host.keeper.notes()
+        assert [name for name in notes if "/e1" in name] == []
+        for each in (main, fifos):
+            each.close()
+
+
+async def test_a_process_is_not_known_by_what_was_told_of_a_former_one_of_this_name(
+    engine: Engine, server: Server
+) -> None:
+    await engine.run_pod(linux=shared())
+    streams = server.pods.place(await server.pods.entry(POD, None)).streams
+    streams.note_told(CONTAINER, "e1", Told(exit=True))
+    await streams.hold(CONTAINER, "e1", Streams(), Ends())
+    assert await streams.told() == {(CONTAINER, "e1"): Told()}
+
+
+async def test_a_kill_for_memory_is_told_by_the_next_server_although_one_was_told_before(
+    config: ServeConfig, heard: Heard, tmp_path: Path
+) -> None:
+    async with heard.listening():
+        async with serving(config), engine_at(config.socket, tmp_path) as engine:
+            address = (await engine.run_pod(linux=shared())).address
+            limit = {"memory": {"limit": 32 << 20, "swap": 32 << 20}}
+            main = await engine.run("sh", "-c", "read x; exec tail /dev/zero", resources=limit, stdin=True)
+            fifos = engine.fifos("e1")
+            await engine.exec("e1", fifos, "tail", "/dev/zero")
+            assert await engine.wait("e1") == 137
+            await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER, exec_id="e1"))
+            await engine.tasks(TaskV3.PAUSE, v3.PauseRequest(id=CONTAINER))
+            await engine.tasks(TaskV3.RESUME, v3.ResumeRequest(id=CONTAINER))
+            await heard.until("resumed")  # containerd has what was told before
+        async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+            await engine.connect(address)
+            os.write(main.ends["stdin"], b"now\n")
+            await heard.until("exit", 2)
+            assert heard.topics[heard.topics.index("resumed") :] == ["resumed", "oom", "exit"]
+            for entry in server.pods.core.entries():
+                await entry.remove()
+    for each in (main, fifos):
+        each.close()
 
 
 async def test_of_too_many_events_the_oldest_are_lost(

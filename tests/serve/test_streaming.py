@@ -17,6 +17,7 @@ from unisandbox.api import InvalidArgumentError
 from unisandbox.api.proto.containerd.services.streaming.v1 import StreamInit
 from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.containerd.types.transfer import Data, WindowUpdate
+from unisandbox.api.proto.containerd.v1.types import Status
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.methods import StreamingV1, TaskV3
 from unisandbox.serve.config import ServeConfig
@@ -148,7 +149,7 @@ async def test_no_more_is_sent_than_was_allowed_and_the_process_waits(engine: En
         with anyio.move_on_after(0.2) as waited:
             await stdout.next("Data")
         assert waited.cancelled_caught
-        assert (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).exit_status == 0
+        assert (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).status == Status.RUNNING
         await stdout.allow(960_000)
         assert len(await stdout.read()) == 960_000
         assert await stderr.read() == b"done\n"

@@ -173,8 +173,9 @@ class HeldStreams:
         return f"{self._prefix}{container}/{exec_id or _MAIN}"
 
     async def hold(self, container: str, exec_id: str, streams: Streams, ends: Ends) -> None:
-        """Keep what is known of a process's streams, and their outer ends."""
+        """Keep what is known of a process's streams, and their outer ends; what was told is of a former namesake."""
         name = self._name(container, exec_id)
+        self._keeper.drop_now([f"{name}/{_TOLD}"])
         held = {f"{name}/{index}": fd for index, fd in enumerate(ends.outside) if fd >= 0}
         if held:
             await self._keeper.spools.hold_now(held)

@@ -275,12 +275,16 @@ class Tasks:
         if state.state in {"running", "paused"}:
             raise FailedPreconditionError(f"process {request.exec_id or request.id!r} still runs")
         exit = state.exit
+        # Before it is freed, with the cgroup that counts what is killed for memory.
         pid = 0 if exit is None else await self._telling.ended(place, request.id, request.exec_id, exit)
         if request.exec_id:
-            await place.task.delete(request.id, request.exec_id)
+            last = await place.task.delete(request.id, request.exec_id)
         else:
             async with place.entry.sharing.changing():
-                await place.task.delete(request.id)
+                last = await place.task.delete(request.id)
+        if exit is None and last is not None:  # it was being started, and its end was waited for
+            exit = last
+            pid = await self._telling.ended(place, request.id, request.exec_id, exit)
         self._forget(place, request.id, request.exec_id)
         code, at = (0, None) if exit is None else (exit.code, moment(exit.exited_at))
         if not request.exec_id:
@@ -422,6 +426,7 @@ class Tasks:
             raise UnsupportedError("annotations of changed limits", "serve")
         if request.resources is None:
             raise InvalidArgumentError("an update needs resources")
+        await place.task.state(request.id)  # what is gone has no bundle either, and that would be told in its place
         bundle = (await place.streams.of(request.id, "")).bundle
         text = changed_resources(request.resources.value, bundle)
         await place.task.update(request.id, text)

@@ -74,8 +74,9 @@ class Telling:
 
     def watch(self, place: Place, container: str, exec_id: str) -> None:
         """An expected process runs: tell how it ends."""
-        if (place.entry.sandbox_id, container, exec_id) in self._lives:
-            self._group.start_soon(self._watch, place, container, exec_id)
+        life = self._lives.get((place.entry.sandbox_id, container, exec_id))
+        if life is not None:
+            self._group.start_soon(self._watch, place, container, exec_id, life)
 
     def forget(self, beginning: Sequence[str]) -> None:
         """What is called so is gone; an end that happens at this moment is still told."""
@@ -89,10 +90,14 @@ class Telling:
         for (container, exec_id), told in (await place.streams.told()).items():
             with contextlib.suppress(NotFoundError):  # deleted meanwhile
                 state = await place.task.state(container, exec_id)
+                kills = told.oom_kills
+                if kills and not told.exit:
+                    # Those of processes that are gone are not counted any more.
+                    kills = min(kills, await _oom_kills(place, container))
                 key = (place.entry.sandbox_id, container, exec_id)
                 if key in self._lives or (state.state == "created" and exec_id):
                     continue
-                self.expect(place, container, exec_id, state.pid or 0, told)
+                self.expect(place, container, exec_id, state.pid or 0, told._replace(oom_kills=kills))
                 if state.state != "created":
                     self.watch(place, container, exec_id)
 
@@ -106,8 +111,7 @@ class Telling:
 
     # --- watching ---
 
-    async def _watch(self, place: Place, container: str, exec_id: str) -> None:
-        life = self._lives[place.entry.sandbox_id, container, exec_id]
+    async def _watch(self, place: Place, container: str, exec_id: str, life: _Life) -> None:
         try:
             exit: Exit | None = None
             async with anyio.create_task_group() as group:
@@ -142,9 +146,7 @@ class Telling:
         try:
             first = self._lives.get((place.entry.sandbox_id, container, ""), life)
             kills = first.told.oom_kills + int(exit.reason == "oom" and not first.told.oom_kills)
-            with contextlib.suppress(SandboxError):  # its cgroup is gone already
-                kills = max(kills, (await place.task.stats(container)).oom_kills or 0)
-            self._tell_kills(place, container, first, kills)
+            self._tell_kills(place, container, first, max(kills, await _oom_kills(place, container)))
             if not life.told.exit:
                 life.told = life.told._replace(exit=True)
                 event = events.TaskExit(
@@ -166,7 +168,18 @@ class Telling:
     def _publish_once(self, place: Place, container: str, exec_id: str, life: _Life, event: Message) -> None:
         """What containerd has is written down, so that the next server does not tell it again."""
         told = life.told
-        namespace = facts_of(place.entry).namespace
-        self._publisher.publish(
-            namespace, _TOPICS[type(event)], event, lambda: place.streams.note_told(container, exec_id, told)
-        )
+        key = (place.entry.sandbox_id, container, exec_id)
+
+        def note() -> None:
+            # Else it would be taken for that of a later process of this name, or stay when its pod is gone.
+            if self._lives.get(key) is life and not place.entry.removed:
+                place.streams.note_told(container, exec_id, told)
+
+        self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event, note)
+
+
+async def _oom_kills(place: Place, container: str) -> int:
+    """How many are counted now that were killed for memory in a container."""
+    with contextlib.suppress(SandboxError, OSError):  # its cgroup is gone already
+        return (await place.task.stats(container)).oom_kills or 0
+    return 0

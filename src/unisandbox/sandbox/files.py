@@ -311,6 +311,9 @@ class Files:
             entry.check_there()
             if isinstance(error, NotFoundError):
                 raise
+            if isinstance(error, FileNotFoundError):
+                # A keeper that lives has let go of it: it is being freed, by its ttl or by another process.
+                raise entry.gone() from error
             raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
         try:
             yield fd

@@ -57,7 +57,8 @@ def test_ends_of_many_programs_between_two_cells_are_exact(book: Notebook, sandb
 
 
 def test_an_output_that_no_cell_reads_holds_up_its_program_alone(book: Notebook, sandbox: Sandbox) -> None:
-    process = _ready(book, sandbox, "head -c 1000000 /dev/zero; exit 3")
+    process = _ready(book, sandbox, "read go; head -c 1000000 /dev/zero; exit 3")
+    book.cell(lambda: process.stdin.send(b"\n"))
     book.check_rest()
     assert book.cell(lambda: sandbox.run(["echo", "here"])).text == "here\n"
 

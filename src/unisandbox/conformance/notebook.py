@@ -20,6 +20,7 @@ _DEADLINE: Final = 60.0
 _QUIET_SECONDS: Final = 0.1
 # A loop that is kept busy looks thousands of times in that time.
 _MOST_LOOKS: Final = 5
+_SETTLED_SECONDS: Final = 10.0
 
 
 class _Selector(selectors.DefaultSelector):
@@ -62,14 +63,26 @@ class Notebook:
             AssertionError: it is not so.
         """
 
+        # What a cell has ended with may still be on its way: a loop that never rests is told from that by its patience.
+        deadline = time.monotonic() + _SETTLED_SECONDS
+        while (restless := self._restless()) and time.monotonic() < deadline:
+            pass
+        assert not restless, restless
+
+    def _restless(self) -> str:
+        """Why it is not at rest; empty when it is."""
+
         async def tasks() -> set[asyncio.Task[object]]:
             return asyncio.all_tasks() - {asyncio.current_task()}
 
-        assert self.cell(tasks) == set()
-        assert self._watched() == self._own
+        if left := self.cell(tasks):
+            return f"tasks are left: {left}"
+        if self._watched() != self._own:
+            return f"it watches {self._watched()}, by itself {self._own}"
         before = self._selector.looks
         time.sleep(_QUIET_SECONDS)  # that nothing comes cannot be waited for
-        assert self._selector.looks - before <= _MOST_LOOKS
+        looks = self._selector.looks - before
+        return f"it has looked {looks} times in {_QUIET_SECONDS:g} s" if looks > _MOST_LOOKS else ""
 
     def run(self) -> None:
         """What its thread does."""

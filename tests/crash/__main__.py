@@ -75,6 +75,7 @@ async def _warm_up() -> None:
 def _points(story: str) -> list[Point]:
     with tempfile.TemporaryDirectory(dir=_base()) as place:
         result = f"{place}/points"
+        before = Inventory.take()
 
         def play() -> None:
             stage = Stage(place, "keep", story)
@@ -84,6 +85,7 @@ def _points(story: str) -> list[Point]:
 
         status, trouble = _in_fork(place, play)
         if status != 0:
+            _sweep(before, place)
             raise AssertionError(f"story {story!r} fails by itself:\n{trouble}")
         with open(result, encoding="utf-8") as file:
             return [Point(**point) for point in json.load(file)]

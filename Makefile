@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-# Tests are shared out among as many workers as there are processors, each with places of its own (tests/places.py), which
-# needs root.
+# The files of tests are shared out among as many workers as there are processors, in the order of tests/conftest.py, each
+# with places of its own (tests/places.py), which needs root.
 WORKERS ?= $(shell [ "$$(id -u)" = 0 ] && nproc || echo 0)
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What is long runs on one of the two event loops; `make test TURNS=` runs all on both, as continuous integration does.
+TURNS ?= --by-turns
 # The wheels of pyright and node are complete; this keeps pyright from asking the network for news of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # The tests start Python hundreds of times: it shall not compile everything anew each time.
@@ -14,7 +17,7 @@ export PYTHONDONTWRITEBYTECODE :=
 CONTAINERD_LAB ?= $(or $(UNISANDBOX_CONTAINERD_LAB),$(abspath ../shared/lab/containerd-lab.sh))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-long test-v2 test-serve lint types proto fmt bench bench-serve docs setup setup-demo clean
+.PHONY: help demo test check test-long test-v2 test-hosts test-serve lint types proto fmt bench bench-serve docs checks setup setup-demo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
@@ -22,20 +25,27 @@ help: ## this list
 demo: setup-demo ## run real programs in sandboxes and print a short report (examples/tour.py)
 	$(BIN)/python examples/tour.py
 
-test: lint types ## all checks and all tests, big counts at a tenth (ten minutes)
-	$(PYTEST) -n $(WORKERS) --dist loadfile ./tests --pyargs unisandbox.conformance
+test: checks ## all checks and all tests, big counts at a tenth (ten minutes)
+	$(PYTEST) $(SHARED) $(TURNS) ./tests --pyargs unisandbox.conformance
 
 check: lint ## the quick part: format, lint, types, rooms, unit tests (under a minute)
 	$(PYTEST) -q tests/unit
 
-test-long: lint types ## the same with the big counts in full
-	$(PYTEST) --long --timeout 3600 ./tests --pyargs unisandbox.conformance
+test-long: checks ## the same with the big counts in full
+	$(PYTEST) --long --timeout 3600 $(SHARED) ./tests --pyargs unisandbox.conformance
 
 test-v2: setup ## cgroups and conformance in a virtual machine with cgroup v2
 	tools/test_v2.sh
 
-test-serve: setup ## the server with a real containerd and crictl
+test-hosts: setup ## what an ordinary user has, in a virtual machine with cgroup v2 and systemd
+	tools/test_hosts.sh
+
+test-serve: setup ## the server with a real containerd, crictl and critest
 	tools/test_serve.sh
+
+# Side by side: each uses but one processor.
+checks: setup
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint types
 
 lint: setup ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check
@@ -48,6 +58,7 @@ types: setup ## the public names have complete types; what is committed and made
 	$(BIN)/python tools/build_native.py --check
 	$(BIN)/python tools/build_guest.py --check
 	$(BIN)/python tools/generate_proto.py --check
+	$(BIN)/python tools/hosts_table.py --check
 
 proto: setup ## generate the Python code of src/unisandbox/api/proto from its .proto files
 	$(BIN)/python tools/generate_proto.py

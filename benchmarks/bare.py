@@ -84,7 +84,7 @@ def config(
             OciMount("/home", "tmpfs", "tmpfs", (*sized, "mode=755")),
         ],
         namespaces=[OciNamespace(kind) for kind in ("user", "pid", "mount", "ipc", "uts", "network", "cgroup")],
-        ids=(_FIRST_ID, _IDS),
+        ids=([(0, _FIRST_ID, _IDS)], [(0, _FIRST_ID, _IDS)]),
         capabilities=spec.security.capabilities,
         rlimits={"RLIMIT_NOFILE": (limits.nofile or 0, limits.nofile or 0), "RLIMIT_CORE": (0, 0)},
         oom_score_adj=500,

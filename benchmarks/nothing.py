@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 import time
+from functools import partial
 from typing import Final
 
 import anyio
@@ -25,8 +26,8 @@ from unisandbox.api.proto.google.protobuf import Empty
 from unisandbox.api.proto.methods import ControllerV1, TaskV3
 from unisandbox.serve.controller import NOT_READY, READY, TASK_VERSION
 from unisandbox.serve.moments import moment
-from unisandbox.wire import grpc
 from unisandbox.wire.accepting import accept
+from unisandbox.wire.grpc import GrpcServer
 from unisandbox.wire.services import Call, Services
 from unisandbox.wire.ttrpc import serve_alone
 
@@ -169,10 +170,11 @@ async def serve(path: str) -> None:
     """Serve until cancelled."""
     nothing = Nothing(f"{path}.tasks")
     tasks = nothing.tasks()
-    server = grpc.server(nothing.controller())
+    server = GrpcServer(nothing.controller())
     with _listen(f"{path}.tasks") as listener, _listen(path) as controller:
-        await server.start(sock=controller)
         async with anyio.create_task_group() as group:
+            connect = partial(asyncio.get_running_loop().connect_accepted_socket, server.connection)
+            group.start_soon(accept, controller, lambda sock: group.start_soon(connect, sock))
             await accept(listener, lambda sock: group.start_soon(serve_alone, sock, tasks))
 
 

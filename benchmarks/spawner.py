@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 
 from unisandbox.host import jobs, syscalls
+from unisandbox.host.null import open_null
 
 PACKET = 1 << 17
 _CHUNK = 1 << 16
@@ -31,7 +32,7 @@ class Spawner:
     """Answers requests until the socket is closed."""
 
     def __init__(self, scratch: str) -> None:
-        self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        self._null = open_null()  # crun gives it away
         self._errors = os.open(f"{scratch}/stderr", os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._living: set[int] = set()
 

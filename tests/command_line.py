@@ -27,9 +27,11 @@ def run(*args: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> su
 
 
 @contextmanager
-def started(*args: str, stdout: int = subprocess.PIPE) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    *args: str, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.PIPE
+) -> Iterator[subprocess.Popen[bytes]]:
     """The command line in the background; killed at the end if it still runs."""
-    with subprocess.Popen([*CLI, *args], stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*CLI, *args], stdout=stdout, stderr=subprocess.PIPE, stdin=stdin) as process:
         try:
             yield process
         finally:

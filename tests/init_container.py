@@ -21,6 +21,7 @@ from typing import Final, Self
 import anyio
 
 from unisandbox.host.init import SpawnRequest, Started, ended, open_binary, spawn
+from unisandbox.host.null import open_null
 
 FIRST_ID: Final = 1_000_000
 """The host's id of root in the container."""
@@ -117,15 +118,18 @@ class Container:
             command = ["bash", "-c", _RUNTIME, "bash", str(inside.fileno()), str(elf), *runtime]
         else:
             command += ["shared" if shared else "own", *args]
+        null = open_null() if runtime else -1  # crun gives it away
         self._launcher = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL if runtime else subprocess.PIPE,
+            stdin=null if runtime else subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             pass_fds=[inside.fileno(), elf],
         )
         inside.close()
         os.close(elf)
+        if null >= 0:
+            os.close(null)
         self.pid = 0
         if not runtime:
             self.pid = self._map_ids()

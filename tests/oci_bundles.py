@@ -14,6 +14,7 @@ from pathlib import Path
 import attrs
 
 from unisandbox.host.keeper import Keeper
+from unisandbox.host.null import open_null
 from unisandbox.oci.calls import NOWHERE
 from unisandbox.oci.features import RuntimeProgram
 from unisandbox.oci.made import Created
@@ -22,7 +23,6 @@ from unisandbox.oci.runtime import Runtime
 UNIFIED = "/sys/fs/cgroup/unified"
 FIRST_ID = 1_000_000
 CAPABILITIES = ["CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_KILL", "CAP_SETGID", "CAP_SETUID"]
-NULL = "/dev/null"
 
 
 @attrs.frozen
@@ -67,8 +67,8 @@ class Lab:
         Path(self.seen(bundle), "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     async def create(self, container_id: str, bundle: str, **options: object) -> Created:
-        """Create with /dev/null as stdio, if the options do not say otherwise."""
-        null = os.open(NULL, os.O_RDWR | os.O_CLOEXEC)
+        """Create with a null device as stdio, if the options do not say otherwise: crun gives it away."""
+        null = open_null()
         try:
             entered = self.entered.get(bundle, NOWHERE)
             given: dict[str, object] = {"stdio": (null, null, null), "entered": entered, **options}

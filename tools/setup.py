@@ -39,6 +39,7 @@ HOST = (
     ("e2fsprogs", "demo", "mkfs.ext4"),
     ("crun", "dev", "crun"),
     ("runc", "dev", "runc"),
+    ("uidmap", "dev", "newuidmap"),
     ("bubblewrap", "dev", "bwrap"),
     ("gcc", "dev", "gcc"),
     ("libc6-dev", "dev", "/usr/include/stdio.h"),
@@ -51,6 +52,8 @@ HOST = (
     ("strace", "dev", "strace"),
     ("iproute2", "dev", "ip"),
     ("procps", "dev", "ps"),
+    ("passt", "dev", "pasta"),
+    ("uidmap", "dev", "newuidmap"),
 )
 
 

@@ -4,8 +4,10 @@
 #   tools/test_serve.sh [PYTEST ARGUMENTS]
 #
 # The script is UNISANDBOX_CONTAINERD_LAB, by default ../shared/lab/containerd-lab.sh beside this repository. It is
-# called as `containerd-lab.sh up`, `crictl ARGUMENTS...`, `restart` and `down`; it builds once, which takes minutes
-# and needs Go, and its runtime "uni" is the sandboxer at UNISANDBOX_SOCKET.
+# called as `containerd-lab.sh up`, `crictl ARGUMENTS...`, `ctr ARGUMENTS...`, `restart`, `status` and `down`; it builds
+# once, which takes minutes and needs Go, and its runtime "uni" is the sandboxer at UNISANDBOX_SOCKET.
+# critest is run by UNISANDBOX_CRITEST_LAB, by default critest/critest.sh beside it, called as `critest.sh up`,
+# `critest RUNTIME ARGUMENTS...` and `down`; without it those tests are skipped.
 #   UNISANDBOX_SERVE_OPTIONAL=1   end with 0 instead of 77 where there is none
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -20,6 +22,8 @@ if [ -n "$missing" ]; then
   [ -n "${UNISANDBOX_SERVE_OPTIONAL:-}" ] && exit 0
   exit 77
 fi
+critest=${UNISANDBOX_CRITEST_LAB:-$(dirname "$lab")/critest/critest.sh}
+[ ! -x "$critest" ] || export UNISANDBOX_CRITEST_LAB=$critest
 export PATH UNISANDBOX_CONTAINERD_LAB=$lab UNISANDBOX_SOCKET=${UNISANDBOX_SOCKET:-/run/unisandbox/serve/sandboxer.sock}
 "$lab" up && "$lab" down # builds it; each test brings up its own
 cd "$root"

@@ -11,6 +11,7 @@ typedef unsigned int u32;
 typedef unsigned long u64;
 
 #if defined(__x86_64__)
+static const u32 AUDIT_ARCH = 0xc000003e;
 enum { NR_read = 0, NR_write = 1, NR_close = 3, NR_lseek = 8, NR_mmap = 9, NR_rt_sigaction = 13, NR_rt_sigprocmask = 14,
 	NR_ioctl = 16, NR_getpid = 39, NR_fcntl = 72, NR_getppid = 110, NR_setns = 308, NR_sendmsg = 46, NR_recvmsg = 47, NR_clone = 56, NR_execve = 59, NR_wait4 = 61,
 	NR_kill = 62, NR_chdir = 80, NR_umask = 95, NR_setsid = 112, NR_setgroups = 116, NR_setresuid = 117,
@@ -30,6 +31,7 @@ static inline __attribute__((always_inline)) long inline_syscall6(long n, long a
 }
 __asm__(".text\n.global _start\n_start:\n\txor %ebp,%ebp\n\tmov %rsp,%rdi\n\tand $-16,%rsp\n\tcall start\n\thlt\n");
 #elif defined(__aarch64__)
+static const u32 AUDIT_ARCH = 0xc00000b7;
 enum { NR_read = 63, NR_write = 64, NR_close = 57, NR_lseek = 62, NR_mmap = 222, NR_rt_sigaction = 134, NR_rt_sigprocmask = 135,
 	NR_ioctl = 29, NR_getpid = 172, NR_fcntl = 25, NR_getppid = 173, NR_setns = 268, NR_sendmsg = 211, NR_recvmsg = 212, NR_clone = 220, NR_execve = 221,
 	NR_wait4 = 260, NR_kill = 129, NR_chdir = 49, NR_umask = 166, NR_setsid = 157, NR_setgroups = 159,
@@ -107,7 +109,7 @@ struct clone_args { u64 flags, pidfd, child_tid, parent_tid, exit_signal, stack,
 struct sock_filter { u16 code; u8 jt, jf; u32 k; };
 struct sock_fprog { u16 len; const struct sock_filter *filter; };
 enum { BPF_LD_W_ABS = 0x20, BPF_JEQ_K = 0x15, BPF_RET_K = 0x06, SECCOMP_MODE_FILTER = 2 };
-static const u32 SECCOMP_RET_ALLOW = 0x7fff0000, SECCOMP_RET_ENOSYS = 0x00050000 | 38;
+static const u32 SECCOMP_RET_ALLOW = 0x7fff0000, SECCOMP_RET_ENOSYS = 0x00050000 | 38, SECCOMP_RET_KILL_PROCESS = 0x80000000;
 enum { CLONE_VM = 0x100, CLONE_VFORK = 0x4000, CLONE_PARENT = 0x8000, CLONE_NEWNS = 0x20000, CLONE_PARENT_SETTID = 0x100000,
 	CLONE_NEWCGROUP = 0x2000000, CLONE_NEWPID = 0x20000000 };
 enum { MS_BIND = 1 << 12, MS_REC = 1 << 14, MS_SLAVE = 1 << 19, MNT_DETACH = 2 };

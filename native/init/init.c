@@ -3,8 +3,8 @@
  * init: the PID 1 of a container. It reaps, and it spawns what the host asks for. No libc, no allocation, no files.
  *
  * Started as   init         fd 3 = control socket (AF_UNIX SOCK_SEQPACKET), fd 4 may be its own ELF
- *          or  init pause   reaps and does nothing else
- *          or  init first ROOT   becomes that, as PID 1 of a new pid namespace that containers share; see `begin`
+ *          or  init first ROOT [groups]   reaps and does nothing else, as PID 1 of a new pid namespace that containers
+ *                                share; see `begin` and `wait_only`. With a third word it keeps its groups
  *
  * One request is one packet on fd 3: `struct request` and file descriptors by SCM_RIGHTS, in this order:
  *   life   SOCK_SEQPACKET, ours until the process has ended: STARTED (with its pidfd) or FAILED, later ENDED
@@ -30,12 +30,15 @@
  * With FLAG_MAIN the end of the process is the end of init, and so of its pid namespace.
  * With FLAG_DENY_CLONE3 the child is left without clone3, whose flags no seccomp filter can see; init needs it for
  * FLAG_CGROUP, so the container's filter has to let it through.
+ * With FLAG_KEEP_GROUPS the child keeps the groups that init has: where setgroups is denied, since the user namespace of
+ * an ordinary user has no id but his own.
  *
  * System calls used; a seccomp profile must allow them (clone3 only for FLAG_CGROUP):
  *   capset chdir clone clone3 close close_range dup3 execve exit_group getpid ioctl kill lseek mmap openat pidfd_open ppoll
- *   prctl prlimit64 read recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait sendmsg setfsuid setgroups setresgid
- *   setresuid setsid signalfd4 umask wait4 write
- * Before it is the PID 1 of a namespace of its own making: mount pivot_root setns umount2 unshare, too.
+ *   prctl prlimit64 read recvmsg rt_sigaction rt_sigprocmask sendmsg setfsuid setgroups setresgid setresuid
+ *   setsid signalfd4 umask wait4 write
+ * Before it is the PID 1 of a namespace of its own making: mount pivot_root setns umount2 unshare, too; then only
+ * rt_sigtimedwait and wait4, which it sees to itself.
  */
 
 #include "kernel.h"
@@ -44,7 +47,7 @@
 enum { MAGIC = 0x54494e55 /* "UNIT" */, VERSION = 2 };
 enum { CONTROL = 3, SIGNALS = 4, FIRST_FREE = 5, MAX_FDS = 253 /* SCM_MAX_FD */, MAX_LIVE = 4096 };
 enum { FLAG_TTY = 1, FLAG_NO_NEW_PRIVS = 2, FLAG_AMBIENT = 4, FLAG_MAIN = 8, FLAG_CGROUP = 16, FLAG_DENY_CLONE3 = 32,
-	FLAGS = 63 };
+	FLAG_KEEP_GROUPS = 64, FLAGS = 127 };
 enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16, MAX_TASKS = 8 };
 enum { STARTED = 1, ENDED = 2, FAILED = 3, TTY = 4, PLACED = 5 };
 enum { STEP_TABLE = 1, STEP_CLONE, STEP_REPLY, STEP_FDS, STEP_SPEC, STEP_SETSID, STEP_TTY, STEP_RLIMITS, STEP_BOUNDING,
@@ -130,7 +133,8 @@ static void child_credentials(const struct request *r, const u32 *groups)
 {
 	must(STEP_BOUNDING, bound(r->capabilities));
 	must(STEP_CAPABILITIES, CALL2(prctl, PR_SET_KEEPCAPS, 1));
-	must(STEP_GROUPS, CALL2(setgroups, r->ngroups, groups));
+	if (!(r->flags & FLAG_KEEP_GROUPS))
+		must(STEP_GROUPS, CALL2(setgroups, r->ngroups, groups));
 	must(STEP_GID, CALL3(setresgid, r->gid, r->gid, r->gid));
 	must(STEP_UID, CALL3(setresuid, r->uid, r->uid, r->uid));
 	struct cap_header head = {CAP_VERSION_3, 0};
@@ -310,7 +314,7 @@ static int valid(const struct request *r, long size, int nfds)
 	       nfds == base_fds(r) + (r->flags & FLAG_CGROUP ? 1 + (int)r->ntasks : 0) && r->spec_size && r->spec_size <= MAX_SPEC &&
 	       r->ngroups <= MAX_GROUPS && r->nrlimits <= MAX_RLIMITS && r->argc && r->argc <= r->spec_size &&
 	       r->envc <= r->spec_size && r->umask <= 0777 && !(r->reserved[0] | r->reserved[1]) &&
-	       r->uid != ~0u && r->gid != ~0u; /* -1 would mean "as it is" to setresuid: root */
+	       !(r->flags & FLAG_KEEP_GROUPS && r->ngroups) && r->uid != ~0u && r->gid != ~0u; /* -1 would mean "as it is" to setresuid: root */
 }
 
 static void spawn(const struct request *r, const int *fds)
@@ -456,12 +460,13 @@ static void need(int step, long result)
  *
  * The mount namespace is its own and has nothing but `root`: with a mere chroot, who may look through /proc/1/root could
  * go up from there. */
-static void begin(const char *root)
+static void begin(const char *root, int keep_groups)
 {
 	static const struct cap_data none[2];
 	struct cap_header head = {CAP_VERSION_3, 0};
 	long joined = 0;
-	need(STEP_GROUPS, CALL2(setgroups, 0, 0));
+	if (!keep_groups)
+		need(STEP_GROUPS, CALL2(setgroups, 0, 0));
 	for (int fd = 4; joined >= 0; fd++)
 		joined = CALL2(setns, fd, 0);
 	need(STEP_NAMESPACES, joined == -EBADF ? 0 : joined);
@@ -484,16 +489,38 @@ static void begin(const char *root)
 		said(STEP_CLONE, pid);
 }
 
+/* Reaps to its end. It asks the kernel for nothing else from here on, and is ended if anybody makes it. */
+static void wait_only(const u64 *chld)
+{
+	static const struct sock_filter filter[] = {
+		{BPF_LD_W_ABS, 0, 0, 4}, /* offsetof(struct seccomp_data, arch) */
+		{BPF_JEQ_K, 0, 3, AUDIT_ARCH},
+		{BPF_LD_W_ABS, 0, 0, 0}, /* offsetof(struct seccomp_data, nr) */
+		{BPF_JEQ_K, 2, 0, NR_rt_sigtimedwait},
+		{BPF_JEQ_K, 1, 0, NR_wait4},
+		{BPF_RET_K, 0, 0, SECCOMP_RET_KILL_PROCESS},
+		{BPF_RET_K, 0, 0, SECCOMP_RET_ALLOW},
+	};
+	const struct sock_fprog program = {sizeof filter / sizeof *filter, filter};
+	if (CALL5(prctl, PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program, 0, 0) < 0)
+		exit(70);
+	for (;;) {
+		CALL4(rt_sigtimedwait, chld, 0, 0, sizeof *chld);
+		while (!reap())
+			;
+	}
+}
+
 void start(long *stack)
 {
 	char **argv = (char **)(stack + 1);
 	u64 chld = 1ul << (SIGCHLD - 1);
 	struct kernel_sigaction ignore = {SIG_IGN, 0, 0, 0}, normal = {SIG_DFL, 0, 0, 0};
-	int pause = stack[0] > 1, first = stack[0] == 3;
-	if (stack[0] > 3 || (pause && argv[1][0] != (first ? 'f' : 'p')))
+	int first = stack[0] >= 3 && argv[1][0] == 'f';
+	if (stack[0] > 1 && !first)
 		exit(64);
 	if (first) {
-		begin(argv[2]);
+		begin(argv[2], stack[0] > 3);
 		/* Whoever shares the namespace may read our command line: a path of the host is nobody's business. */
 		for (char *c = argv[2]; *c; c++)
 			*c = 0;
@@ -501,7 +528,7 @@ void start(long *stack)
 	/* After the change of ids, which would undo it. */
 	if (CALL2(prctl, PR_SET_DUMPABLE, 0) < 0)
 		exit(70);
-	if (CALL3(close_range, pause ? 0 : CONTROL + 1, ~0u, 0) < 0)
+	if (CALL3(close_range, first ? 0 : CONTROL + 1, ~0u, 0) < 0)
 		exit(70);
 	/* The parent is the keeper by now. Without it nobody reaps us nor finds us: what runs here ends with it, and
 	 * whoever waits on a `life` hears of it at once. */
@@ -513,13 +540,8 @@ void start(long *stack)
 		if (n != SIGKILL && n != SIGSTOP)
 			CALL4(rt_sigaction, n, n == SIGCHLD ? &normal : &ignore, 0, sizeof chld);
 	CALL4(rt_sigprocmask, SIG_SETMASK, &chld, 0, sizeof chld);
-	if (pause)
-		for (;;) {
-			CALL4(rt_sigtimedwait, &chld, 0, 0, sizeof chld);
-			while (!reap())
-				;
-		}
-
+	if (first)
+		wait_only(&chld);
 	if (CALL4(signalfd4, -1, &chld, sizeof chld, O_CLOEXEC | 04000 /* SFD_NONBLOCK */) != SIGNALS)
 		exit(70);
 	for (int i = 0; i < 3; i++) /* taken, so that nothing received lands there; no path is opened for it */

@@ -15,6 +15,8 @@ from tests.crash.stories import CONTENT, COUNTED, FILE, SMALL, STARTS
 from tests.crash.told import Telling, untrue
 
 from unisandbox import Engine, NotFoundError, Process, Sandbox, SandboxError
+from unisandbox.engine.durable import TEMPORARY
+from unisandbox.engine.operations import OperationLog
 from unisandbox.oci.task import OciTaskService
 
 # The states of a sandbox in which it has to be there, and those in which it may be.
@@ -37,10 +39,22 @@ class Promised:
 
 @attrs.define
 class Promises:
-    """All that a story said before it was killed."""
+    """All that a story said before it was killed.
+
+    Attributes:
+        sandboxes: what was said of each, by name.
+        steps: those that were begun.
+        operations: by id, whether their user was told that they are done.
+        damaged: the names of records that the story itself has damaged.
+        killed: who was.
+        missed: the point was not reached.
+        directory: of the engine, if the story does not know it.
+    """
 
     sandboxes: dict[str, Promised] = attrs.field(factory=dict)
     steps: list[str] = attrs.field(factory=list)
+    operations: dict[str, bool] = attrs.field(factory=dict)
+    damaged: list[str] = attrs.field(factory=list)
     killed: str = ""
     missed: bool = False
     directory: str = ""
@@ -62,6 +76,10 @@ class Promises:
             self.missed = True
         elif "directory" in said:
             self.directory = said["directory"]
+        elif "damaged" in said:
+            self.damaged.append(said["damaged"])
+        elif "operation" in said:
+            self.operations[said["operation"]] = said["state"] == "done"
         elif "lost" in said:
             for promised in self.sandboxes.values():
                 promised.state = "lost"
@@ -129,9 +147,30 @@ class Judge:
                 await engine.remove(name)
             if left := await engine.list():
                 self.complain(f"after all were removed there are: {left}")
+        self._look_at_files(promises)
         self.complaints += untrue(self._tellings, unreadable=int("free a stray" in promises.steps))
         if lives:
             self._compare_ends(promises)
+
+    def _look_at_files(self, promises: Promises) -> None:
+        """What stays in the state directory for good is what the story has asked for."""
+        aside = Path(self.place, "state/damaged")
+        for name in sorted(file.name for file in aside.iterdir()) if aside.exists() else ():
+            if not name.startswith(tuple(promises.damaged)):
+                self.complain(f"set aside is {name}, which nobody has damaged")
+        directory = Path(self.place, "state/operations")
+        log = OperationLog(str(directory), durable=False)
+        for operation_id, is_done in promises.operations.items():
+            found = log.find(operation_id)
+            # That of a process is finished when somebody has learned how it ended.
+            if is_done and (found is None or (found.kind != "exec" and found.state != "finished")):
+                self.complain(f"operation {operation_id} was done, and of it is noted {found}")
+        known = {f"{operation_id}.json" for operation_id in promises.operations}
+        others = {file.name for file in directory.iterdir()} - known if directory.exists() else set()
+        # A writer that is killed leaves the file that it was at; it goes when it is old.
+        cut = {name for name in others if name.endswith(TEMPORARY) and name.rpartition(".json.")[0] + ".json" in known}
+        if others - cut or len(cut) > int(promises.killed != "keeper"):
+            self.complain(f"among the operations is left: {sorted(others)}")
 
     def _compare_ends(self, promises: Promises) -> None:
         """The end that is told of a process that ends by itself is its own, whoever was there to see it."""
@@ -158,6 +197,9 @@ class Judge:
     async def _compare(self, engine: Engine, promises: Promises, *, lives: bool) -> set[str]:
         report = engine.recovery
         actions = {found.name: found for found in report.sandboxes}
+        for bad in report.damaged:
+            if Path(bad.path).name not in promises.damaged:
+                self.complain(f"nobody has damaged {bad}")
         for found in report.sandboxes:
             if found.action not in {"adopted", "removed"}:
                 self.complain(f"{found.action}: {found}")
@@ -172,7 +214,7 @@ class Judge:
             elif name in listed and not may:
                 self.complain(f"{name} should be gone ({promised.state})")
             elif name in listed:
-                await self._use(await engine.get(name), promised, promises.steps)
+                await self._use_or_lose(engine, name, promises)
             elif self._must_tell(promises, promised) and name not in actions:
                 self.complain(f"{name} was promised and its end is not told")
         await self._again(engine, promises, listed)
@@ -181,6 +223,17 @@ class Judge:
     def _must_tell(self, promises: Promises, promised: Promised) -> bool:
         """Whether this is the first engine that can tell of its end."""
         return self.policy == "keep" and promised.state in _THERE and "adopt" not in promises.steps
+
+    async def _use_or_lose(self, engine: Engine, name: str, promises: Promises) -> None:
+        """Use it. Where the keeper was to end it by itself, that may happen in the middle: all of it, and in time."""
+        complaints = len(self.complaints)
+        try:
+            await self._use(await engine.get(name), promises.sandboxes[name], promises.steps)
+        except NotFoundError:
+            if "expire" not in promises.steps:
+                raise
+        if "expire" in promises.steps and name not in {status.name for status in await engine.list()}:
+            del self.complaints[complaints:]
 
     async def _use(self, sandbox: Sandbox, promised: Promised, steps: Sequence[str]) -> None:
         status = await sandbox.status()

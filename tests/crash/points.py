@@ -1,9 +1,14 @@
-"""The points at which a process may be killed: all that the source has, and what a story does when it reaches one."""
+"""The points at which a process may be killed: all that the source has, and what a story does when it reaches one.
+
+Most are the host's own. A keeper, its workers and those that run its guards have points of their own (`WITHIN`), at
+which a keeper of `struck` kills whoever is to die: itself, the host, or both.
+"""
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import json
 import os
 import select
@@ -15,10 +20,12 @@ from typing import Final, Literal
 
 import anyio
 import attrs
+from tests.crash.struck import passed
 
 import unisandbox
 from unisandbox import Engine
-from unisandbox.host import boundary
+from unisandbox.host import boundary, jobs, mount_operations
+from unisandbox.host.keeper import protocol
 
 Victim = Literal["host", "keeper", "both"]
 
@@ -35,21 +42,62 @@ ANSWERED_LATER: Final = frozenset({"spawn", "job"})
 _STRIKE_SECONDS: Final = 5.0
 
 SOURCE = Path(unisandbox.__path__[0])
+# How the names of points end that a keeper, or a process that it has forked, comes to by itself.
+WITHIN: Final = ", within the keeper"
+# What runs there only: to what else the keeper imports, a host may come as well.
+_KEEPERS_OWN: Final = ("host/keeper", "host/jobs.py")
 
 
 def names_in_source() -> frozenset[str]:
-    """Every name that is given to `reached`, "*" being each request that a keeper answers; and the moments of those."""
-    found: set[str] = set()
+    """Every name that is given to `reached`, "*" being each thing that may stand there; and the moments of requests."""
+    found: set[str] = {moment for request in _requests() for moment in moments(request)}
+    keepers = modules_of_the_keeper()
     for path in SOURCE.rglob("*.py"):
+        module = path.relative_to(SOURCE)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "reached":
                 name = node.args[0]
                 assert isinstance(name, ast.Constant) and isinstance(name.value, str), f"{path}: no literal"  # noqa: PT018
-                found.add(name.value)
-    requests = _requests()
-    plain = {name for name in found if "*" not in name}
-    plain |= {moment for request in requests for moment in moments(request)}
-    return frozenset(plain | {name.replace("*", request) for name in found if "*" in name for request in requests})
+                names = _expanded(name.value)
+                if module not in keepers or not str(module).startswith(_KEEPERS_OWN):
+                    found |= names
+                if module in keepers:
+                    found |= {name + WITHIN for name in names}
+    return frozenset(found)
+
+
+def _expanded(name: str) -> set[str]:
+    if "*" not in name:
+        return {name}
+    families = {
+        "keeper.*": _requests(),
+        "step.*": set(jobs.STEPS),
+        "mount.*": set(mount_operations.OPERATIONS),
+        "guard.*": set(protocol.GUARD_KINDS),
+    }
+    return {name.replace("*", each) for each in families[name.partition(" ")[2]]}
+
+
+@functools.cache
+def modules_of_the_keeper() -> frozenset[Path]:
+    """What its process imports of ours, below `SOURCE`."""
+    found: set[Path] = set()
+    left = [Path("host/keeper/server.py")]
+    while left:
+        module = left.pop()
+        if module not in found:
+            found.add(module)
+            tree = ast.parse((SOURCE / module).read_text(encoding="utf-8"))
+            left += [path for node in tree.body for path in _imported(node) if (SOURCE / path).is_file()]
+    return frozenset(found)
+
+
+def _imported(node: ast.stmt) -> list[Path]:
+    """What a statement at the top of a module may import: what it takes from a package may be a module itself."""
+    if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("unisandbox."):
+        return []
+    _, *parts = (node.module or "").split(".")
+    return [Path(*parts).with_suffix(".py"), *(Path(*parts, f"{alias.name}.py") for alias in node.names)]
 
 
 def moments(request: str) -> tuple[str, ...]:
@@ -89,6 +137,11 @@ class Point:
         """Whether it lies in the keeper, in the middle of a request."""
         return self.name.startswith(("begun ", "done "))
 
+    @property
+    def is_within(self) -> bool:
+        """Whether a keeper, or a process that it has forked, comes to it by itself."""
+        return self.name.endswith(WITHIN)
+
     def __str__(self) -> str:
         return f"{self.story}/{self.step}: {self.name} (no. {self.nth})"
 
@@ -120,6 +173,7 @@ class Stage:
     _counts: dict[tuple[str, str], int] = attrs.field(factory=dict)
     _cuts: dict[str, anyio.CancelScope] = attrs.field(factory=dict)
     _is_armed: bool = False
+    _heard_within: int = 0
 
     @property
     def state_dir(self) -> str:
@@ -128,7 +182,7 @@ class Stage:
 
     @property
     def wish(self) -> str:
-        """The file by which a keeper of `tests.crash.struck` is told when to die."""
+        """The file by which a keeper of `tests.crash.struck` is told when who is to die."""
         return f"{self.place}/strike"
 
     def say(self, **words: object) -> None:
@@ -141,11 +195,15 @@ class Stage:
         """Play a step."""
         self.step = step
         self.say(step=step)
+        self._hear_within(None)
+        if self.target is not None and self.target.step == step and self.target.is_within:
+            self._arm(self.target.name.removesuffix(WITHIN), self.target.nth)
         boundary.watch(self._hear)
         try:
             yield
         finally:
             boundary.watch(None)
+            self._hear_within(step)
             if self._is_armed:
                 self._see_it_die()
         if self.target is not None and self.target.step == step and not self.killed:
@@ -178,16 +236,26 @@ class Stage:
         if self.target is None:
             self.reached.append(point)
         elif point == self.target and point.is_inside:
-            self._arm(name)
+            self._arm(name.replace("keeper.", ""), 1)
         elif point == self.target:
             self._kill()
 
-    def _arm(self, name: str) -> None:
-        """The keeper shall die at this moment of the request that is about to be sent."""
+    def _hear_within(self, step: str | None) -> None:
+        """What the keeper has come by since the last time; None: it is of no step."""
+        if self.target is not None or not os.path.exists(passed(self.wish)):
+            return
+        with open(passed(self.wish), encoding="ascii") as file:
+            names = file.read().splitlines()
+        for name in names[self._heard_within :] if step is not None else ():
+            self._pass(name + WITHIN, "")
+        self._heard_within = len(names)
+
+    def _arm(self, moment: str, nth: int) -> None:
+        """Somebody shall die when the keeper comes to this moment for the nth time from now on."""
         self.killed = self._is_armed = True
         self.say(killed=self.victim)
         with open(f"{self.wish}.new", "w", encoding="ascii") as file:
-            file.write(name.replace("keeper.", ""))
+            json.dump({"moment": moment, "nth": nth, "victim": self.victim, "host": os.getpid()}, file)
         os.rename(f"{self.wish}.new", self.wish)
 
     def _see_it_die(self) -> None:
@@ -199,11 +267,15 @@ class Stage:
         if os.path.exists(self.wish):
             self.say(missed=True)
             os.unlink(self.wish)
-        kill_keeper(self.state_dir)
+        self._strike()
 
     def _kill(self) -> None:
         self.killed = True
         self.say(killed=self.victim)
+        self._strike()
+
+    def _strike(self) -> None:
+        """Whoever is to die is dead afterwards, if he was not before."""
         if self.victim != "host":
             kill_keeper(self.state_dir)
         if self.victim != "keeper":
@@ -212,15 +284,29 @@ class Stage:
 
 def kill_keeper(state_dir: str) -> None:
     """SIGKILL for the keeper of a state directory, if there is one; it is dead afterwards."""
-    try:
-        with open(f"{state_dir}/lock", encoding="ascii") as file:
-            pid = int(json.loads(file.read())["keeper"])
+    with _keeper_of(state_dir) as pidfd:
+        if pidfd is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            select.select([pidfd], [], [], 10.0)
+
+
+def see_keeper_die(state_dir: str) -> None:
+    """Wait for the end of a keeper that is being killed: whoever strikes both cannot strike them at the same time."""
+    with _keeper_of(state_dir) as pidfd:
+        if pidfd is not None:
+            select.select([pidfd], [], [], 10.0)
+
+
+@contextlib.contextmanager
+def _keeper_of(state_dir: str) -> Iterator[int | None]:
+    """A pidfd of it; None when there is none any more."""
+    pidfd = -1
+    with contextlib.suppress(FileNotFoundError, ValueError, ProcessLookupError):
+        pid = int(json.loads(Path(state_dir, "lock").read_text(encoding="ascii"))["keeper"])
         pidfd = os.pidfd_open(pid) if pid else -1
-    except (FileNotFoundError, ValueError, ProcessLookupError):
-        return
-    if pidfd < 0:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    select.select([pidfd], [], [], 10.0)
-    os.close(pidfd)
+    try:
+        yield pidfd if pidfd >= 0 else None
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)

@@ -5,15 +5,18 @@ from __future__ import annotations
 # ruff: noqa: ASYNC240 - a story may block its own event loop
 import contextlib
 import json
+import os
+import select
 import signal
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
+import anyio
 from tests.crash.points import Stage, kill_keeper
 
-from unisandbox import Engine, Process, Resources
-from unisandbox.api import CreateTask, ExecTask, ProcessSpec, Stdio, short_name
+from unisandbox import Engine, Exit, InvalidArgumentError, Process, Resources
+from unisandbox.api import CreateTask, ExecTask, ProcessSpec, RootMount, Stdio, short_name
 from unisandbox.sandbox.containers import Container
 
 Story = Callable[[Stage], Awaitable[None]]
@@ -26,28 +29,37 @@ STARTS: Final = "/tmp/starts"
 COUNTED: Final = ("sh", "-c", f"echo started >> {STARTS}; echo told; exit 7")
 
 
+def judged(engine: Engine, exit: Exit, *, right: bool) -> None:
+    """An end is told as it was. Where the keeper has died, what ran may have died with it, and nobody may know how."""
+    with_it = exit.reason == "lost" or exit.signal == signal.SIGKILL
+    assert right or (with_it and engine._core.host.keeper.ends_within(5.0)), exit
+
+
 async def life(stage: Stage) -> None:
     """One sandbox, its processes, and a second one beside it."""
     engine = await opened(stage, "open")
-    with stage.at("create"), making(stage, "a"):
+    with stage.at("create"), making(stage, "a"), asking(stage, "op-a"):
         a = await engine.create(name="a", resources=SMALL, ttl=1000, operation_id="op-a")
     with stage.at("run"):
-        assert (await a.run(["true"])).exit_code == 0
+        done = await a.run(["true"])
+        judged(engine, done.exit, right=done.exit_code == 0)
     await a.files.write(FILE, CONTENT)
     stage.say(sandbox="a", file=True)
     with stage.at("exec"), executing(stage, "a", "stays") as told:
         told.append(await a.exec(["cat"], stdin="pipe"))
     with stage.at("exec with a terminal"), executing(stage, "a", "stays") as told:
         told.append(await a.exec(["cat"], tty=True))
-    with stage.at("exec that ends"), executing(stage, "a", "ends") as told:
+    with stage.at("exec that ends"), executing(stage, "a", "ends") as told, asking(stage, "op-x"):
         told.append(await a.exec(COUNTED, operation_id="op-x"))
     with stage.at("exec and wait"):
         async with a.exec(["sh", "-c", "exit 3"]) as waited:
-            assert (await waited.wait()).code == 3
+            exit = await waited.wait()
+            judged(engine, exit, right=exit.code == 3)
     with stage.at("signal"):
         async with a.exec(["sleep", "1000"]) as signalled:
             await signalled.signal(signal.SIGTERM)
-            assert (await signalled.wait()).signal == signal.SIGTERM
+            exit = await signalled.wait()
+            judged(engine, exit, right=exit.signal == signal.SIGTERM)
     with stage.at("background"):
         stage.say(sandbox="a", background=True)
         async with a.exec(["sh", "-c", "sleep 1000 & exit 0"]) as left:
@@ -61,14 +73,15 @@ async def life(stage: Stage) -> None:
         await a.update(Resources(memory="96M"))
     with stage.at("create on disk"), making(stage, "b"):
         await engine.create(name="b", resources=ON_DISK)
-    with stage.at("remove by operation"), removing(stage, "b"):
+    with stage.at("remove by operation"), removing(stage, "b"), asking(stage, "op-rm"):
         await engine.remove("b", operation_id="op-rm")
     with stage.at("stop"), changing(stage, "a", "stopped"):
         await a.stop(grace=0)
     with stage.at("start"), changing(stage, "a", "made"):
         await a.start()
     with stage.at("run again"):
-        assert (await a.run(["cat", FILE])).stdout == CONTENT
+        done = await a.run(["cat", FILE])
+        judged(engine, done.exit, right=done.stdout == CONTENT)
     with stage.at("events"):
         async for event in engine.events():
             assert event.kind == "sandbox.created"
@@ -140,13 +153,20 @@ async def bundle(stage: Stage) -> None:
     with stage.at("create another one by its config"):
         stage.say(sandbox="a", container="adapted", state="making")
         text = Path(path, "config.json").read_text()
-        await task.create(CreateTask("adapted", bundle=path, config=text))
+        layers = [f"{name}dir={Path(stage.place, name)}" for name in ("upper", "work")]
+        for layer in layers:
+            Path(layer.partition("=")[2]).mkdir()
+        root = RootMount("overlay", "overlay", (f"lowerdir={path}/rootfs", *layers))
+        await task.create(CreateTask("adapted", bundle=path, config=text, rootfs=(root,)))
     with stage.at("start that"):
         await task.start("adapted")
     stage.say(sandbox="a", container="adapted", state="made")
     with stage.at("delete that"):
         stage.say(sandbox="a", container="adapted", state="removing")
         await task.delete("adapted")
+    with stage.at("run beside them"):
+        done = await a.run(["true"])
+        judged(engine, done.exit, right=done.exit_code == 0)
     with removing(stage, "a"):
         await a.remove()
     await closed(stage, engine)
@@ -172,7 +192,8 @@ async def recovered(stage: Stage) -> None:
     engine = await opened(stage, "adopt")
     with stage.at("use"):
         a = await engine.get("a")
-        assert (await a.run(["cat", FILE])).stdout == CONTENT
+        done = await a.run(["cat", FILE])
+        judged(engine, done.exit, right=done.stdout == CONTENT)
     with stage.at("take over"):
         [process] = await a.processes()
         stage.say(sandbox="a", processes="ended")
@@ -181,7 +202,9 @@ async def recovered(stage: Stage) -> None:
     stage.say(lost=True)
     kill_keeper(stage.state_dir)
     records = Path(stage.state_dir, "sandboxes")
-    (records / "0123456789abcdef0123456789abcdef.json").write_text("no record")
+    damaged = records / "0123456789abcdef0123456789abcdef.json"
+    stage.say(damaged=damaged.name)
+    damaged.write_text("no record")
     (records / "0123456789abcdef0123456789abcdee.json.01234567.tmp").write_text("{")
     Path(stage.state_dir, f"unisandbox-{engine.id}-{'a' * 10}.img").write_bytes(b"")
     short = f"unisandbox-{engine.id}-{short_name(engine.id, a.id)}.img"
@@ -194,6 +217,7 @@ async def recovered(stage: Stage) -> None:
     # What no readable record speaks of, with a keeper that ran on.
     stage.say(sandbox="c", state="removing")
     path = records / f"{c.id}.json"
+    stage.say(damaged=path.name)
     path.write_text("damaged")
     await engine.close()
     engine = await opened(stage, "free a stray")
@@ -211,7 +235,8 @@ async def attached(stage: Stage) -> None:
     stage.engines.insert(0, engine)
     other = await engine.get("a")
     with stage.at("run by another"):
-        assert (await other.run(["true"])).exit_code == 0
+        done = await other.run(["true"])
+        judged(engine, done.exit, right=done.exit_code == 0)
     with stage.at("exec by another"), executing(stage, "a", "stays") as told:
         told.append(await other.exec(["cat"], stdin="pipe"))
     with stage.at("create by another"), making(stage, "b"):
@@ -240,6 +265,11 @@ async def cancelled(stage: Stage) -> None:
         stage.say(sandbox="a", state="removing")
         with stage.cut_at("after keeper.job"):
             await engine.create(name="a", resources=SMALL)
+    with stage.at("create in vain"):
+        try:
+            await engine.create(name="a", resources=Resources(memory="64M", cpu=1e-9))
+        except InvalidArgumentError:
+            stage.say(sandbox="a", state="removed")
     with making(stage, "b"):
         b = await engine.create(name="b", resources=SMALL)
     with stage.at("first run, cut"), stage.cut_at("after runtime.create"):
@@ -258,6 +288,58 @@ async def cancelled(stage: Stage) -> None:
     with stage.at("remove, cut"), removing(stage, "b"), stage.cut_at("after keeper.drop"):
         await b.remove()
     await closed(stage, engine)
+
+
+async def turned(stage: Stage) -> None:
+    """An engine that is to end what one of policy "keep" has left."""
+    engine = await opened(stage, "")
+    with making(stage, "a"):
+        a = await engine.create(name="a", resources=SMALL)
+    with executing(stage, "a", "stays") as told:
+        told.append(await a.exec(["cat"], stdin="pipe"))
+    await engine.close()
+    stage.say(sandbox="a", state="removing")
+    with stage.at("open with another policy"):
+        engine = await Engine.open(stage.state_dir, policy="stop")
+    stage.engines.append(engine)
+    with removing(stage, "a"):
+        await closed(stage, engine)
+
+
+async def expired(stage: Stage) -> None:
+    """The keeper ends one by itself, when its time is over."""
+    engine = await opened(stage, "")
+    with making(stage, "a"):
+        a = await engine.create(name="a", resources=ON_DISK, ttl=1000)
+    await a.run(["true"])
+    with adding(stage, "a", "box"):
+        await a.containers.add(name="box", argv=["sleep", "1000"])
+    with stage.at("expire"), removing(stage, "a"):
+        await a._entry.sharing.set_expiry(0.001)
+        while await engine.list():
+            await anyio.sleep(0.005)
+    await closed(stage, engine)
+
+
+async def abandoned(stage: Stage) -> None:
+    """The keeper finds itself without its owner, and ends everything by its guards."""
+    engine = await Engine.open(stage.state_dir, policy="stop")
+    stage.engines.append(engine)
+    with making(stage, "a"):
+        a = await engine.create(name="a", resources=SMALL)
+    await a.run(["true"])
+    with adding(stage, "a", "box"):
+        await a.containers.add(name="box", argv=["sleep", "1000"])
+    with making(stage, "b"):
+        await engine.create(name="b", resources=ON_DISK)
+    keeper = engine._core.host.keeper
+    with stage.at("let go"), removing(stage, "a"), removing(stage, "b"):
+        ended = os.pidfd_open(keeper.pid)
+        keeper.abandon()
+        select.select([ended], [], [], 10.0)
+        os.close(ended)
+    with stage.at("close"):
+        await engine.close()
 
 
 async def private(stage: Stage) -> None:
@@ -282,6 +364,9 @@ STORIES: Final[Mapping[str, Story]] = {
     "recovered": recovered,
     "attached": attached,
     "cancelled": cancelled,
+    "turned": turned,
+    "expired": expired,
+    "abandoned": abandoned,
     "private": private,
 }
 
@@ -317,6 +402,14 @@ def removing(stage: Stage, name: str) -> Iterator[None]:
     stage.say(sandbox=name, state="removing")
     yield
     stage.say(sandbox=name, state="removed")
+
+
+@contextlib.contextmanager
+def asking(stage: Stage, operation_id: str) -> Iterator[None]:
+    """Something is asked for under an operation id, then it is done."""
+    stage.say(operation=operation_id, state="begun")
+    yield
+    stage.say(operation=operation_id, state="done")
 
 
 @contextlib.contextmanager

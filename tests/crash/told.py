@@ -101,9 +101,10 @@ def _ends(events: Sequence[Event], freed: Set[str]) -> list[str]:
     wrong = []
     for (sandbox_id, name), of_container in _containers(events).items():
         kinds = [event.kind for event in of_container if event.kind.startswith("container.")]
-        # It may have been started again under its name.
+        # It may have been made and started again under its name; what was only made has no end.
         told_again = any(earlier == later == "container.exited" for earlier, later in pairwise(kinds))
-        if told_again or ("container.started" in kinds and kinds[-1] != "container.exited"):
+        lives = [kind for kind in kinds if kind != "container.created"]
+        if told_again or ("container.started" in lives and lives[-1] != "container.exited"):
             wrong.append(f"of container {sandbox_id}/{name} is told {kinds}")
         # The init of a launched program takes with it what was started beside it, which comes to the same.
         was_launched = any(event.kind == "container.exited" and event.exit is not None for event in of_container)

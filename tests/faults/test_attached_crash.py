@@ -86,6 +86,23 @@ anyio.run(main)
 """
 
 
+# Reads a stream to its end of a process that goes on.
+READER = """
+async def main():
+    engine = await Engine.open(sys.argv[1], policy="keep")
+    sandbox = await engine.create(name="a", resources=Resources(memory="64M"))
+    process = await sandbox.exec(["sh", "-c", "echo out; exec >&-; read line; exit 3"], stdin="pipe")
+    try:
+        while True:
+            await process.stdout.receive()
+    except anyio.EndOfStream:
+        tell(id=process.id)
+    signal.pause()
+
+anyio.run(main)
+"""
+
+
 async def story(engine: Engine, sandbox_id: str, last: str) -> list[str]:
     """What is told of a sandbox, up to the end."""
     told: list[str] = []
@@ -267,6 +284,26 @@ async def test_what_was_kept_of_an_output_is_not_lost_by_a_second_take_over(tmp_
             await again.stdin.aclose()
             assert b"".join([output.data async for output in again]) == b" and more\n"
             assert (await again.wait()).code == 0
+            await again.aclose()
+
+
+async def test_a_stream_that_was_read_to_its_end_has_ended_for_whoever_takes_over(tmp_path: Path) -> None:
+    state = str(tmp_path / "state")
+    with program(READER, state) as reader:
+        reader.heard()
+        reader.kill()
+    owner = await Engine.open(state, policy="keep")
+    async with Engine.attach(state) as other:
+        [process] = await (await other.get("a")).processes()
+        with pytest.raises(anyio.EndOfStream):
+            await process.stdout.receive()
+        await owner.close()
+        async with Engine.open(state):
+            [again] = await (await other.get("a")).processes()
+            with pytest.raises(anyio.EndOfStream):
+                await again.stdout.receive()
+            await again.stdin.send(b"go\n")
+            assert (await again.wait()).code == 3
             await again.aclose()
 
 

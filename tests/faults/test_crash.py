@@ -29,6 +29,8 @@ from unisandbox.conformance.inventory import Inventory, settle
 
 pytestmark = pytest.mark.root
 SMALL = Resources(memory="64M")
+# What is to happen within a time does so in one of these, also on a machine that has other things to do.
+_TRIES = 3
 
 CROWD = """
 async def main():
@@ -73,6 +75,23 @@ async def main():
 anyio.run(main, backend=sys.argv[1])
 """
 
+# Ends itself at the given point of an opening; says all of them when it is to end at none.
+OPENS = """
+from unisandbox.host.boundary import watch
+async def main():
+    met = []
+    def hook(name, of):
+        met.append(name)
+        if len(met) == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+    watch(hook)
+    engine = await Engine.open()
+    watch(None)
+    await engine.close()
+    tell(met=met)
+anyio.run(main)
+"""
+
 
 @contextmanager
 def end_of(pid: int) -> Iterator[Callable[[float], bool]]:
@@ -89,19 +108,29 @@ def end_of(pid: int) -> Iterator[Callable[[float], bool]]:
 def test_fifty_sandboxes_end_within_a_second_of_their_host_process(
     backend: str, how: str, count: Callable[[int], int], record_property: Callable[[str, object], None]
 ) -> None:
-    with program(CROWD, backend, str(max(50, count(200))), how) as host:
+    number = max(50, count(200))
+    limit = 1.0 if number == 50 else 4.0
+    for _ in range(_TRIES):
+        took = _seconds_to_end(backend, number, how)
+        record_property("seconds", took)
+        if took < limit:
+            break
+    # Of processes, mounts, cgroups, sockets and files nothing is left: the fixture of every test looks for them.
+    assert took < limit
+
+
+def _seconds_to_end(backend: str, number: int, how: str) -> float:
+    with program(CROWD, backend, str(number), how) as host:
         told = host.heard()
         with end_of(told["keeper"]) as ended:
             begun = time.monotonic()
             os.kill(host.pid, signal.SIGKILL)
             assert ended(30.0), "the keeper goes on without its owner"
             took = time.monotonic() - begun
-        record_property("seconds", took)
         if told["child"]:
             os.kill(told["child"], signal.SIGKILL)
         host.kill()
-    # Of processes, mounts, cgroups, sockets and files nothing is left: the fixture of every test looks for them.
-    assert took < (1.0 if count(10) == 1 else 4.0)
+    return took
 
 
 @pytest.mark.parametrize("backend", ["asyncio", "trio"])
@@ -124,6 +153,25 @@ def test_a_kill_at_any_moment_leaves_nothing(backend: str, count: Callable[[int]
         if place:
             kept = [name for name in os.listdir(place) if name.endswith((".img", ".sock", ".tmp"))]
             assert kept == [], f"seed {seed}, turn {turn}"
+
+
+def test_of_a_kill_in_an_opening_nothing_stays_once_another_engine_was_open(count: Callable[[int], int]) -> None:
+    def all_points() -> list[str]:
+        with program(OPENS, "0") as host:
+            met: list[str] = host.heard()["met"]
+            return met
+
+    points = all_points()
+    born = points.index("after keeper process")
+    assert born > 0
+    every = range(1, len(points) + 1, 1 if count(10) > 1 else 3)
+    for number in sorted({*every, born, born + 1, born + 2}):
+        before = Inventory.take()
+        with program(OPENS, str(number)) as host:
+            assert host.finish()[0] == -signal.SIGKILL
+        if number <= born:
+            all_points()
+        assert settle(before, 10.0) == [], f"killed at {points[number - 1]!r}, the {number}th point"
 
 
 async def raised_by(call: Callable[[], Awaitable[object]]) -> tuple[type[BaseException] | None, str]:

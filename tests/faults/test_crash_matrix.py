@@ -21,20 +21,27 @@ import attrs
 import pytest
 from tests.crash.points import Point, Victim, names_in_source
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 WORKERS: Final = 3
 SEED: Final = 20261124
 # The part of the points that a second run of a story may not come by.
 MISSED: Final = 0.05
+# How often a name is tried again that all of its cases have missed.
+TRIES: Final = 3
 
 # What no story reaches, each with its reason. Nothing else may be missing.
 UNREACHED: Final = {
     "keeper.cancel_spawn": "only after a runtime call that takes longer than its deadline",
     "keeper.exits_after": "only for a process of a bundle that ends before it can be looked at",
     "keeper.lock_holder": "only for the words of an error: who keeps a lock for too long",
-    "keeper.set_policy": "only when an engine is opened again with another policy",
-    "keeper.unguard": "only after a creation that failed: a removal drops guards with all that has their names",
+    "network.start": "only for a network in user mode: tests/integration/test_user_network.py kills there",
+    "step.cable, within the keeper": "as network.start; what it makes ends with the namespaces that it joins",
+    "step.detached, within the keeper": "only for the file system of a Wasm program",
+    "step.give, within the keeper": "only for a user who is not root",
+    "guard.kill_process, within the keeper": "only where there is no cgroup to write",
+    "guard.umount, within the keeper": "what the keeper mounts ends with it: nothing of ours asks for this guard",
+    "expiry.unlink, within the keeper": "only in a keeper that nobody has used for 5 s",
 }
 
 
@@ -82,7 +89,8 @@ class Round:
         victim: who is killed.
         policy: of the engine.
         on_recover: what the next engine does.
-        names: every name has a case, and not only every step; with `--long` every point has one.
+        names: every name has a case, and not only every step; with `--long` every point, and not only every name in
+            every step.
     """
 
     victim: Victim
@@ -99,7 +107,17 @@ class Round:
         if point.story == "private":
             return self.victim == "host" and self.policy == "keep"
         # The points were met under policy "keep". With "stop" an engine closes in another way, which "private" shows.
-        return self.policy == "keep" or (point.story != "recovered" and point.step != "close")
+        return self.policy == "keep" or (point.story not in {"recovered", "turned"} and point.step != "close")
+
+    def case(self, point: Point, number: int) -> dict[str, object]:
+        """What a worker is asked to play; every other number on the other event loop."""
+        return {
+            "point": attrs.asdict(point),
+            "victim": self.victim,
+            "policy": self.policy,
+            "on_recover": self.on_recover,
+            "backend": ("asyncio", "trio")[number % 2],
+        }
 
 
 ROUNDS: Final = (
@@ -111,18 +129,26 @@ ROUNDS: Final = (
 )
 
 
-def chosen(points: Sequence[Point], how: Round) -> list[Point]:
+def always_missed(answers: Sequence[dict[str, Any]]) -> set[str]:
+    """The names at which no case has killed anybody."""
+    names = {answer["point"]["name"] for answer in answers}
+    return names - {answer["point"]["name"] for answer in answers if not answer["missed"]}
+
+
+def chosen(points: Sequence[Point], how: Round, *, is_long: bool) -> list[Point]:
     """Some of them: every step has one, and every name if that is wanted. Each round has others."""
     print(f"seed {SEED}")
     dice = random.Random(f"{SEED} {how}")
     names: set[str] = set()
-    steps: set[tuple[str, str]] = set()
+    steps: set[tuple[str, ...]] = set()
     taken: list[Point] = []
     for point in dice.sample(points, len(points)):
-        if (point.name in names or not how.names) and (point.story, point.step) in steps:
+        step = (point.story, point.step, point.name) if is_long else (point.story, point.step)
+        by_name = how.names and not (point.is_within and how.victim == "host")  # there it is about the keeper
+        if (point.name in names or not by_name) and step in steps:
             continue
         names.add(point.name)
-        steps.add((point.story, point.step))
+        steps.add(step)
         taken.append(point)
     return taken
 
@@ -131,26 +157,21 @@ def chosen(points: Sequence[Point], how: Round) -> list[Point]:
 def test_after_a_kill_at_any_boundary_all_is_as_promised(
     how: Round, count: Callable[[int], int], record_property: Callable[[str, object], None]
 ) -> None:
-    points = [point for point in reached() if how.fits(point)]
-    if count(10) == 1:
-        points = chosen(points, how)
-    cases = [
-        {
-            "point": attrs.asdict(point),
-            "victim": how.victim,
-            "policy": how.policy,
-            "on_recover": how.on_recover,
-            "backend": ("asyncio", "trio")[number % 2],
-        }
-        for number, point in enumerate(points)
-    ]
+    fitting = [point for point in reached() if how.fits(point)]
+    is_long = count(10) > 1
+    points = fitting if is_long and how.names else chosen(fitting, how, is_long=is_long)
+    cases = [how.case(point, number) for number, point in enumerate(points)]
     record_property("cases", len(cases))
     answers = play(cases)
     assert len(answers) == len(cases)
     # Looks at what takes its time come more or less often; whatever else a step goes by without was never tested.
-    missed = [str(Point(**answer["point"])) for answer in answers if answer["missed"]]
-    record_property("missed", missed)
+    missed = [Point(**answer["point"]) for answer in answers if answer["missed"]]
+    record_property("missed", [str(point) for point in missed])
     assert len(missed) <= len(cases) * MISSED, missed
+    for number in range(TRIES):
+        again = [min(point for point in fitting if point.name == name) for name in sorted(always_missed(answers))]
+        answers += play([how.case(point, number) for point in again])
+    assert always_missed(answers) == set(), "nobody was ever killed there"
     bad = [answer for answer in answers if answer["complaints"]]
     assert bad == [], "\n\n".join(explained(answer) for answer in bad[:5])
 

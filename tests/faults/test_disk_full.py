@@ -14,9 +14,18 @@ import anyio
 import pytest
 from tests.programs import program
 
-from unisandbox import BackendError, Engine, FailedPreconditionError, InvalidArgumentError, Resources, SandboxError
+from unisandbox import (
+    BackendError,
+    Engine,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    Resources,
+    SandboxError,
+    UnavailableError,
+)
 from unisandbox.engine.records import spec_of
 from unisandbox.host import syscalls
+from unisandbox.host.removal import remove_tree
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 SMALL = Resources(memory="64M")
@@ -60,6 +69,24 @@ async def test_a_full_disk_before_the_engine_opens(tmp_path: Path, exhaust: Call
             assert (await sandbox.run(["true"])).exit_code == 0
 
 
+async def test_a_disk_with_room_for_some_of_the_files_of_an_engine_is_said_to_be_full(tmp_path: Path) -> None:
+    with mounted("tmpfs", tmp_path / "disk", "size=1M,nr_inodes=40,mode=0700") as disk:
+        said: list[str] = []
+        for free in range(40):
+            take_inodes(disk)
+            for number in range(free):
+                (disk / f"inode{number}").unlink(missing_ok=True)
+            try:
+                async with Engine.open(disk / "state"):
+                    break  # that was enough
+            except SandboxError as error:
+                said.append(error.message)
+            finally:
+                remove_tree(str(disk / "state"))
+        assert len(said) > 3
+        assert [words for words in said if "No space left" not in words] == []
+
+
 @pytest.mark.parametrize("exhaust", [fill, take_inodes], ids=["bytes", "inodes"])
 async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
     tmp_path: Path, exhaust: Callable[[Path], None]
@@ -73,8 +100,12 @@ async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
                 await engine.create(resources=SMALL)
             assert [status.id for status in await engine.list()] == [sandbox.id]
             assert (await sandbox.sh("echo x > /tmp/x; cat /tmp/x")).stdout == b"x\n"
-            # What is wanted when a disk is full is that things can be ended and removed.
-            await sandbox.stop(grace=0)
+            # What is wanted when a disk is full is that things can be ended and removed; and not to be told that
+            # something is written down which is not.
+            async with sandbox.exec(["sleep", "1000"]) as process:
+                with pytest.raises(BackendError, match=r"cannot write the record .* No space left"):
+                    await sandbox.stop(grace=0)
+                assert (await process.wait()).signal == 9
             await sandbox.remove()
             assert await engine.list() == []
             for name in os.listdir(disk):
@@ -157,9 +188,11 @@ async def test_a_state_directory_of_somebody_else(tmp_path: Path) -> None:
 
 async def test_a_state_directory_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(BackendError, match="cannot use the state directory"):
-            await Engine.open(place)
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "/sys"):
+        for opening in (Engine.open, Engine.attach):
+            with pytest.raises((InvalidArgumentError, UnavailableError)) as caught:
+                await opening(place)
+            assert opening == Engine.attach or isinstance(caught.value, InvalidArgumentError)
     assert (tmp_path / "file").read_text() == "mine"
     with pytest.raises(InvalidArgumentError, match="null"):
         await Engine.open(f"{tmp_path}/a\0b")
@@ -235,6 +268,7 @@ def test_a_full_run_directory() -> None:
     """/run is where temporary state and mount points are; seen by the program alone, in its own mount namespace."""
     code = """
 from unisandbox.host import syscalls
+from unisandbox.host.removal import remove_tree
 syscalls.unshare(syscalls.CLONE_NEWNS)
 syscalls.mount("none", "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 syscalls.mount("tmpfs", "/run", "tmpfs", 0, "size=64k,mode=0755,nr_inodes=100")

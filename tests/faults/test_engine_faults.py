@@ -19,6 +19,7 @@ from unisandbox import (
     Engine,
     InvalidArgumentError,
     Mount,
+    NotFoundError,
     Resources,
     Rootfs,
     Sandbox,
@@ -30,6 +31,7 @@ from unisandbox import (
 from unisandbox.backends.runc import RuncBackend
 from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine.events import EventLog
+from unisandbox.oci import features
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 SMALL = Resources(memory="64M")
@@ -51,6 +53,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = 
     "cpu-nan": (lambda _: {"resources": Resources(cpu=float("nan"))}, InvalidArgumentError, "nan"),
     "cpu-1e15": (lambda _: {"resources": Resources(cpu=1e15)}, InvalidArgumentError, "1,000,000"),
     "disk-1": (lambda _: {"resources": Resources(disk=1)}, InvalidArgumentError, "at least"),
+    "swap-beyond-no-memory": (
+        lambda _: {"resources": Resources(memory=None, swap="1G")},
+        InvalidArgumentError,
+        "swap is counted beyond memory, which is not limited",
+    ),
     "nofile-2**40": (lambda _: {"resources": Resources(nofile=2**40)}, InvalidArgumentError, "nofile"),
     "mount-missing": (lambda _: {"mounts": [Mount.bind("/nope/x", "/data")]}, InvalidArgumentError, "/nope/x"),
     "mount-dotdot": (lambda p: {"mounts": [Mount.bind(p, "/data/../x")]}, InvalidArgumentError, r"'\.\.'"),
@@ -369,9 +376,25 @@ async def test_a_runtime_that_does_not_know_its_version(only: Callable[..., None
     await fails(UnavailableError, words)
 
 
-async def test_a_runtime_that_hangs_at_its_version(only: Callable[..., None]) -> None:
+@pytest.mark.parametrize("how", ["exec", "run", "launch", "add"])
+async def test_what_fails_as_the_ttl_ends_in_its_middle_says_that(only: Callable[..., None], how: str) -> None:
+    only(VERSION + '/usr/bin/crun "$@"; code=$?; case "$*" in *" create "*) sleep 1.5;; esac; exit $code')
+    starts: dict[str, Callable[[Sandbox], Awaitable[object]]] = {
+        "exec": lambda sandbox: sandbox.exec(["sleep", "1000"]),
+        "run": lambda sandbox: sandbox.run(["sleep", "1000"]),
+        "launch": lambda sandbox: sandbox.launch(["sleep", "1000"]),
+        "add": lambda sandbox: sandbox.containers.add(argv=["sleep", "1000"]),
+    }
+    async with Engine.open() as engine:
+        sandbox = await engine.create(ttl=0.5)
+        with pytest.raises(NotFoundError, match=r"was removed: its ttl of 0\.5 s is over"):
+            await starts[how](sandbox)
+
+
+async def test_a_runtime_that_hangs_at_its_version(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_QUERY_SECONDS", 0.5)
     only("sleep 1000")
-    await fails(UnavailableError, "within 5 s", within=8.0)
+    await fails(UnavailableError, r"within 0\.5 s", within=8.0)
 
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/crun"), reason="crun is not installed")

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.crash.points import kill_keeper
 from tests.programs import Program, program
 
-pytestmark = [pytest.mark.root, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 # A client: the owner of an engine, or one that has attached to it. Does what it is told, one line after the other.
 HOST: Final = """
@@ -40,7 +40,7 @@ async def seen(engine):
 
 async def do(engine, what, name, number):
     if what == "create":
-        return (await engine.create(name=name, resources=SMALL)).name
+        return (await engine.create(name=name, resources=SMALL, ttl=1000)).name
     if what == "remove":
         return await engine.remove(name)
     sandbox = await engine.get(name)
@@ -48,6 +48,17 @@ async def do(engine, what, name, number):
         return await sandbox.start()
     if what == "stop":
         return await sandbox.stop(grace=0)
+    if what == "pause":
+        return await sandbox.pause()
+    if what == "resume":
+        return await sandbox.resume()
+    if what == "update":
+        return await sandbox.update(Resources(memory=f"{64 + number}M"))
+    if what == "expire":
+        await sandbox._entry.sharing.set_expiry(0.001)  # its time is over now
+        while name in await seen(engine):
+            await anyio.sleep(0.005)
+        return None
     if what == "run":
         return (await sandbox.run(["sh", "-c", f"exit {number}"])).exit_code
     if what == "write":
@@ -109,9 +120,15 @@ class Running:
 
 @attrs.define
 class Box:
-    """What the model knows of one sandbox: processes by id, and those that a stop has killed."""
+    """What the model knows of one sandbox: processes by id, and those that a stop has killed.
+
+    Attributes:
+        has_run: something has, since it was started: its container is there to be paused.
+    """
 
     state: str = "ready"
+    has_run: bool = False
+    is_paused: bool = False
     content: int | None = None
     processes: dict[str, Running] = attrs.field(factory=dict)
     killed: dict[str, int] = attrs.field(factory=dict)
@@ -138,11 +155,18 @@ class Model:
             return name
         if box is None:
             return "NotFoundError"
+        can_run = box.state == "ready" and not box.is_paused
         match what:
-            case "remove":
+            case "remove" | "expire":
                 del self.boxes[name]
+            case "pause" if box.state != "ready" or not box.has_run:
+                return "FailedPreconditionError"
+            case "resume" if box.state != "ready":
+                return "FailedPreconditionError"
+            case "pause" | "resume":
+                box.is_paused = what == "pause"
             case "stop":
-                box.state = "stopped"
+                box.state, box.has_run, box.is_paused = "stopped", False, False
                 box.killed |= dict.fromkeys(box.processes, KILLED)
                 box.processes.clear()
             case "start":
@@ -152,9 +176,11 @@ class Model:
             case "read":
                 return "NotFoundError" if box.content is None else [box.content]
             case "run":
-                return number if box.state == "ready" else "FailedPreconditionError"
+                box.has_run |= can_run
+                return number if can_run else "FailedPreconditionError"
             case "exec":
-                return ... if box.state == "ready" else "FailedPreconditionError"
+                box.has_run |= can_run
+                return ... if can_run else "FailedPreconditionError"
             case "end":
                 # What another living client reads is not listed.
                 mine = {key: running for key, running in box.processes.items() if running.reader in {who, None}}
@@ -173,7 +199,13 @@ class Model:
 NAMES: Final = st.sampled_from(["a", "b"])
 CALLS: Final = st.tuples(
     st.sampled_from(CLIENTS),
-    st.sampled_from([*["create", "run", "exec"] * 2, "write", "stop", "start", "end", "end", "read", "remove"]),
+    st.sampled_from(
+        [
+            *["create", "run", "exec"] * 3,
+            *["write", "stop", "start", "end", "end", "end", "read", "remove"],
+            *["pause", "pause", "resume", "update", "expire"],
+        ]
+    ),
     NAMES,
     st.integers(0, 120),
 )
@@ -239,10 +271,10 @@ def test_any_sequence_of_two_clients_calls_and_crashes_is_as_the_model_says(
 ) -> None:
     @settings(
         max_examples=count(90),
-        derandomize=True,
         deadline=None,
-        database=None,
-        phases=[Phase.generate],  # every step is real processes at work, and a sequence is short as it comes
+        database=None,  # whoever sees a failure is told by what it comes again
+        print_blob=True,
+        phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
     @given(SEQUENCES)
@@ -319,6 +351,8 @@ def play(sequence: Sequence[tuple[str, str, str, int]], owner: Client, other: Cl
 
 def call(who: Who, what: str, name: str, number: int, model: Model, clients: Mapping[str, Client]) -> None:
     """One of the two does something."""
+    if what == "end" and name in model.boxes and model.boxes[name].is_paused:
+        call(who, "resume", name, number, model, clients)  # what is paused does not end
     said = clients[who].call(what, name, number)
     if currently_in_test_context():
         note(f"{who} {what} {name} {number}: {said}")

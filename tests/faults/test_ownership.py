@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,13 +20,27 @@ import pytest
 from tests.keepers import until, wait_ended
 from tests.programs import program
 
-from unisandbox import DeadlineExceededError, Engine, NotFoundError, Resources, Sandbox, UnavailableError
-from unisandbox.api import Rootfs, SandboxSpec
-from unisandbox.backends.runc import pidns
+from unisandbox import (
+    AlreadyExistsError,
+    BackendError,
+    DeadlineExceededError,
+    Engine,
+    FailedPreconditionError,
+    NotFoundError,
+    Resources,
+    Sandbox,
+    UnavailableError,
+)
+from unisandbox.api import Capabilities, Probe, Rootfs, Sandboxer, SandboxSpec
+from unisandbox.backends.runc import RuncBackend, pidns
 from unisandbox.cli import doctor
-from unisandbox.engine import leftovers, recovery, sharing, state
+from unisandbox.cli.state import opened
+from unisandbox.conformance.inventory import Inventory, settle
+from unisandbox.engine import leftovers, recovery, sharing, state_files
 from unisandbox.engine.closing import abandon
 from unisandbox.host import boundary
+from unisandbox.host.keeper import protocol
+from unisandbox.host.services import Host
 from unisandbox.sandbox import containers
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
@@ -66,6 +81,18 @@ def kill_keeper(engine: Engine) -> None:
     pid = keeper_of(engine)
     os.kill(pid, signal.SIGKILL)
     wait_ended(pid)
+
+
+async def test_an_opening_connects_once_to_the_keeper_that_it_finds(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep") as engine:
+        await engine.create(name="kept", resources=SMALL)
+        assert engine._core.host.keeper.hello.client == 1
+    async with Engine.open(tmp_path) as engine:
+        assert engine._core.host.keeper.hello.client == 2
+        assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
+        with pytest.raises(FailedPreconditionError, match=f"in use by process {os.getpid()}"):
+            await Engine.open(tmp_path)
+        assert await engine._core.host.keeper.clients() == {2}, "who was refused has gone"
 
 
 async def test_an_owner_without_its_keeper_touches_nothing_of_its_successor(tmp_path: Path) -> None:
@@ -119,6 +146,95 @@ async def test_report_leaves_what_lives_and_removes_what_it_made(
         assert {found.action for found in engine.recovery.sandboxes} == {"adopted"}
         names = {status.name for status in await engine.list()}
         assert names == ({"w"} if policy == "stop" else {"w", "mine"})
+
+
+class Mine:
+    """A backend that not every process has."""
+
+    name = "mine"
+    rank = 0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return RuncBackend().capabilities
+
+    async def probe(self, *, deep: bool = False) -> Probe:
+        return await RuncBackend().probe(deep=deep)
+
+    async def open(self, host: Host) -> Sandboxer:
+        return await RuncBackend().open(host)
+
+
+async def test_what_cannot_be_had_without_its_backend_says_so_and_keeps_its_name(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep", backends={"mine": Mine()}) as engine:
+        sandbox = await engine.create(name="w", isolation="mine", resources=SMALL)
+        process = await sandbox.exec(["sleep", "1000"])
+        async with Engine.attach(tmp_path) as other:
+            await look_in_vain(other, sandbox.id)
+    async with Engine.open(tmp_path, policy="keep") as engine:
+        assert [found.action for found in engine.recovery.sandboxes] == ["failed"]
+        await look_in_vain(engine, sandbox.id)
+        async with Engine.attach(tmp_path, backends={"mine": Mine()}) as other:
+            await (await other.get("w")).remove()
+        wait_ended(process.pid)
+        async with engine.create(name="w", resources=SMALL):
+            pass
+
+
+async def test_what_its_owner_cannot_use_ends_with_him_and_leaves_no_record(tmp_path: Path) -> None:
+    async with (
+        Engine.open(tmp_path, policy="stop") as owner,
+        Engine.attach(tmp_path, backends={"mine": Mine()}) as other,
+    ):
+        process = await (await other.create(isolation="mine", resources=SMALL)).exec(["sleep", "1000"])
+        await owner.close()
+        wait_ended(process.pid)
+        assert os.listdir(tmp_path / "sandboxes") == []
+
+
+async def look_in_vain(engine: Engine, sandbox_id: str) -> None:
+    for ref in ("w", sandbox_id):
+        with pytest.raises(FailedPreconditionError, match="'mine' is not known") as caught:
+            await engine.get(ref)
+        assert "Installed backends: " in caught.value.hint
+    with pytest.raises(FailedPreconditionError, match="'mine' is not known"):
+        await engine.remove("w")
+    with pytest.raises(AlreadyExistsError):
+        await engine.create(name="w", resources=SMALL)
+
+
+async def test_a_name_that_another_process_has_freed_under_an_owner_that_reports_is_free(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep") as engine:
+        await engine.create(name="w", resources=SMALL)
+    async with Engine.open(tmp_path, on_recover="report") as engine:
+        with pytest.raises(FailedPreconditionError, match="left by a former engine and not taken over"):
+            await engine.get("w")
+        async with Engine.attach(tmp_path) as other:
+            await (await other.get("w")).remove()
+        with pytest.raises(NotFoundError):
+            await engine.get("w")
+        async with engine.create(name="w", resources=SMALL):
+            pass
+
+
+async def test_a_keeper_of_another_version_is_told_by_who_opens_and_by_every_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Engine.open(tmp_path, policy="keep") as engine:
+        process = await (await engine.create(name="w", resources=SMALL)).exec(["sleep", "1000"])
+    with monkeypatch.context() as later:
+        later.setattr(protocol, "VERSION", 99)
+        with pytest.raises(UnavailableError, match="this library version 99"):
+            await Engine.open(tmp_path)
+        with pytest.raises(UnavailableError, match="this library version 99"):
+            await Engine.attach(tmp_path)
+        for create in (False, True):
+            with pytest.raises(UnavailableError, match="this library version 99"):
+                async with opened(str(tmp_path), create=create):
+                    pass
+    os.kill(process.pid, 0)
+    async with Engine.open(tmp_path) as engine:
+        assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
 
 
 async def test_report_leaves_what_a_dead_keeper_had(tmp_path: Path) -> None:
@@ -281,12 +397,16 @@ async def test_a_name_that_another_process_has_freed_is_free(tmp_path: Path) -> 
 
 
 async def test_a_keeper_that_nobody_needs_ends(tmp_path: Path) -> None:
+    before = Inventory.take()
     engine = await Engine.open(tmp_path, policy="keep")
-    await engine.create(ttl=0.5, resources=SMALL)
+    sandbox = await engine.create(ttl=0.5, resources=SMALL)
+    with contextlib.suppress(NotFoundError, UnavailableError):  # a machine that is starved takes longer
+        await sandbox.exec(["sleep", "1000"])
     keeper = keeper_of(engine)
     abandon(engine._core)
     wait_ended(keeper)
     until(lambda: os.listdir(tmp_path / "sandboxes") == [], "the record of what has expired is gone")
+    assert settle(before) == []
 
 
 def test_two_that_begin_with_a_directory_at_once_agree_on_its_id(tmp_path: Path) -> None:
@@ -295,19 +415,19 @@ def test_two_that_begin_with_a_directory_at_once_agree_on_its_id(tmp_path: Path)
     def overtaken(name: str, _: str) -> None:
         if name == "before state.engine_id":
             boundary.watch(None)
-            ids.append(state._engine_id(str(tmp_path)))
+            ids.append(state_files.engine_id_of(str(tmp_path)))
 
     boundary.watch(overtaken)
     try:
-        ids.append(state._engine_id(str(tmp_path)))
+        ids.append(state_files.engine_id_of(str(tmp_path)))
     finally:
         boundary.watch(None)
-    assert ids == [state.known_id(str(tmp_path))] * 2
+    assert ids == [state_files.known_id(str(tmp_path))] * 2
 
 
 def test_two_that_find_a_damaged_id_at_once_agree_on_a_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "engine-id").write_text("damaged")
-    known_id, looks = state.known_id, threading.local()
+    known_id, looks = state_files.known_id, threading.local()
     both = threading.Barrier(2)
 
     def slow(path: str) -> str:
@@ -318,9 +438,9 @@ def test_two_that_find_a_damaged_id_at_once_agree_on_a_new_one(tmp_path: Path, m
                 both.wait(1)
         return known
 
-    monkeypatch.setattr(state, "known_id", slow)
+    monkeypatch.setattr(state_files, "known_id", slow)
     with ThreadPoolExecutor(2) as pool:
-        ids = list(pool.map(state._engine_id, [str(tmp_path)] * 2))
+        ids = list(pool.map(state_files.engine_id_of, [str(tmp_path)] * 2))
     assert ids == [known_id(str(tmp_path))] * 2
     assert os.listdir(tmp_path) == ["engine-id"]
 
@@ -377,9 +497,183 @@ async def test_an_opening_that_fails_leaves_what_was_kept_as_it_was(
 
     with monkeypatch.context() as patched:
         patched.setattr(recovery.Recovery, "run", fails)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(BackendError, match="no space"):
             await Engine.open(tmp_path)
     os.kill(pid, 0)
     async with Engine.open(tmp_path) as engine:
         assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
         os.kill(pid, 0)
+
+
+async def test_an_opening_that_is_cancelled_at_its_last_step_leaves_what_was_kept_as_it_was(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep") as kept:
+        process = await (await kept.create(name="w", resources=SMALL)).exec(["sleep", "60"])
+        keeper = keeper_of(kept)
+
+    def cut(name: str, of: str) -> None:
+        if of == "set_policy":
+            boundary.watch(None)
+            os.kill(keeper, signal.SIGSTOP)  # it hears what is asked when we have given up
+            until(lambda: " T " in Path(f"/proc/{keeper}/stat").read_text(), "it is stopped")
+            scope.cancel()
+
+    with anyio.CancelScope() as scope:
+        boundary.watch(cut)
+        await Engine.open(tmp_path, policy="stop")
+    os.kill(keeper, signal.SIGCONT)
+    assert scope.cancelled_caught
+    async with Engine.attach(tmp_path) as engine:  # it has heard of our end when it answers
+        assert engine._core.policy == "keep"
+        os.kill(process.pid, 0)
+    async with Engine.open(tmp_path) as engine:
+        assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
+
+
+async def test_what_was_kept_outlives_the_moving_of_its_directory(tmp_path: Path) -> None:
+    before = Inventory.take()
+    state, moved = tmp_path / "state", tmp_path / "moved"
+    engine = await Engine.open(state, policy="keep")
+    sandbox = await engine.create(name="w", resources=SMALL)
+    process = await sandbox.exec(["sleep", "1000"])
+    attached = await Engine.attach(state)
+    seen = await attached.get("w")
+    state.rename(moved)
+    calls = (
+        *(lambda: engine.create(resources=SMALL), lambda: engine.create(name="x", resources=SMALL)),
+        *(lambda: engine.create(operation_id="op", resources=SMALL), engine.list, attached.list, seen.status),
+        *(sandbox.status, seen.remove),
+    )
+    for call in calls:
+        with pytest.raises(UnavailableError, match="moved or removed"):
+            await call()
+    assert not state.exists()
+    async with Engine.open(state) as other:  # another engine in its place
+        for call in calls:
+            with pytest.raises(UnavailableError, match="moved or removed"):
+                await call()
+        assert await other.list() == []
+    await attached.close()
+    await engine.close()
+    os.kill(process.pid, 0)
+    async with Engine.open(moved) as again:
+        assert [found.action for found in again.recovery.sandboxes] == ["adopted"]
+        assert not {"operations", "damaged"} & set(os.listdir(state))
+    assert settle(before) == []
+
+
+async def test_a_keeper_with_sandboxes_does_not_go_because_their_records_are_not_there(tmp_path: Path) -> None:
+    engine = await Engine.open(tmp_path, policy="keep")
+    process = await (await engine.create(name="w", resources=SMALL)).exec(["sleep", "1000"])
+    attached = await Engine.attach(tmp_path)
+    records = tmp_path / "sandboxes"
+    records.rename(tmp_path / "elsewhere")
+    with pytest.raises(UnavailableError, match="sandboxes"):
+        await engine.list()
+    await engine.close()
+    assert await attached.list() == [], "it has never seen any"
+    await attached.close()
+    os.kill(process.pid, 0)
+    (tmp_path / "elsewhere").rename(records)
+    async with Engine.open(tmp_path) as again:
+        assert [found.action for found in again.recovery.sandboxes] == ["adopted"]
+
+
+@pytest.mark.parametrize("policy", ["stop", "keep"])
+async def test_an_engine_whose_directory_is_gone_ends_and_leaves_nothing(
+    tmp_path: Path, policy: Literal["stop", "keep"]
+) -> None:
+    before = Inventory.take()
+    engine = await Engine.open(tmp_path / "state", policy=policy)
+    await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
+    keeper = keeper_of(engine)
+    shutil.rmtree(tmp_path / "state")
+    with pytest.raises(UnavailableError, match="moved or removed"):
+        await engine.list()
+    await engine.close()
+    wait_ended(keeper)
+    assert not (tmp_path / "state").exists()
+    assert settle(before) == []
+
+
+@pytest.mark.parametrize("owned", [True, False])
+async def test_a_keeper_without_its_lock_file_has_one_owner(tmp_path: Path, owned: bool) -> None:
+    engine = await Engine.open(tmp_path, policy="keep")
+    sandbox = await engine.create(name="w", resources=SMALL)
+    process = await sandbox.exec(["sleep", "1000"])
+    if not owned:
+        await engine.close()
+    (tmp_path / "lock").unlink()
+    if not owned:
+        engine = await Engine.open(tmp_path, policy="keep")
+        sandbox = await engine.get("w")
+    with pytest.raises(FailedPreconditionError, match="in use by a keeper that answers"):
+        await Engine.open(tmp_path)
+    assert [left for left in leftovers.find() if left.engine_id == engine.id] == []
+    assert (await sandbox.run(["true"])).exit_code == 0
+    os.kill(process.pid, 0)
+    await engine.close()
+    async with Engine.open(tmp_path) as again:
+        assert [found.action for found in again.recovery.sandboxes] == ["adopted"]
+
+
+@pytest.mark.parametrize("damage", ["torn", "later"])
+async def test_a_record_that_cannot_be_used_is_told_to_who_attaches_and_freed_when_asked(
+    tmp_path: Path, damage: str
+) -> None:
+    before = Inventory.take()
+    engine = await Engine.open(tmp_path, policy="keep")
+    bad = await engine.create(name="bad", resources=SMALL)
+    process = await bad.exec(["sleep", "1000"])
+    good = await engine.create(name="good", resources=SMALL)
+    await good.run(["true"])
+    path = tmp_path / f"sandboxes/{bad.id}.json"
+    content = path.read_bytes()
+    path.write_bytes(content + b"x" if damage == "torn" else content.replace(b'"version": 3', b'"version": 4'))
+    async with Engine.attach(tmp_path) as seen:
+        assert [(found.path, found.kept_as) for found in seen.recovery.damaged] == [(str(path), str(path))]
+        assert [status.name for status in await seen.list()] == ["good"]
+    os.kill(process.pid, 0)
+    [left] = [left for left in leftovers.find() if left.engine_id == engine.id]
+    assert (left.kind, left.what, left.removable) == ("record", str(path), False)
+    report = await leftovers.free_unrecorded(str(tmp_path))
+    wait_ended(process.pid)
+    assert [found.action for found in report.sandboxes] == ["removed"]
+    [kept] = report.damaged
+    assert Path(kept.kept_as).parent == tmp_path / "damaged"
+    assert [left for left in leftovers.find() if left.engine_id == engine.id] == []
+    assert (await good.run(["true"])).exit_code == 0
+    await good.remove()
+    keeper = keeper_of(engine)
+    await engine.close()
+    wait_ended(keeper)
+    assert settle(before) == []
+
+
+async def test_what_no_record_of_a_living_engine_speaks_of_is_found_and_freed(tmp_path: Path) -> None:
+    engine = await Engine.open(tmp_path, policy="keep")
+    process = await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
+    await engine.close()
+    [record] = (tmp_path / "sandboxes").iterdir()
+    record.unlink()
+    found = [left for left in leftovers.find() if left.engine_id == engine.id]
+    assert {left.kind for left in found} >= {"stray"}
+    assert (await leftovers.free_unrecorded(str(tmp_path))).sandboxes
+    wait_ended(process.pid)
+    assert not [left for left in leftovers.find() if left.engine_id == engine.id and left.kind == "stray"]
+
+
+async def test_what_is_being_made_is_no_leftover(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        found: list[leftovers.Leftover] = []
+
+        def look(name: str, of: str) -> None:
+            if name.startswith("after ") and engine.id:
+                found.extend(left for left in leftovers.find() if left.engine_id == engine.id)
+
+        boundary.watch(look)
+        try:
+            sandbox = await engine.create(resources=SMALL)
+            await sandbox.remove()
+        finally:
+            boundary.watch(None)
+        assert found == []

@@ -6,10 +6,14 @@ The numbers are given out again at once, in a pid namespace of the test's own: w
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 from tests.programs import PRELUDE, program
+
+from unisandbox.oci import calls
 
 pytestmark = pytest.mark.root
 
@@ -220,3 +224,23 @@ def test_nothing_is_read_or_written_in_who_has_the_keepers_number(tmp_path: Path
         told = work.heard()
         assert work.finish()[0] == 0
     assert told == {"words": ["UnavailableError"] * 7, "netns": "", "same": True, "lives": True}
+
+
+def test_a_call_that_is_killed_takes_no_stranger_along_that_has_got_the_number_of_a_child(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever was a child when the children were listed may have been ended and reaped before it is opened."""
+    listed = calls.children
+    with subprocess.Popen(["sleep", "60"]) as stranger, subprocess.Popen(["sleep", "60"], process_group=0) as call:
+        looks = iter([[stranger.pid]])
+        monkeypatch.setattr(calls, "children", lambda pid: listed(pid) + next(looks, []))
+        pidfd = os.pidfd_open(call.pid)
+        try:
+            calls.kill_tree(call.pid, pidfd)
+            assert call.wait(10) == -9
+            assert stranger.poll() is None
+            with open(f"/proc/{stranger.pid}/stat", encoding="ascii") as file:
+                assert file.read().rpartition(")")[2].split()[0] == "S"
+        finally:
+            os.close(pidfd)
+            stranger.kill()

@@ -280,6 +280,22 @@ async def test_a_cancelled_call_kills_the_runtime_at_once(place: Lab, tmp_path: 
     assert place.left() == []
 
 
+async def test_a_runtime_killed_while_it_writes_its_pid_file_leaves_none(place: Lab, tmp_path: Path) -> None:
+    # As runc does: under another name, which it would change at the end.
+    text = "echo $$ >${pidfile%/*}/.${pidfile##*/}; sleep 86543"
+    place, bundle = await bundle_for(place, fake(tmp_path / "r", text))
+    with pytest.raises(DeadlineExceededError):
+        await place.create("c1", bundle, timeout=0.3)
+    assert place.left() == []
+    state = place.seen(f"{place.runtime.root}/state/c1")
+    os.makedirs(state)
+    with pytest.raises(DeadlineExceededError):
+        await place.runtime.exec("c1", bundle, process_json(["x"]), stdio=(0, 1, 2), timeout=0.3)
+    os.rmdir(state)
+    until(lambda: not alive("86543"), "what was killed is gone")
+    assert place.left() == []
+
+
 async def test_every_verb_has_a_deadline(place: Lab, tmp_path: Path) -> None:
     place, bundle = await bundle_for(place, fake(tmp_path / "r", "sleep 86543"))
     state = place.seen(f"{place.runtime.root}/state/c1")

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests.keepers import until
 
 from unisandbox import Engine, Mount, Process, Resources, Sandbox
 from unisandbox.host import loop, syscalls
+from unisandbox.host.cgroups import Cgroup, Cgroups, patience
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
 
@@ -130,3 +133,63 @@ async def test_a_pause_that_is_given_up_leaves_nothing_paused(engine: Engine, di
         assert (await process.wait()).code == 0
     await process.aclose()
     await sandbox.remove()
+
+
+@pytest.fixture
+def cgroup() -> Iterator[Cgroup]:
+    """One whose processes are ended one by one, held by the freezer: as on a host with cgroup v1 alone."""
+    if not os.path.isdir("/sys/fs/cgroup/freezer"):
+        pytest.skip("the kernel ends a whole cgroup here")
+    root = Cgroups.detect(f"unisandbox-t{os.getpid()}", use_unified=False).root()
+    yield root
+    root.kill()
+    assert root.remove(10)
+
+
+async def test_a_kill_by_the_freezer_waits_for_nothing_that_cannot_be_stopped_yet(
+    disk: Disk, cgroup: Cgroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        actually(seconds)
+
+    slept: list[float] = []
+    actually = time.sleep
+    # Who waits for a file system can be stopped by newer kernels, who waits for a disk cannot.
+    loop.make_image(f"{disk.path}/second", 1 << 20)
+    device, _ = loop.attach(f"{disk.path}/second")
+    write = [
+        "dd",
+        "if=/dev/zero",
+        f"of=/proc/{os.getpid()}/fd/{device}",
+        "bs=4096",
+        "count=1",
+        "oflag=direct",
+        "status=none",
+    ]
+    process = await anyio.open_process(["sh", "-c", f"read line; exec {' '.join(write)}"])
+    assert process.stdin is not None
+    try:
+        for procs in cgroup.procs:
+            Path(procs).write_text(str(process.pid))
+        disk.hold_up()
+        await process.stdin.send(b"\n")
+        # Not while it waits for its own program to be read from the disk.
+        waiting = Path("/sys/block", Path(os.readlink(f"/proc/self/fd/{device}")).name, "inflight")
+        with anyio.fail_after(20):
+            while (
+                waiting.read_text().split()[1] == "0"
+                or Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "D"
+            ):
+                await anyio.sleep(0.002)
+        monkeypatch.setattr(time, "sleep", sleep)
+        cgroup.kill()
+        assert sum(slept) < 0.01
+        assert not await patience.kill(cgroup.dirs, 0)
+        assert sum(slept) < 0.01
+    finally:
+        disk.let_go()
+        os.close(device)
+        with anyio.CancelScope(shield=True):
+            await process.aclose()
+    assert process.returncode == -signal.SIGKILL

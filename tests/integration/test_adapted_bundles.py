@@ -17,7 +17,8 @@ from anyio import run_process
 
 from unisandbox import Engine, InvalidArgumentError, Resources, Sandbox, UnsupportedError
 from unisandbox.api import CreateTask, ExecTask, Stdio, TaskService, Terminal
-from unisandbox.api.spec import Dns, Security
+from unisandbox.api.network import Dns
+from unisandbox.api.spec import Security
 from unisandbox.api.task import SANDBOX_NAMESPACES, RootMount
 from unisandbox.backends.runc import RuncBackend
 from unisandbox.host import boundary
@@ -184,6 +185,12 @@ REFUSED: Final[list[tuple[dict[str, Any], str]]] = [
     ({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, "resources.cpu.cpus"),
     ({"mounts": [{"destination": "/x", "type": "bind", "source": "/usr", "options": ["shared"]}]}, "'shared'"),
     ({"mounts": [{"destination": "/x", "type": "tmpfs", "source": "x", "options": ["rslave"]}]}, "rslave"),
+    (
+        {"mounts": [{"destination": "/x", "type": "bind", "source": "/usr", "options": ["idmap"]}]},
+        "'/x' with mapped ids",
+    ),
+    ({"mounts": [{"destination": "/x", "type": "bind", "source": "/usr", "options": ["ridmap"]}]}, "no user namespace"),
+    ({"mounts": [{"destination": "/x", "type": "tmpfs", "source": "x", "options": ["idmap"]}]}, "'/x' with mapped ids"),
     ({"linux": {"rootfsPropagation": "unbindable"}}, "unbindable"),
     ({"linux": {"resources": {"unified": {"memory.high": "1"}}}}, "memory.high"),
 ]

@@ -15,9 +15,18 @@ import pytest
 from tests.keepers import wait_ended
 from tests.programs import program
 
-from unisandbox import Engine, FailedPreconditionError, NotFoundError, Resources, Sandbox, UnavailableError
-from unisandbox.api import BackendError, StartedSandbox
+from unisandbox import (
+    Engine,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Resources,
+    Sandbox,
+    UnavailableError,
+)
+from unisandbox.api import StartedSandbox
 from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.keeper import Keeper
 from unisandbox.oci import starting
 from unisandbox.oci.processes import Container
 
@@ -38,6 +47,23 @@ async def main():
         await engine.create(name="half", resources=Resources(memory="64M"))
 anyio.run(main)
 """
+
+
+async def test_what_fails_in_a_sandbox_whose_ttl_was_taken_away_is_told_without_waiting_for_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL, ttl=600) as sandbox:
+        entry = sandbox._entry
+        await entry.sharing.set_expiry(None)  # as whoever removes it does, while its record still says a time
+
+        async def clients(_: Keeper) -> list[int]:
+            raise AssertionError("it waits for what will not come")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Keeper, "clients", clients)
+            with pytest.raises(UnavailableError, match="this"):
+                async with entry.sharing.or_expired():
+                    raise UnavailableError("this")
 
 
 async def test_end_of_a_launched_program_is_known_without_waiting(tmp_path: Path) -> None:
@@ -206,15 +232,28 @@ async def test_directory_that_cannot_be_attached_to_says_why(tmp_path: Path) -> 
     file.touch()
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
-    with pytest.raises(BackendError, match="Not a directory"):
+    with pytest.raises(InvalidArgumentError, match="Not a directory"):
         await Engine.attach(file)
-    with pytest.raises(BackendError, match="Not a directory"):
+    with pytest.raises(InvalidArgumentError, match="Not a directory"):
         await Engine.attach(file / "below")
     with pytest.raises(FailedPreconditionError, match="not this user's alone"):
         await Engine.attach(open_to_all)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(UnavailableError) as missing:
         await Engine.attach(tmp_path / "missing")
-    assert sorted(tmp_path.iterdir()) == [file, open_to_all]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UnavailableError) as unused:
+        await Engine.attach(empty)
+    assert missing.value.hint == unused.value.hint == "Open an engine on this directory first."
+    assert sorted(tmp_path.iterdir()) == [empty, file, open_to_all]
+
+
+async def test_what_is_no_directory_is_not_called_open_to_all(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    file.chmod(0o666)
+    with pytest.raises(InvalidArgumentError, match="Not a directory"):
+        await Engine.attach(file)
 
 
 async def test_an_end_that_several_see_is_told_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 PACKAGE: Final = Path(__file__).resolve().parent.parent.parent / "examples" / "backend_plugin"
 SOURCES: Final = Path(__file__).resolve().parent.parent.parent / "src"
@@ -63,7 +63,43 @@ anyio.run(main)
     ]
 
 
-@pytest.mark.timeout(600)
+def test_no_field_of_a_sandbox_is_taken_and_ignored(installed: Mapping[str, str]) -> None:
+    code = """
+import anyio
+from unisandbox import Engine, Security, UnsupportedError
+from unisandbox.api import SandboxSpec
+
+async def main():
+    async with Engine.open() as engine:
+        spec = SandboxSpec(
+            isolation="unshare", security=Security(seccomp="unconfined"), user_ids=(200_000, 1000)
+        )
+        try:
+            await engine._core.create(spec)
+        except UnsupportedError as error:
+            print(error.capability)
+
+anyio.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=installed, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "user_ids\n", "")
+
+
+@pytest.mark.timeout(3600)
+def test_a_backend_that_is_not_installed_is_told_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "unisandbox.conformance"]
+    done = subprocess.run(
+        [*command, "--backend", "runc", "--backend", "nosuch"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = (done.stdout + done.stderr).strip()
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert re.fullmatch(r"ERROR: --backend nosuch: not installed; there are: .*runc.*", said), said
+
+
 def test_it_passes_the_conformance_suite(
     installed: Mapping[str, str], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

@@ -144,6 +144,10 @@ def test_who_watches_memory_is_woken_by_a_kill_below_and_finds_it_counted(root: 
         assert select.select([notice], [], [], PATIENCE)[0]
         assert large.wait() == -9
         assert victim.oom_kills() == 1
+        victim.remove()
+        assert container.oom_counter is not None
+        is_v2 = "memory.events" in container.oom_counter[0]
+        assert container.oom_kills_below() == (1 if is_v2 else None), "also when the victim's cgroup is gone"
     finally:
         os.close(notice)
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Final
 
 import pytest
 from tests.command_line import CLI, SECONDS, in_terminal, output_of, read_until, resize, run, started
+from tests.keepers import until
 
 import unisandbox
 from unisandbox import Engine, Terminal
@@ -89,6 +89,46 @@ def test_full_disk_under_our_output_is_said() -> None:
         assert process.wait(SECONDS) == 125
 
 
+@pytest.mark.parametrize(
+    "args", [["run", "--json", "true"], ["run", "--json", "nope"], ["--help"], ["doctor", "--json"]]
+)
+def test_an_answer_that_cannot_be_written_is_said(args: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full, started(*args, stdout=full.fileno()) as process:
+        assert process.stderr is not None
+        said = process.stderr.read()
+        code = process.wait(SECONDS)
+    assert b"Traceback" not in said
+    assert b"bug" not in said
+    if "nope" in args:
+        assert (said.startswith(b"unisandbox: cannot start 'nope'"), code) == (True, 127)
+    else:
+        assert (said, code) == (b"unisandbox: standard output cannot be written: No space left on device\n", 125)
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["run", "echo", "lost"], b"cannot write the program's output"),
+        (["run", "--json", "true"], b"standard output cannot be written"),
+        (["ps"], b"standard output cannot be written"),
+    ],
+)
+def test_a_closed_output_is_said(args: list[str], what: bytes, tmp_path: Path) -> None:
+    if args == ["ps"]:
+        args = ["ps", "--state", str(tmp_path / "state")]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *CLI, *args], capture_output=True, check=False, timeout=SECONDS
+    )
+    assert (done.returncode, done.stderr) == (125, b"unisandbox: " + what + b": Bad file descriptor\n")
+
+
+def test_a_closed_input_is_an_empty_one_and_a_closed_stderr_is_not_wanted() -> None:
+    script = 'exec "$@" <&- 2>&-'
+    program = ["run", "-i", "sh", "-c", "cat; echo lost >&2; echo there"]
+    done = subprocess.run(["sh", "-c", script, "sh", *CLI, *program], capture_output=True, check=False, timeout=SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"there\n", b"")
+
+
 def test_background_process_does_not_keep_the_sandbox() -> None:
     done = run("run", "sh", "-c", "sleep 1000 & echo over")
     assert (done.returncode, done.stdout) == (0, b"over\n")
@@ -112,7 +152,7 @@ def test_program_ended_by_a_signal_gives_128_and_its_number(number: signal.Signa
         (["no-such-command"], 125, "No such command 'no-such-command'"),
         (["run", "--memory", "lots", "true"], 125, "--memory must be bytes or a string like '512M'"),
         (["run", "--memory", "0", "true"], 125, "--memory must be > 0"),
-        (["run", "--cpus", "-1", "true"], 125, "cpu must be > 0"),
+        (["run", "--cpus", "-1", "true"], 125, "cpu must be a number > 0"),
         (["run", "--timeout", "0", "true"], 125, "--timeout must be > 0 seconds"),
         (["run", "--isolation", "no-such", "true"], 125, "isolation 'no-such' is not known"),
         (["run", "--rootfs", "/no/such", "true"], 125, "/no/such"),
@@ -345,24 +385,17 @@ def test_killed_command_line_leaves_nothing() -> None:
 
 def test_signal_ends_waiting_for_a_reader_that_does_not_read() -> None:
     sleep = f"sleep {os.getpid()}.5"  # can be told from others'
-    with started("run", "sh", "-c", f"{sleep} & head -c 120k /dev/zero") as process:
-        # 64 KiB are in the pipe to us, the rest on its way: the program ends, and its output cannot be written.
-        _wait_for_the_end_inside(sleep)
+    script = f"{sleep} & read line; head -c 120k /dev/zero"
+    with started("run", "-i", "sh", "-c", script, stdin=subprocess.PIPE) as process:
+        until(lambda: _runs(sleep), "it has begun", SECONDS)
+        assert process.stdin is not None
+        process.stdin.write(b"go on\n")
+        process.stdin.flush()
+        # 64 KiB are in the pipe to us, the rest on its way: the program ends, and its output cannot be written. What
+        # it has left in the background is ended then.
+        until(lambda: not _runs(sleep), "it has ended", SECONDS)
         process.send_signal(signal.SIGINT)
         assert process.wait(SECONDS) == 0
-
-
-def _wait_for_the_end_inside(command: str) -> None:
-    """Until a background process has come and gone: it is ended when the program's last output cannot be written."""
-    deadline = time.monotonic() + SECONDS
-    seen = False
-    while time.monotonic() < deadline:
-        running = _runs(command)
-        seen |= running
-        if seen and not running:
-            return
-        time.sleep(0.002)
-    pytest.fail(f"{command!r} in the sandbox did not {'end' if seen else 'begin'}")
 
 
 def _runs(command: str) -> bool:
@@ -486,6 +519,13 @@ def test_bench_measures_against_a_plain_process() -> None:
     assert all(0 < m["least"] <= m["median"] <= m["most"] for m in measured.values())
     assert {"sandbox, create to first output", "sandbox, a further run in it", "sandbox, remove"} <= set(measured)
     assert b"2 rounds of each" in run("bench", "--rounds", "2").stdout
+
+
+def test_without_a_command_there_is_the_help() -> None:
+    asked, alone = run("--help"), run()
+    assert (alone.returncode, alone.stderr) == (0, b"")
+    assert alone.stdout == asked.stdout
+    assert len(alone.stdout.splitlines()) > 10
 
 
 def test_help_does_not_load_the_engine() -> None:

@@ -21,7 +21,7 @@ from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
 from unisandbox.engine.state import StateDirectory
 
-pytestmark = pytest.mark.root
+pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 STATE_FILES = {"engine-id", "lock", "keeper.log", "events", "cgroups", "sandboxes"}
 
@@ -193,6 +193,20 @@ def test_logs_that_are_followed_end_with_the_sandbox() -> None:
         assert process.wait(SECONDS) == 0
 
 
+@pytest.mark.parametrize("args", [["logs"], ["logs", "-f"], ["logs", "--json"]], ids=" ".join)
+def test_a_reader_that_leaves_ends_a_command_as_it_ends_others(args: list[str]) -> None:
+    name = launched("sh", "-c", "head -c 512K /dev/zero; sleep 1000")
+    until(lambda: len(run("logs", name).stdout) == 512 << 10)
+    with started(*args, name) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait(SECONDS) == 128 + signal.SIGPIPE
+    ok("rm", "-f", name)
+
+
 def test_pause_holds_all_and_unpause_lets_it_go_on() -> None:
     name = launched("--name", "p", "sh", "-c", "while :; do echo tick; sleep 0.01; done")
     ok("pause", name)
@@ -289,6 +303,14 @@ def test_exec_passes_streams_on_and_leaves_the_background_alone() -> None:
     ok("rm", "-f", name)
 
 
+def test_exec_has_the_environment_directory_and_user_that_the_sandbox_was_launched_with() -> None:
+    name = launched("-e", "A=1", "-e", "B=1", "-w", "/tmp", "-u", "user", "sleep", "1000")
+    ask = ["sh", "-c", "echo $A $B; pwd; id -u"]
+    assert ok("exec", name, *ask).splitlines() == ["1 1", "/tmp", "1000"]
+    assert ok("exec", "-e", "B=2", "-w", "/", "-u", "root", name, *ask).splitlines() == ["1 2", "/", "0"]
+    ok("rm", "-f", name)
+
+
 def test_exec_forwards_signals_and_has_a_terminal() -> None:
     name = launched("sleep", "1000")
     with started("exec", name, "sh", "-c", "trap 'exit 9' TERM; echo ready; while :; do sleep 0.01; done") as process:
@@ -300,6 +322,17 @@ def test_exec_forwards_signals_and_has_a_terminal() -> None:
         os.write(master, b"\r")
         assert process.wait(SECONDS) == 4
     ok("rm", "-f", name)
+
+
+def test_what_ends_both_streams_that_are_followed_is_told_once(state: Path) -> None:
+    name = launched("sh", "-c", "while :; do echo tick; echo tock >&2; sleep 0.01; done")
+    with started("logs", "-f", name) as process:
+        read_until(output_of(process), b"tick\n")
+        os.kill(keeper_of(state), signal.SIGKILL)
+        assert process.wait(SECONDS) == 125
+        assert process.stderr is not None
+        [said] = [line for line in process.stderr.read().decode().splitlines() if line.startswith("unisandbox: ")]
+    assert said.endswith("has ended")
 
 
 def test_exec_ends_with_its_sandbox() -> None:
@@ -343,6 +376,8 @@ def test_a_program_that_cannot_be_started_leaves_nothing(state: Path) -> None:
         (["run", "-d", "--ttl", "0", "true"], "--ttl must be > 0 seconds"),
         (["run", "--ttl", "1", "true"], "--ttl cannot be used with run without -d"),
         (["run", "--state", "/tmp/x", "true"], "--state cannot be used with run without -d"),
+        (["run", "-d", "--state", "", "true"], "the path of a directory, got ''"),
+        (["ps", "--state", ""], "the path of a directory, got ''"),
         (["ps", "-q", "--json"], "cannot be used together"),
         (["logs", "-f", "--json", "x"], "cannot be used together"),
         (["stop", "-t", "-1", "x"], "-1.0 is not in the range"),
@@ -354,6 +389,21 @@ def test_what_cannot_be_is_refused_before_anything_is_done(
 ) -> None:
     assert run_app(args) == 125
     assert says in capfd.readouterr().err.splitlines()[0]
+    assert not state.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "remedy"),
+    [(["-i"], "no standard input"), (["-t"], "and no terminal"), (["--timeout", "1"], "--ttl")],
+    ids=["i", "t", "timeout"],
+)
+def test_the_remedy_for_what_a_detached_program_cannot_have_is_one(
+    option: list[str], remedy: str, state: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["run", "-d", *option, "true"]) == 125
+    hint = capfd.readouterr().err.splitlines()[1]
+    assert remedy in hint
+    assert ("--ttl" in hint) == ("--timeout" in option)
     assert not state.exists()
 
 
@@ -378,12 +428,15 @@ def test_state_directory_that_cannot_be_used_says_why(tmp_path: Path) -> None:
 # Time, many at once, crashes
 
 
-def test_ttl_ends_a_sandbox_with_nobody_there() -> None:
+def test_ttl_ends_a_sandbox_with_nobody_there(state: Path) -> None:
+    before = Inventory.take()
     sleep = f"{os.getpid()}.25"  # can be told from others'
     launched("--name", "short", "--ttl", "5", "sleep", sleep)
     assert ok("ps").splitlines()[1].split()[-2] in {"0", "1", "2", "3", "4"}
     until(lambda: subprocess.run(["pgrep", "-f", f"^sleep {sleep}$"], capture_output=True, check=False).returncode == 1)
-    assert listed()["sandboxes"] == []
+    wait_ended(keeper_of(state))
+    assert settle(before) == []
+    assert listed() == {"sandboxes": [], "recovered": [], "damaged": []}
 
 
 def test_many_commands_at_once_neither_corrupt_nor_wait_for_ever(state: Path) -> None:
@@ -401,10 +454,10 @@ def test_many_commands_at_once_neither_corrupt_nor_wait_for_ever(state: Path) ->
             subprocess.Popen(
                 ["sh", "-c", script, "sh", f"n{number}", " ".join(CLI)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
-            for number in range(8)
+            for number in range(5)
         ]
         ends = [(process.communicate(timeout=100), process.returncode) for process in many]
-        assert ends == [((f"n{n}\nn{n}\n".encode(), b""), 0) for n in range(8)]
+        assert ends == [((f"n{n}\nn{n}\n".encode(), b""), 0) for n in range(5)]
         assert listed() == {"sandboxes": [], "recovered": [], "damaged": []}
         assert settle(before) == []
     assert {path.name for path in state.iterdir()} <= STATE_FILES
@@ -528,3 +581,23 @@ def test_doctor_ends_a_keeper_that_nobody_needs(state: Path, capfd: pytest.Captu
     assert run_app(["doctor", "--fix"]) == 0
     assert f"keeper {keeper}: removed" in capfd.readouterr().out
     wait_ended(keeper)
+
+
+@pytest.mark.usefixtures("only_ours")
+def test_a_record_that_cannot_be_used_is_told_by_every_command_and_freed_by_doctor(
+    state: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = Inventory.take()
+    launched("--name", "bad", "sleep", "1000")
+    keeper = keeper_of(state)
+    [record] = (state / "sandboxes").iterdir()
+    record.write_bytes(record.read_bytes() + b"x")
+    done = run("ps", "-a")
+    assert done.stdout.splitlines()[1:] == []
+    assert f"the record {record} cannot be used" in done.stderr.decode()
+    assert "unisandbox doctor --fix" in done.stderr.decode()
+    assert run_app(["doctor", "--fix"]) == 0
+    assert f"record {record}: removed" in capfd.readouterr().out
+    wait_ended(keeper)
+    assert settle(before) == []
+    assert listed() == {"sandboxes": [], "recovered": [], "damaged": []}

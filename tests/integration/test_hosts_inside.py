@@ -110,6 +110,31 @@ def test_a_process_that_is_pid_1(loop: str) -> None:
     )
 
 
+def test_a_keeper_that_cannot_begin_is_no_zombie_of_a_pid_1(loop: str, tmp_path: Path) -> None:
+    code = """
+from unisandbox import UnavailableError
+from unisandbox.host.keeper import Keeper
+
+async def main():
+    try:
+        await Keeper.start(sys.argv[2] + "/s", workdir=sys.argv[2] + "/w", hide=["/no/such/directory"])
+    except UnavailableError as error:
+        return str(error)
+
+error = anyio.run(main, backend=sys.argv[1])
+try:
+    tell(error=error, child=os.waitpid(-1, os.WNOHANG))
+except ChildProcessError:
+    tell(error=error, child=None)
+"""
+    wrapper = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    with program(code, loop, str(tmp_path), wrapper=wrapper) as host:
+        told = host.heard()
+        assert host.finish() == (0, "", "")
+    assert "could not begin" in told["error"]
+    assert told["child"] is None
+
+
 def test_a_subreaper_keeps_no_zombies(loop: str) -> None:
     def become_subreaper() -> None:
         # Source: prctl(2), PR_SET_CHILD_SUBREAPER is 36; it is kept over an exec.

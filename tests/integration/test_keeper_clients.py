@@ -242,12 +242,12 @@ async def test_numbers_of_events_are_never_given_again(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         await publish(keeper, {}, {})
         await keeper.close()
-    assert int(file.read_text()) == 2  # it ended in order: the exact number
+    assert int(file.read_text().split()[0]) == 2  # it ended in order: the exact number
     async with keeper_at(tmp_path) as keeper:
         assert await keeper.events.after(0) == EventPage([], 3, 2)
         await publish(keeper, {})
         assert (await keeper.events.after(0)).events == [(3, {})]
-        assert int(file.read_text()) == 100_002
+        assert int(file.read_text().split()[0]) == 100_002
         os.kill(keeper.pid, signal.SIGKILL)
         wait_ended(keeper.pid)
     async with keeper_at(tmp_path) as keeper:
@@ -262,16 +262,54 @@ async def test_numbers_of_events_are_never_given_again(tmp_path: Path) -> None:
         await keeper.close()
 
 
+@pytest.mark.parametrize("digit", ["9", "8", "1"])
+@pytest.mark.parametrize("place", [0, 8, 14, 19])
+async def test_one_wrong_digit_in_the_numbers_of_events_is_seen(tmp_path: Path, digit: str, place: int) -> None:
+    file = tmp_path / "state/events"
+    async with keeper_at(tmp_path) as keeper:
+        await publish(keeper, {}, {}, {})
+        await keeper.close()
+    data = bytearray(file.read_bytes())
+    data[place : place + 1] = digit.encode()
+    file.write_bytes(data)
+    async with keeper_at(tmp_path) as keeper:
+        await publish(keeper, {})
+        last = (await keeper.events.after(0)).last
+        assert 1_000_000 < last < 1 << 53
+        assert await keeper.events.after(last) == EventPage([], last, last)
+        await keeper.close()
+
+
+async def test_numbers_that_a_former_version_has_written_go_on(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir(mode=0o700)
+    (tmp_path / "state/events").write_text(f"{7:020d}\n")
+    async with keeper_at(tmp_path) as keeper:
+        await publish(keeper, {})
+        assert (await keeper.events.after(0)).events == [(8, {})]
+        await keeper.close()
+
+
+@pytest.mark.parametrize("name", ["events", "events.new"])
+async def test_a_keeper_waits_for_no_fifo_in_the_place_of_its_numbers(tmp_path: Path, name: str) -> None:
+    (tmp_path / "state").mkdir(mode=0o700)
+    os.mkfifo(tmp_path / "state" / name)
+    with anyio.fail_after(20):
+        async with keeper_at(tmp_path) as keeper:
+            await publish(keeper, {})
+            assert (await keeper.events.after(0)).last > 0
+            await keeper.close()
+
+
 async def test_a_block_of_numbers_is_reserved_before_the_last_one_ends(tmp_path: Path) -> None:
     file = tmp_path / "state/events"
     (tmp_path / "state").mkdir(mode=0o700)
     async with keeper_at(tmp_path) as keeper:
         await publish(keeper, *[{}] * 49_999)
-        assert int(file.read_text()) == 100_000
+        assert int(file.read_text().split()[0]) == 100_000
         await publish(keeper, {}, {})
-        assert int(file.read_text()) == 150_000
+        assert int(file.read_text().split()[0]) == 150_000
         await keeper.close()
-    assert int(file.read_text()) == 50_001
+    assert int(file.read_text().split()[0]) == 50_001
 
 
 # --- locks ---
@@ -400,6 +438,19 @@ async def test_the_end_of_a_client_frees_its_locks_and_its_places(tmp_path: Path
 
 
 # --- who is there ---
+
+
+async def test_who_becomes_the_owner_knows_what_a_former_one_has_changed_meanwhile(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper, client_of(tmp_path) as other:
+        with pytest.raises(FailedPreconditionError, match=f"owned by process {os.getpid()}"):
+            await other.own()
+        await keeper.set_policy("keep")
+        keeper.abandon()
+        until(lambda: json.loads((tmp_path / "state/lock").read_text())["owner"] == 0, "the owner is forgotten")
+        assert (other.hello.owner, other.hello.policy) == (False, "stop")
+        await other.own()
+        assert (other.hello.owner, other.hello.owner_pid, other.hello.policy) == (True, os.getpid(), "keep")
+        await other.close()
 
 
 async def test_clients_are_numbered_and_know_the_owner(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def cgroup() -> Iterator[str]:
 async def told(keeper: Keeper, *prefixes: str) -> None:
     """Wait until the keeper has told that these have expired."""
     with anyio.fail_after(DEADLINE):
-        while not keeper.expirations >= {*prefixes}:
+        while not keeper.expirations.known >= {*prefixes}:
             await keeper.held()
             await anyio.sleep(0.001)
 
@@ -74,8 +74,8 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
     script = "trap '' TERM; (trap '' TERM; sleep 1000) & echo $!; echo $$; exec sleep 1000"
     await keeper.spawn("k", ["/bin/sh", "-c", script], env={{"PATH": "/bin"}}, fds=[0, 1, 2],
                        cgroup_procs=[inside + "/cgroup.procs"])
-    await keeper.expire("s1/", 0.7)
-    await keeper.expire("s2/", 1000)
+    await keeper.expirations.set("s1/", 0.7)
+    await keeper.expirations.set("s2/", 1000)
     os.kill(os.getpid(), signal.SIGKILL)
     """
     with host(tmp_path, anyio_backend, "keep", body) as (program, pid):
@@ -104,21 +104,21 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
 async def test_every_client_is_told_also_one_that_comes_later(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         other = await Keeper.attach(f"{tmp_path}/state")
-        await keeper.expire("a", 0)
+        await keeper.expirations.set("a", 0)
         await told(other, "a")
         await told(keeper, "a")
         other.abandon()
         for number in range(500):
-            await keeper.expire(f"p{number}", 0)
+            await keeper.expirations.set(f"p{number}", 0)
         await told(keeper, *(f"p{number}" for number in range(500)))
         late = await Keeper.attach(f"{tmp_path}/state")
-        assert late.expirations == keeper.expirations  # at once
-        assert len(late.expirations) == 501
+        assert late.expirations.known == keeper.expirations.known  # at once
+        assert len(late.expirations.known) == 501
         late.abandon()
         with pytest.raises(InvalidArgumentError, match="1 to 256"):
-            await keeper.expire("", 1)
+            await keeper.expirations.set("", 1)
         with pytest.raises(InvalidArgumentError, match="seconds"):
-            await keeper.expire("a", -1)
+            await keeper.expirations.set("a", -1)
 
 
 async def test_an_expiry_may_be_changed_and_taken_back(tmp_path: Path) -> None:
@@ -126,17 +126,17 @@ async def test_an_expiry_may_be_changed_and_taken_back(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     async with keeper_at(tmp_path) as keeper:
         await keeper.guard([Guard(name, "rmdir", [f"{tmp_path}/{name}"]) for name in ("early", "late", "never")])
-        await keeper.expire("early", 1000)
-        await keeper.expire("late", 0.1)
-        await keeper.expire("never", 0.1)
-        await keeper.expire("never", None)
-        await keeper.expire("no such", None)
-        await keeper.expire("late", 0.3)
-        await keeper.expire("early", 0.05)
+        await keeper.expirations.set("early", 1000)
+        await keeper.expirations.set("late", 0.1)
+        await keeper.expirations.set("never", 0.1)
+        await keeper.expirations.set("never", None)
+        await keeper.expirations.set("no such", None)
+        await keeper.expirations.set("late", 0.3)
+        await keeper.expirations.set("early", 0.05)
         began = time.monotonic()
         await told(keeper, "early", "late")
         assert time.monotonic() - began > 0.25
-        assert keeper.expirations == {"early", "late"}
+        assert keeper.expirations.known == {"early", "late"}
         assert [name for name in ("early", "late", "never") if (tmp_path / name).exists()] == ["never"]
         await keeper.unguard(["never"])
 
@@ -152,7 +152,7 @@ async def test_an_expiry_while_a_client_removes_the_same_does_no_harm(tmp_path: 
             await keeper.guard(guards)
             os.mkdir(inside)
             await keeper.spools.hold_now({f"{name}null": null})
-            await keeper.expire(name, 0.001 * (number % 5))
+            await keeper.expirations.set(name, 0.001 * (number % 5))
             with contextlib.suppress(SpawnFailed):  # its cgroup has gone already
                 await sh(keeper, "exec sleep 1000", key=name, cgroup_procs=[f"{inside}/cgroup.procs"])
             await keeper.drop(prefix=name)
@@ -178,7 +178,7 @@ async def test_a_guard_that_fails_is_kept_for_the_end_and_the_number_too(tmp_pat
         await keeper.guard([Guard("s/d", "rmdir", [f"{tmp_path}/d"])])
         await keeper.note("s/note", "x")
         number = await keeper.lease(str(ids), 0, 1, name="s/ids")
-        await keeper.expire("s/", 0)
+        await keeper.expirations.set("s/", 0)
         await told(keeper, "s/")
         assert await keeper.notes() == {}
         with pytest.raises(BlockingIOError):
@@ -197,7 +197,7 @@ async def test_an_end_in_the_middle_of_an_expiry_is_an_end(tmp_path: Path) -> No
             (tmp_path / f"{name}/{number}").mkdir()
     async with keeper_at(tmp_path) as keeper:
         await keeper.guard([Guard(name, "remove_tree", [f"{tmp_path}/{name}"]) for name in ("a", "b")])
-        await keeper.expire("a", 0)
+        await keeper.expirations.set("a", 0)
         report = await keeper.close()
         assert (report.done, report.failures) == (2, 0)
     assert sorted(os.listdir(tmp_path)) == ["state", "work"]
@@ -211,15 +211,15 @@ async def test_the_keeper_goes_on_while_something_expires(tmp_path: Path, cgroup
         await keeper.guard([Guard("busy", "rmdir_cgroup", [inside])])
         with subprocess.Popen(["/bin/sleep", "1000"]) as stranger:
             Path(f"{inside}/cgroup.procs").write_text(str(stranger.pid))
-            await keeper.expire("busy", 0)
+            await keeper.expirations.set("busy", 0)
             (tmp_path / "quick").mkdir()
             await keeper.guard([Guard("quick", "rmdir", [f"{tmp_path}/quick"])])
-            await keeper.expire("quick", 0)
+            await keeper.expirations.set("quick", 0)
             began = time.monotonic()
             assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
             await told(keeper, "quick")
             assert time.monotonic() - began < 1.5
-            assert keeper.expirations == {"quick"}
+            assert keeper.expirations.known == {"quick"}
             os.kill(stranger.pid, signal.SIGKILL)
         await told(keeper, "busy")
         assert not os.path.exists(inside)
@@ -240,7 +240,29 @@ async def test_a_named_lease_is_given_back_by_its_name(tmp_path: Path) -> None:
         assert await keeper.lease(str(ids), 0, 2, name="c/ids") == first
         await keeper.drop(["b/ids", "no such"])
         await keeper.lease(str(ids), 0, 2, name="d")
-        await keeper.expire("d", 0)
+        await keeper.expirations.set("d", 0)
         await told(keeper, "d")
         await keeper.drop(["c/ids"])
         assert os.listdir(ids) == []
+
+
+async def test_an_expiry_ends_a_process_that_no_cgroup_ends_and_no_other_of_its_number(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        spawned = await keeper.spawn("k", ["/bin/sleep", "1000"], env={})
+        other = await keeper.spawn("o", ["/bin/sleep", "1000"], env={})
+        try:
+            guards = [
+                Guard("s1/process", "kill_process", [f"/{spawned.pid}/{spawned.start_time}"]),
+                # It has begun at another time: its number was given to somebody else.
+                Guard("s1/former", "kill_process", [f"/{other.pid}/{other.start_time - 1}"]),
+            ]
+            await keeper.guard(guards)
+            await keeper.expirations.set("s1/", 0)
+            record = await keeper.wait_exit(spawned.pid, spawned.start_time)
+            await told(keeper, "s1/")
+
+            assert os.waitstatus_to_exitcode(record.status) == -signal.SIGKILL
+            signal.pidfd_send_signal(other.pidfd, 0)
+        finally:
+            os.close(spawned.pidfd)
+            os.close(other.pidfd)

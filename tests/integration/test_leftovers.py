@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from tests.keepers import children_of, until, wait_ended
 from tests.programs import Program, program
 
 from unisandbox import Engine, FailedPreconditionError, Resources
-from unisandbox.api import short_name
+from unisandbox.api import Rootfs, SandboxSpec, short_name
 from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
+from unisandbox.engine.closing import abandon
 from unisandbox.engine.leftovers import Leftover, traces, verdicts
 from unisandbox.engine.records import Record, RecordStore
-from unisandbox.engine.state import RUNTIME_DIRECTORY, StateDirectory, end_leases
+from unisandbox.engine.runtime_directory import RUNTIME_DIRECTORY, end_leases
+from unisandbox.engine.state import StateDirectory
 from unisandbox.host import loop, syscalls
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.keeper import Keeper
@@ -72,12 +75,17 @@ def kill_both(running: Program, told: dict[str, Any]) -> None:
     running.kill()
 
 
-@contextmanager
-def survivor(engine_id: str) -> Iterator[subprocess.Popen[bytes]]:
+def survivor(engine_id: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
     """A process in the cgroup of an engine that outlives everything else."""
+    return standing_in(cgroups_of(engine_id))
+
+
+@contextmanager
+def standing_in(cgroups: Iterable[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in these cgroups."""
     process = subprocess.Popen(["sleep", "1000"])
     try:
-        for cgroup in cgroups_of(engine_id):
+        for cgroup in cgroups:
             Path(f"{cgroup}/cgroup.procs").write_text(str(process.pid))
         yield process
     finally:
@@ -280,7 +288,7 @@ def test_only_our_own_names_are_ours(tmp_path: Path) -> None:
             made(runtime / engine_id, owner=12345)
             made(runtime / f"{engine_id}.state", kind="file")
             made(runtime / ("b" * 10), kind="link")
-            made(runtime / "state-abcdefgh", kind="link")
+            made(runtime / "state-0a1b2c3d", kind="link")
             for place in (Path("/var/tmp"), runtime):
                 made(place / "unisandbox-x.img", kind="file")
                 made(place / f"unisandbox-{engine_id}-{'a' * 10}.img2", kind="file")
@@ -296,6 +304,41 @@ def test_only_our_own_names_are_ours(tmp_path: Path) -> None:
         finally:
             for undo in reversed(clean):
                 undo()
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("no_age")
+async def test_a_cgroup_that_only_has_the_name_of_an_engines_is_not_ours(tmp_path: Path) -> None:
+    """Many words have ten letters, and may stand behind our own in the name of a service."""
+    parent = "/unisandbox-containerd"
+    async with Engine.open(tmp_path) as engine:
+        places = [place.mount.directory + parent for place in engine._core.host.cgroups.places]
+        try:
+            # Another engine is below it, or some program stands in it.
+            spec = SandboxSpec(resources=SMALL, cgroup_parent=parent, rootfs=Rootfs.host())
+            sandbox = await engine.get((await engine._core.create(spec)).sandbox_id)
+            await sandbox.exec(["sleep", "1000"])
+            assert left_of("containerd") == []
+            await sandbox.remove()
+            for place in places:
+                os.makedirs(place, exist_ok=True)
+            with standing_in(places[:1]):
+                assert left_of("containerd") == []
+        finally:
+            for place in places:
+                os.rmdir(place)
+
+
+@pytest.mark.usefixtures("no_age")
+def test_a_directory_with_files_that_only_has_an_engines_name_is_not_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """XDG_RUNTIME_DIR may be anywhere, also where the user has a directory "unisandbox" of his own."""
+    own = tmp_path / "unisandbox"
+    (own / "benchmarks").mkdir(parents=True)
+    (own / "benchmarks" / "file").touch()
+    monkeypatch.setattr(traces, "runtime_directory", lambda: str(own))
+    assert left_of("benchmarks") == []
 
 
 def test_without_its_state_directory_an_engine_is_judged_by_its_age_and_from_the_host_only(
@@ -324,12 +367,13 @@ def test_images_loop_devices_and_mounts_are_found_and_removed() -> None:
     image = f"/var/tmp/unisandbox-{engine_id}-{'a' * 10}.img"
     inner = Path(RUNTIME_DIRECTORY) / engine_id / "rw"
     inner.mkdir(parents=True)
+    os.symlink("/nowhere", f"{RUNTIME_DIRECTORY}/{engine_id}.state")
     syscalls.mount("none", str(inner), "tmpfs")
     loop.make_image(image, 4 << 20)
     device, _ = loop.attach(image)
     try:
         found = left_of(engine_id)
-        assert [leftover.kind for leftover in found] == ["loop", "mount", "image", "directory"]
+        assert [leftover.kind for leftover in found] == ["loop", "mount", "image", "directory", "link"]
         assert found[0].what.endswith(f" on {image}")
         for leftover in found:
             leftovers.remove(leftover)
@@ -342,7 +386,7 @@ def test_images_loop_devices_and_mounts_are_found_and_removed() -> None:
 
 def test_a_directory_without_a_keeper_may_be_one_that_is_about_to_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     state = StateDirectory.prepare(None)
-    unnamed = Path(RUNTIME_DIRECTORY) / "state-abcdefgh"
+    unnamed = Path(RUNTIME_DIRECTORY) / "state-0a1b2c3d"
     unnamed.mkdir(mode=0o700)
     try:
         found = left_of(state.engine_id)
@@ -357,6 +401,7 @@ def test_a_directory_without_a_keeper_may_be_one_that_is_about_to_have_one(monke
         assert not unnamed.exists()
     finally:
         state.discard()
+        state.unclaim()
 
 
 @pytest.mark.anyio
@@ -379,6 +424,47 @@ async def test_a_keeper_that_nobody_needs_is_told_with_its_directory(tmp_path: P
     await again.close(run_guards=True)
     wait_ended(pid)
     assert left_of(state.engine_id) == []
+
+
+@pytest.mark.anyio
+async def test_a_keeper_whose_directory_is_gone_is_found_and_ends_with_all_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Inventory.take()
+    async with Engine.open(tmp_path / "state", policy="keep") as engine:
+        process = await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
+        keeper = engine._core.host.keeper
+        number = keeper.pid
+        (tmp_path / "state").rename(tmp_path / "moved")
+        assert left_of(engine.id) == [], "it may come back"
+        (tmp_path / "moved").rename(tmp_path / "state")
+    os.kill(process.pid, 0)
+    assert left_of(engine.id) == []
+    attached = await Engine.attach(tmp_path / "state")  # does not go: then it would notice that by itself
+    shutil.rmtree(tmp_path / "state")
+    assert left_of(engine.id) == [], "somebody uses it"
+    monkeypatch.setattr(traces, "_has_clients", lambda _: False)
+    async with Engine.open(tmp_path / "state"):
+        [found] = left_of(engine.id)
+        assert (found.kind, found.what, found.removable) == ("keeper", str(number), True)
+        leftovers.remove(found)
+        wait_ended(process.pid)
+        assert left_of(engine.id) == []
+    await attached.close()
+    assert settle(before) == []
+
+
+@pytest.mark.anyio
+async def test_the_keeper_of_a_living_owner_is_not_left_over_without_its_directory(tmp_path: Path) -> None:
+    before = Inventory.take()
+    engine = await Engine.open(tmp_path / "state", policy="keep")
+    process = await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
+    shutil.rmtree(tmp_path / "state")
+    assert left_of(engine.id) == []
+    abandon(engine._core)
+    wait_ended(process.pid)  # by itself: nobody can come
+    until(lambda: left_of(engine.id) == [], "the keeper has ended")
+    assert settle(before) == []
 
 
 # Leases a number, as a keeper does. A fork of it, if wanted, lives until the descriptor that is named second ends.

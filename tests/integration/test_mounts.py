@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.isolated import isolated, open_fds
 
-from unisandbox.host import jobs, mounts, syscalls, tree
+from unisandbox.host import jobs, loop, mounts, syscalls, tree
 
 pytestmark = pytest.mark.root
 
@@ -322,6 +324,16 @@ def test_a_failure_leaves_no_mount_no_descriptor_and_no_image(tmp_path: Path) ->
     assert (index, do, number) == (1, "mounts", 2)
     assert "bind /y" in message
     assert "/no/such/place" in message
+
+
+def test_a_disk_image_larger_than_its_file_system_can_be_is_refused_as_that() -> None:
+    """Also where a file may be that large: on ext4 it may not."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        for size in (loop.MOST_SIZE + 1, 1 << 60):
+            with pytest.raises(OSError, match="File too large") as caught:
+                loop.make_image(f"{directory}/disk", size)
+            assert caught.value.errno == errno.EFBIG
+            assert os.listdir(directory) == []
 
 
 def test_a_disk_image_bounds_what_is_written_and_frees_its_device(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import encodings.idna  # noqa: F401 (sockets import it when first used, when our files may be out of reach)
+import errno
 import os
 import socket
 import statistics
@@ -184,6 +185,57 @@ def test_a_bound_namespace_file_is_known_by_its_kind(tmp_path: Path) -> None:
         return namespaces.kind_of(fd), namespaces.namespace_inode(str(target)) == namespaces.namespace_inode(fds["net"])
 
     assert isolated(work, tmp_path) == ["net", True]
+
+
+CABLE = {
+    "do": "cable",
+    "fd": 0,
+    "peer": "net",
+    "name": "eth0",
+    "peer_name": "inner",
+    "mtu": 9000,
+    "address": "10.9.0.2",
+    "peer_address": "10.9.0.1",
+    "prefix": 30,
+}
+
+
+def test_a_cable_joins_two_networks_and_the_peer_is_the_way_out(tmp_path: Path) -> None:
+    def work(_: Path) -> object:
+        first = _named([_step()], [])
+        second = _named([{"do": "namespaces", "kinds": ["net"]}, CABLE], [first["net"]])
+        made: list[socket.socket] = []
+        told: list[object] = []
+
+        def there() -> None:
+            made.append(socket.create_server(("10.9.0.1", 0)))
+
+        def here() -> None:
+            with socket.create_connection(made[0].getsockname(), timeout=5) as connection:
+                told.append(connection.getsockname()[0])
+            told.append([name for _, name in socket.if_nameindex()])
+            told.append(Path("/proc/thread-self/net/route").read_text().split("\n")[1].split()[:3])
+
+        namespaces.inside_network(second["net"], there)
+        namespaces.inside_network(first["net"], here)
+        made[0].close()
+        return told
+
+    # The gateway is 10.9.0.1, as the kernel writes it on this machine.
+    gateway = f"{int.from_bytes(socket.inet_aton('10.9.0.1'), 'little'):08X}"
+    assert isolated(work, tmp_path) == ["10.9.0.2", ["lo", "eth0"], ["eth0", "00000000", gateway]]
+
+
+def test_a_cable_that_cannot_be_made_is_told_by_the_name_of_its_interface(tmp_path: Path) -> None:
+    def work(_: Path) -> object:
+        first = _named([_step()], [])
+        before = open_fds()
+        with pytest.raises(jobs.StepError) as caught:
+            jobs.run([{"do": "namespaces", "kinds": ["net"]}, {**CABLE, "name": "lo"}], [first["net"]])
+        assert open_fds() == before
+        return [caught.value.do, caught.value.errno, caught.value.message]
+
+    assert isolated(work, tmp_path) == ["cable", errno.EEXIST, "interface 'lo': File exists"]
 
 
 def test_an_ended_process_is_in_no_namespace() -> None:

@@ -61,6 +61,19 @@ async def test_one_process_is_ended_and_the_others_stay_paused(sandbox: Sandbox)
         await other.aclose()
 
 
+async def test_a_deadly_signal_ends_one_process_of_a_group_and_the_rest_stays_paused(sandbox: Sandbox) -> None:
+    process = await sandbox.exec(["sh", "-c", "sleep 1000 & echo ready; wait"])
+    assert await process.stdout.receive() == b"ready\n"
+    await sandbox.pause()
+    with anyio.fail_after(BOUND):
+        await process.signal(9)
+        assert (await process.wait()).signal == 9
+        assert await _state(sandbox) == ["paused"]
+    await sandbox.resume()
+    assert await _runs(sandbox, "sleep")
+    await process.aclose()
+
+
 async def test_who_waits_since_before_the_pause_is_told(sandbox: Sandbox) -> None:
     process = await sandbox.exec(["sleep", "1000"])
     with anyio.fail_after(BOUND):

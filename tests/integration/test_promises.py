@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import re
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,41 @@ import anyio
 import attrs
 import pytest
 
-from unisandbox import BackendError, Engine, Resources, Sandbox, UnavailableError, UnsupportedError
+from unisandbox import (
+    BackendError,
+    Engine,
+    FailedPreconditionError,
+    Resources,
+    Sandbox,
+    SandboxError,
+    UnavailableError,
+    UnsupportedError,
+)
+from unisandbox.api import InvalidArgumentError, SandboxSpec
 from unisandbox.backends.runc import RuncBackend, pidns
 from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroups
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
+
+
+@contextlib.contextmanager
+def _descriptors_left(free: int) -> Iterator[None]:
+    """This process can open so many files more, and no others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        for _ in range(free):
+            os.close(taken.pop())
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for fd in taken:
+            os.close(fd)
 
 
 async def _limit(sandbox: Sandbox, container_nofile: int | None = None) -> str:
@@ -41,6 +72,17 @@ async def test_a_containers_limits_are_below_those_of_its_sandbox() -> None:
         assert await _limit(sandbox, 32) == "32"
 
 
+@pytest.mark.parametrize("first", [0x7000_0000 - 65535, 0x7123_0000, 0x7FFE_FFFF, 1])
+async def test_ids_that_may_be_leased_to_another_sandbox_are_refused(first: int) -> None:
+    async with Engine.open() as engine:
+        count = 65536 if first > 1 else (1 << 32) - 2
+        with pytest.raises(InvalidArgumentError, match="from 1879048192 to 2147418111"):
+            await engine._core.create(SandboxSpec(user_ids=(first, count)))
+        for free in (0x7000_0000 - 65536, 0x7FFF_0000):
+            entry = await engine._core.create(SandboxSpec(user_ids=(free, 65536)))
+            await entry.remove()
+
+
 async def test_a_disk_limit_that_cannot_be_changed_is_refused_and_the_default_stays() -> None:
     async with Sandbox.create(resources=Resources(memory="256M")) as sandbox:
         before = (await sandbox.metrics()).disk_limit_bytes
@@ -50,6 +92,81 @@ async def test_a_disk_limit_that_cannot_be_changed_is_refused_and_the_default_st
         assert (await sandbox.metrics()).disk_limit_bytes == before
         with pytest.raises(UnsupportedError, match="disk"):
             await sandbox.containers.add(argv=["true"], resources=Resources(memory="64M", disk="32M"))
+
+
+async def test_a_start_for_which_there_is_no_room_is_no_wrong_argument_and_says_what_is_full() -> None:
+    """The same call is right a moment later."""
+    said = r"(?s)Resource temporarily unavailable.*Resources\.pids"
+    async with Sandbox.create(resources=Resources(pids=8)) as sandbox, contextlib.AsyncExitStack() as stack:
+
+        async def fill() -> None:
+            for _ in range(9):
+                await stack.enter_async_context(sandbox.exec(["sleep", "1000"]))
+
+        with pytest.raises(FailedPreconditionError, match=said):
+            await fill()
+        with pytest.raises(FailedPreconditionError, match=said):
+            await sandbox.run(["true"])
+        with pytest.raises(FailedPreconditionError, match=said):
+            await sandbox.containers.add(argv=["true"])
+        await stack.aclose()
+        assert (await sandbox.run(["true"])).exit_code == 0
+
+
+@pytest.mark.parametrize("directory", [None, "state"])
+async def test_an_engine_that_has_too_few_open_files_says_that_and_leaves_nothing(
+    directory: str | None, tmp_path: Path
+) -> None:
+    place = directory and tmp_path / directory
+    told: list[str] = []
+    for free in range(24):
+        try:
+            with _descriptors_left(free):
+                async with Engine.open(place):
+                    pass
+        except SandboxError as error:
+            told.append(f"{type(error).__name__}: {error}")
+    assert told
+    assert [text for text in told if not re.search(r"^UnavailableError: .*open files.*ulimit -n", text)] == []
+    async with Engine.open(place):
+        pass
+
+
+async def test_a_sandbox_that_had_too_few_open_files_for_its_first_program_runs_the_next() -> None:
+    async with Engine.open() as engine:
+        for free in range(14):
+            async with engine.create() as sandbox:
+                with contextlib.suppress(SandboxError), _descriptors_left(free):
+                    await sandbox.run(["true"])
+                assert (await sandbox.run(["echo", "again"])).text == "again\n", f"after {free} were left"
+
+
+async def test_too_few_open_files_are_an_error_of_ours_whatever_is_asked_for() -> None:
+    async with Engine.open() as engine, engine.create() as sandbox, sandbox.exec(["sleep", "1000"]) as process:
+        asks: list[Callable[[], Awaitable[object]]] = [
+            lambda: sandbox.run(["true"]),
+            lambda: sandbox.exec(["sleep", "1000"]),
+            lambda: sandbox.containers.add(argv=["sleep", "1000"]),
+            sandbox.status,
+            sandbox.metrics,
+            lambda: process.signal(0x12),
+            lambda: sandbox.files.read("/etc/passwd"),
+            process.kill,
+            sandbox.stop,
+            sandbox.start,
+            sandbox.remove,
+        ]
+        for ask in asks:
+            for free in (0, 1, 2, 5, 7):
+                with _descriptors_left(free):
+                    try:
+                        await ask()
+                    except SandboxError as error:
+                        said: SandboxError | None = error
+                    else:
+                        said = None
+                assert said is None or isinstance(said, UnavailableError), said
+                assert said is None or "limit" in said.hint, said
 
 
 async def test_the_end_of_a_container_is_told_once() -> None:
@@ -193,6 +310,7 @@ async def test_the_first_process_of_a_shared_pid_namespace_has_nothing_and_may_n
         status = dict(line.split(":\t", 1) for line in lines_of(f"/proc/{first}/status"))
         assert {status[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {"0" * 16}
         assert (status["NoNewPrivs"], status["Groups"].strip()) == ("1", "")
+        assert status["Seccomp"] == "2"
         assert len(lines_of(f"/proc/{first}/mountinfo")) == 1
         assert os.listdir(f"/proc/{first}/root") == []
         assert os.listdir(f"/proc/{first}/fd") == []
@@ -202,6 +320,57 @@ async def test_the_first_process_of_a_shared_pid_namespace_has_nothing_and_may_n
         assert "/run/" not in (await sandbox.sh("cat /proc/1/cmdline")).text
         seen = await sandbox.sh("cat /proc/1/status; ls /proc/1/root/ /proc/1/fd; kill -9 1; kill -0 1 && echo alive")
         assert ("Name:\tinit" in seen.text, seen.text.endswith("alive\n")) == (True, True)
+
+
+_MADE_TO_CALL = """
+import ctypes, os, sys
+pid, number = map(int, sys.argv[1:])
+libc = ctypes.CDLL(None, use_errno=True)
+regs = (ctypes.c_uint64 * 27)()  # struct user_regs_struct
+def ptrace(request, data=None):
+    if libc.ptrace(request, pid, None, data) < 0:
+        raise OSError(ctypes.get_errno(), "ptrace")
+ptrace(0x4206)  # PTRACE_SEIZE
+ptrace(0x4207)  # PTRACE_INTERRUPT
+os.waitpid(pid, 0x40000000)  # __WALL
+ptrace(12, regs)  # PTRACE_GETREGS
+regs[15], regs[10] = 2**64 - 1, number  # orig_rax: nothing to restart; rax
+regs[14], regs[13], regs[12], regs[7] = 2**64 - 1, 0, 1, 0  # rdi, rsi, rdx, r10
+regs[16] -= 2  # rip: the instruction `syscall` again
+ptrace(13, regs)  # PTRACE_SETREGS
+for _ in ("before it", "after it", "before the next"):
+    ptrace(24)  # PTRACE_SYSCALL
+    status = os.waitpid(pid, 0x40000000)[1]
+print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "going on")
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the registers of x86_64")
+async def test_the_first_process_of_a_shared_pid_namespace_may_wait_and_ends_if_it_is_made_to_do_more() -> None:
+    async def made_to_call(pid: int, number: int) -> str:
+        done = await anyio.run_process([sys.executable, "-c", _MADE_TO_CALL, str(pid), str(number)])
+        return done.stdout.decode().strip()
+
+    async with Sandbox.create(resources=Resources(memory="128M"), share_pid=True) as sandbox:
+        async with sandbox.exec(["sleep", "60"]) as process:
+            first = first_of_its_namespace(process.pid)
+            assert await made_to_call(first, 61) == "going on"  # wait4
+            assert await made_to_call(first, 39) == str(signal.SIGSYS.value)  # getpid
+        await until_stopped(sandbox)
+
+
+async def test_the_first_process_of_a_shared_pid_namespace_reaps_orphans() -> None:
+    async with (
+        Sandbox.create(resources=Resources(memory="128M"), share_pid=True) as sandbox,
+        sandbox.exec(["sleep", "60"]) as process,
+    ):
+        first = first_of_its_namespace(process.pid)
+        # Not by the sandbox: the orphans of a container are its init's.
+        script = "for i in $(seq 20); do (sleep 0.01 &); done"
+        await anyio.run_process(["nsenter", "--target", str(first), "--pid", "sh", "-c", script])
+        with anyio.fail_after(10):
+            while lines_of(f"/proc/{first}/task/{first}/children"):
+                await anyio.sleep(0.005)
 
 
 async def test_a_shared_pid_namespace_that_cannot_be_made_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

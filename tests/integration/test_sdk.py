@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any, Final
 
 import anyio
 import pytest
@@ -17,11 +20,14 @@ from unisandbox import (
     InvalidArgumentError,
     Mount,
     NotFoundError,
+    Resources,
     Rootfs,
     Sandbox,
     SandboxError,
+    UnavailableError,
     UnsupportedError,
 )
+from unisandbox.backends.runc import rootfs as root_file_system
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
@@ -58,6 +64,113 @@ async def test_input_that_is_no_text_is_refused(engine: Engine) -> None:
         for wrong in ("\ud800", 5):
             with pytest.raises(InvalidArgumentError, match="input"):
                 await sandbox.run(["cat"], input=wrong)  # type: ignore[arg-type]
+
+
+async def test_what_is_of_the_wrong_type_is_refused_as_such(engine: Engine, tmp_path: Path) -> None:
+    wrong: Any
+    async with engine.create(isolation="runc") as sandbox:
+        files = sandbox.files
+        for wrong in (Path("/tmp/a"), b"/tmp/a", 3, None):
+            for call in (
+                files.read,
+                lambda path: files.write(path, b""),
+                files.list,
+                files.stat,
+                files.exists,
+                files.mkdir,
+                files.remove,
+                lambda path: files.rename(path, "/tmp/b"),
+                lambda path: files.upload("/etc/passwd", path),
+                lambda path: files.download(path, tmp_path / "x"),
+            ):
+                with pytest.raises(InvalidArgumentError, match="path"):
+                    await call(wrong)
+        for wrong in (5, b"/etc/passwd", None):
+            with pytest.raises(InvalidArgumentError, match="path"):
+                await files.upload(wrong, "/tmp/u")
+            with pytest.raises(InvalidArgumentError, match="path"):
+                await files.download("/etc/passwd", wrong)
+        for wrong in (5, None, ["a"]):
+            with pytest.raises(InvalidArgumentError, match="content"):
+                await files.write("/tmp/a", wrong)
+        for wrong in ("644", True, 1.5):
+            with pytest.raises(InvalidArgumentError, match="mode"):
+                await files.write("/tmp/a", b"", mode=wrong)
+        for wrong in (None, "1", True):
+            with pytest.raises(InvalidArgumentError, match="limit"):
+                await files.read("/etc/passwd", limit=wrong)
+        assert await files.list("/tmp") == []
+
+        container = await sandbox.containers.add(argv=["sleep", "1000"])
+        async with sandbox.exec(["cat"], stdin="pipe") as process:
+            for wrong in ("TERM", None, 1.5, True):
+                with pytest.raises(InvalidArgumentError, match="signal"):
+                    await process.signal(wrong)
+                with pytest.raises(InvalidArgumentError, match="signal"):
+                    await container.signal(wrong)
+            for wrong in ("text", None, 5):
+                with pytest.raises(InvalidArgumentError, match="bytes"):
+                    await process.stdin.send(wrong)
+            await process.stdin.send(b"there")
+            for wrong in (0, -1, None, "1", True):
+                with pytest.raises(InvalidArgumentError, match="max_bytes"):
+                    await process.stdout.receive(wrong)
+            assert await process.stdout.receive() == b"there"
+
+        for wrong in ("1", True, 10**400, float("nan")):
+            with pytest.raises(InvalidArgumentError, match="timeout must be > 0 seconds"):
+                await sandbox.run(["true"], timeout=wrong)
+            with pytest.raises(InvalidArgumentError, match="grace must be >= 0 seconds"):
+                await sandbox.stop(grace=wrong)
+        for wrong in (None, True, [], "no"):
+            with pytest.raises(InvalidArgumentError, match="stdin must be 'pipe' or 'null'"):
+                await sandbox.exec(["true"], stdin=wrong)
+        for wrong in ("", 5, []):
+            with pytest.raises(InvalidArgumentError, match="name"):
+                await sandbox.containers.add(argv=["true"], name=wrong)
+        for wrong in ("", 0, []):
+            with pytest.raises(InvalidArgumentError, match="env"):
+                await sandbox.containers.add(argv=["true"], env=wrong)
+        assert {status.name for status in await sandbox.containers.list()} == {"main", container.name}
+
+    for wrong in ([], None, "no"):
+        with pytest.raises(InvalidArgumentError, match="policy must be 'stop' or 'keep'"):
+            await Engine.open(policy=wrong)
+        with pytest.raises(InvalidArgumentError, match="on_recover must be 'adopt', 'stop' or 'report'"):
+            await Engine.open(on_recover=wrong)
+    for wrong in (5, b"/tmp/state", True):
+        with pytest.raises(InvalidArgumentError, match="directory"):
+            Engine.open(wrong)
+        with pytest.raises(InvalidArgumentError, match="directory"):
+            Engine.attach(wrong)
+    with pytest.raises(InvalidArgumentError, match="backends"):
+        Engine.open(backends=5)  # type: ignore[arg-type]
+    for wrong in ("x", None, -1, True):
+        with pytest.raises(InvalidArgumentError, match="after"):
+            engine.events(wrong)
+    with pytest.raises(TypeError, match="no option 'foo'; there are rootfs, "):
+        Sandbox.create(foo=1)  # type: ignore[call-arg]
+
+
+async def test_a_memory_limit_that_nothing_could_be_made_in_is_refused_at_once(engine: Engine) -> None:
+    for memory in (1, 4096, "1023K"):
+        with pytest.raises(InvalidArgumentError, match="memory must be at least 1048576 bytes"):
+            await engine.create(isolation="runc", resources=Resources(memory=memory))
+    async with engine.create(isolation="runc") as sandbox:
+        with pytest.raises(InvalidArgumentError, match="memory must be at least"):
+            await sandbox.update(Resources(memory=1))
+        with pytest.raises(InvalidArgumentError, match="memory must be at least"):
+            await sandbox.containers.add(argv=["true"], resources=Resources(memory=1))
+
+
+async def test_a_memory_limit_below_what_is_in_use_is_refused_and_says_how_much_that_is(engine: Engine) -> None:
+    async with engine.create(isolation="runc", name="w", resources=Resources(memory="128M")) as sandbox:
+        eats = "x = b'x' * (48 << 20); print('full', flush=True); input()"
+        async with sandbox.exec(["python3", "-c", eats], stdin="pipe") as process:
+            assert await process.stdout.receive() == b"full\n"
+            with pytest.raises(FailedPreconditionError, match=r"'w' stay as they are.*\b\d+ bytes are in use"):
+                await sandbox.update(Resources(memory="20M"))
+            assert (await sandbox.metrics()).memory_limit_bytes == 128 << 20
 
 
 async def test_an_opening_opens_once(engine: Engine) -> None:
@@ -158,6 +271,57 @@ async def test_a_program_outside_of_usr_is_explained(engine: Engine, tmp_path: P
         assert caught.value.exit_code == 127
 
 
+LOCAL: Final = "without /usr/local: use Rootfs.host(local=True)."
+ELSEWHERE: Final = "Install it there, or mount its directory with Mount.bind()."
+
+
+@pytest.mark.parametrize(
+    ("program", "leads_to", "hidden", "also_with_local"),
+    [
+        ("/usr/local/bin/tool", "/usr/local/bin/tool", LOCAL, ""),
+        ("/usr/local/bin/tool", "/usr/bin/tool", LOCAL, ""),
+        ("/usr/bin/tool", "/usr/local/bin/tool", LOCAL, ""),
+        ("/usr/local/bin/tool", "/opt/tool", ELSEWHERE, ELSEWHERE),
+        ("/usr/bin/tool", "/opt/tool", ELSEWHERE, ELSEWHERE),
+        ("/opt/tool", "/usr/bin/tool", ELSEWHERE, ELSEWHERE),
+        ("/bin/tool", "/usr/bin/tool", "", ""),
+        ("./tool", "/opt/tool", "", ""),
+    ],
+)
+def test_the_remedy_for_a_program_that_is_not_shown_is_one(
+    program: str, leads_to: str, hidden: str, also_with_local: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links = {program: leads_to, "/bin": "/usr/bin"}
+    monkeypatch.setattr(os.path, "realpath", lambda path: links.get(path, path))
+    monkeypatch.setattr(shutil, "which", lambda path: path)
+    for local, remedy in ((False, hidden), (True, also_with_local)):
+        said = root_file_system.not_shown(program, Rootfs.host(local=local))
+        assert said.endswith(remedy)
+        assert bool(said) == bool(remedy)
+
+
+async def test_an_interpreter_that_is_missing_is_named(engine: Engine, tmp_path: Path) -> None:
+    interpreter = tmp_path / "interpreter"
+    interpreter.write_text("#!/bin/sh\n")
+    interpreter.chmod(0o755)
+    async with engine.create() as sandbox:
+        for name, line, words in (
+            ("nope", "#! /no/such/interpreter -x", "a script for '/no/such/interpreter', which is missing"),
+            ("hidden", f"#!{interpreter}", f"{interpreter} exists on this machine, but .* only programs below /usr"),
+        ):
+            await sandbox.files.write(f"/tmp/{name}", f"{line}\n", mode=0o755)
+            for argv, options in (
+                ([f"/tmp/{name}"], {}),
+                ([f"./{name}"], {"cwd": "/tmp"}),
+                ([name], {"env": {"PATH": "/usr/bin:/tmp"}}),
+            ):
+                with pytest.raises(InvalidArgumentError, match=words) as caught:
+                    await sandbox.run(argv, **options)
+                assert caught.value.exit_code == 127
+                if name == "hidden":
+                    assert str(interpreter) in caught.value.hint
+
+
 async def test_large_arguments_and_environments(engine: Engine) -> None:
     async with engine.create() as sandbox:
         words = ["x" * 100_000] * 10
@@ -200,6 +364,18 @@ async def test_a_directory_as_root_runs_programs_with_a_layer_on_top(engine: Eng
             done = await sandbox.sh("id -u; echo x > /tmp/x && cat /tmp/x; mkdir /new && echo made")
             assert done.text.split() == (["0", "x"] if readonly else ["0", "x", "made"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "lib", "lib64", "usr"]  # noqa: ASYNC240
+
+
+async def test_a_huge_file_of_users_holds_up_no_start(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "usr").mkdir()
+    (tmp_path / "etc").mkdir()
+    for name in ("bin", "lib", "lib64"):
+        (tmp_path / name).symlink_to(f"usr/{name}")
+    with (tmp_path / "etc" / "passwd").open("wb") as users:
+        users.truncate(10 << 30)
+    async with engine.create(rootfs=tmp_path, mounts=[Mount.bind("/usr", "/usr")], isolation="runc") as sandbox:
+        with anyio.fail_after(5):
+            assert (await sandbox.run(["echo", "here"])).text == "here\n"
 
 
 async def test_mounts_are_there_in_time_and_as_asked(engine: Engine, tmp_path: Path) -> None:
@@ -248,6 +424,30 @@ async def test_events_reach_a_reader_that_waits(engine: Engine) -> None:
 
     assert seen[0] == "sandbox.created"
     assert seen[-1] == "sandbox.removed"
+
+
+@pytest.mark.parametrize("name", ["dev", "proc", "sys", "tmp", "run"])
+async def test_a_root_whose_places_are_no_directories_is_named(engine: Engine, tmp_path: Path, name: str) -> None:
+    for what in ("a symbolic link", "not a directory"):
+        if what == "a symbolic link":
+            (tmp_path / name).symlink_to("/etc")
+        else:
+            (tmp_path / name).touch()
+        with pytest.raises(InvalidArgumentError, match=rf"{tmp_path}.*/{name} is {what}"):
+            await engine.create(rootfs=str(tmp_path), isolation="runc")
+        async with engine.create(isolation="runc") as pod:
+            with pytest.raises(InvalidArgumentError, match=rf"{tmp_path}.*/{name} is {what}"):
+                await pod.containers.add(argv=["true"], rootfs=str(tmp_path))
+        async with engine.create(rootfs=Rootfs.dir(tmp_path, readonly=True), isolation="runc"):
+            pass
+        (tmp_path / name).unlink()
+
+
+async def test_whose_ids_cannot_be_mapped_is_named(engine: Engine) -> None:
+    with pytest.raises(UnavailableError, match="the ids of mount source '/proc' cannot be mapped"):
+        await engine.create(mounts=[Mount.bind("/proc", "/mnt/p"), Mount.bind("/usr", "/p")], isolation="runc")
+    with pytest.raises(UnavailableError, match="the ids of rootfs '/proc' cannot be mapped"):
+        await engine.create(rootfs="/proc", isolation="runc")
 
 
 async def test_a_container_has_this_machines_programs_in_a_sandbox_of_a_directory(

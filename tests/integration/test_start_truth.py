@@ -17,7 +17,7 @@ import pytest
 from unisandbox import Engine, Sandbox
 from unisandbox.host.pidfd import start_time
 
-pytestmark = [pytest.mark.anyio, pytest.mark.root, pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.anyio, pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 # Made with the sandbox and pinned; the others (mnt, pid, cgroup) come with its container.
 PINNED = ("user", "net", "ipc", "uts")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import anyio
 import pytest
+from tests.interop.peers import calls_of, serving
 
 from unisandbox.api.errors import DeadlineExceededError, FailedPreconditionError, GrpcStatus, NotFoundError
 from unisandbox.api.proto.containerd.runc.v1 import Options
@@ -25,7 +25,7 @@ from unisandbox.api.rpc import Method
 from unisandbox.wire import codec, remote
 from unisandbox.wire.services import Call, Services, Stream
 from unisandbox.wire.status import StatusError
-from unisandbox.wire.ttrpc import Client, Shape, serve
+from unisandbox.wire.ttrpc import Client, Shape
 
 # The first run compiles Go's standard library too.
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
@@ -117,16 +117,8 @@ class Tasks:
 
 
 async def test_a_client_in_go_is_served(peer: Path, tmp_path: Path, anyio_backend: str) -> None:
-    path = str(tmp_path / "socket")
-    with socket.socket(socket.AF_UNIX) as listener, anyio.fail_after(60):
-        listener.bind(path)
-        listener.listen()
-        async with anyio.create_task_group() as group:
-            group.start_soon(serve, listener, Tasks().services())
-            done = await anyio.run_process([str(peer), "call", path], check=False)
-            group.cancel_scope.cancel()
-    assert done.returncode == 0, done.stderr
-    said = {line["call"]: line for line in map(json.loads, done.stdout.splitlines())}
+    lines = await calls_of(peer, tmp_path / "socket", Tasks().services())
+    said = {line["call"]: line for line in map(json.loads, lines.splitlines())}
     codes = {call: line["code"] for call, line in said.items() if line["code"]}
     assert codes == {
         "not found": GrpcStatus.NOT_FOUND,
@@ -155,14 +147,8 @@ async def test_a_client_in_go_is_served(peer: Path, tmp_path: Path, anyio_backen
 @pytest.fixture
 def served(peer: Path, tmp_path: Path) -> Iterator[str]:
     """A server in Go: the path of its socket."""
-    path = str(tmp_path / "socket")
-    with subprocess.Popen([peer, "serve", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        yield path
-        assert process.stdin is not None
-        process.stdin.close()
-        assert process.wait(20) == 0
+    with serving(peer, tmp_path / "socket"):
+        yield str(tmp_path / "socket")
 
 
 async def test_calls_to_a_server_in_go(served: str) -> None:

@@ -20,6 +20,7 @@ from unisandbox.host.cgroups.hierarchy import read_mounts
 
 pytestmark = [
     pytest.mark.root,
+    pytest.mark.slow,
     pytest.mark.timeout(400),
     pytest.mark.skipif(shutil.which("crun") is None, reason="the benchmark compares with crun, which is not here"),
 ]

@@ -164,6 +164,21 @@ def _abstract_listener(name: str) -> Iterator[None]:
         yield
 
 
+@pytest.mark.parametrize("userns", ["private", "host"])
+async def test_no_device_of_the_host_is_given_to_a_sandbox(engine: Engine, userns: Literal["private", "host"]) -> None:
+    """crun gives its container the streams that it is started with; the host's own /dev/null was among them."""
+    before = os.stat("/dev/null")
+    async with engine.create(rootfs="host", userns=userns, user="1000") as sandbox:
+        container = await sandbox.containers.add(rootfs="host", argv=["true"], user="1000")
+        await container.wait()
+        for command in ("chmod 600 /dev/null", "chown 1000 /dev/null", "test -O /dev/null"):
+            assert (await sandbox.sh(command, user="1000")).exit_code != 0, command
+            if userns == "private":
+                assert (await sandbox.sh(command, user="0")).exit_code != 0, command
+    after = os.stat("/dev/null")
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+
+
 async def test_the_hosts_abstract_sockets_are_out_of_reach(engine: Engine) -> None:
     name = f"unisandbox-test-{secrets.token_hex(4)}"
     body = f'socket.socket(socket.AF_UNIX).connect("\\0{name}")'
@@ -187,6 +202,23 @@ async def test_a_file_of_the_hosts_root_cannot_be_read_by_root_inside(engine: En
 
     assert "held: PermissionError" in await attack(engine, body, mounts=[mount])
     assert await attack(engine, body, mounts=[mount], userns="host") == "escaped"
+
+
+async def test_a_keeper_takes_no_orders_from_a_sandbox(tmp_path: Path) -> None:
+    socket = f"{tmp_path}/state/keeper.sock"
+    body = (
+        "import json, socket\n"
+        "    keeper = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        f"    keeper.connect({socket!r})\n"
+        '    keeper.send(json.dumps({"op": "hello", "id": 1, "after": 0}).encode())\n'
+        "    if not keeper.recv(65536): raise ConnectionResetError"
+    )
+
+    async with Engine.open(tmp_path / "state") as engine:
+        # Root inside is the user who started the keeper, as it always is without root.
+        said = await attack(engine, body, mounts=[Mount.bind(tmp_path, str(tmp_path))], userns="host")
+        assert "held: ConnectionResetError" in said or "held: BrokenPipeError" in said
+        assert attack_from_the_host(body) == "escaped"
 
 
 @pytest.fixture

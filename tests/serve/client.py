@@ -266,7 +266,7 @@ def process(*args: str) -> dict[str, Any]:
 @asynccontextmanager
 async def engine_at(socket: str, place: Path, *, namespace: str = "k8s.io", version: int = 3) -> AsyncIterator[Engine]:
     """An engine that uses the server whose controller is at `socket`."""
-    channel = Channel(path=socket, codec=grpc._Bytes())
+    channel = Channel(path=socket, codec=grpc.Bytes())
     engine = Engine(place, channel, namespace, version)
     try:
         yield engine

@@ -33,7 +33,7 @@ from unisandbox.api.proto.containerd.types import Sandbox
 from unisandbox.api.proto.containerd.v1.types import Status as TaskStatus
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.methods import ControllerV1, TaskV3
-from unisandbox.engine.state import runtime_directory
+from unisandbox.engine.runtime_directory import runtime_directory
 from unisandbox.serve import cri, tasks
 from unisandbox.serve.config import ANNOTATION, ServeConfig, read
 from unisandbox.serve.daemon import Server, is_trusted, serving
@@ -157,7 +157,7 @@ def _is_full(fifo: str) -> bool:
 async def test_a_terminal_that_nobody_reads_is_freed_with_its_process(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "_LAST_OUTPUT_SECONDS", 0.05)
+    monkeypatch.setattr(tasks, "LAST_OUTPUT_SECONDS", 0.05)
     await engine.run_pod(linux=shared())
     main = await engine.run("sleep", "1000")
     before = len(os.listdir("/proc/self/fd"))
@@ -344,6 +344,30 @@ async def test_ids_and_paths_that_are_no_good_are_refused_at_the_door(engine: En
         with pytest.raises(InvalidArgumentError):
             await engine.tasks(TaskV3.CREATE, v3.CreateTaskRequest(**given))
     assert plain.read_text() == ""
+
+
+@pytest.mark.parametrize("by", ["annotation", "handler", "default"])
+async def test_a_pod_of_modules_in_the_server_itself_is_refused_when_it_is_created(tmp_path: Path, by: str) -> None:
+    config = ServeConfig(
+        root=str(tmp_path / "root"),
+        socket=str(tmp_path / "run/s.sock"),
+        isolation="wasm" if by == "default" else "runc",
+        handlers={"wasm": "wasm"},
+        annotation=("wasm",),
+    )
+    # They would end with it, and could hold it up.
+    async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+        annotations = {ANNOTATION: "wasm"} if by == "annotation" else {}
+        request = engine.pod(linux=shared(), annotations=annotations)
+        if by == "handler":
+            said = json.dumps({"Metadata": {"RuntimeHandler": "wasm"}}).encode()
+            request.sandbox = Sandbox(extensions={"metadata": AnyMessage(value=said)})
+        with pytest.raises(StatusError, match=r"bundles is not supported by backend 'wasm'.*'wasm.process'") as refused:
+            await engine.call(ControllerV1.CREATE, request)
+        assert refused.value.status.code == 12
+        with pytest.raises(NotFoundError):
+            await engine.status()
+        assert server.pods.core.entries() == []
 
 
 async def test_what_pods_cannot_have_is_refused_when_they_are_created(

@@ -12,19 +12,15 @@ import select
 import signal
 import subprocess
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-import attrs
 import pytest
-from tests.command_line import CLI
 from tests.keepers import until
+from tests.serve.laboratory import LAB, SECONDS, Lab, laboratory
 
-LAB: Final = os.environ.get("UNISANDBOX_CONTAINERD_LAB", "")
-SECONDS: Final = 60.0
 EXAMPLE: Final = Path(__file__).resolve().parent.parent.parent / "examples/containerd"
 
 pytestmark = [
@@ -33,103 +29,10 @@ pytestmark = [
 ]
 
 
-@attrs.define
-class Lab:
-    """containerd, and our server where it expects it."""
-
-    place: Path
-    server: subprocess.Popen[bytes] | None = None
-
-    @property
-    def socket(self) -> str:
-        return os.environ.get("UNISANDBOX_SOCKET", "/run/unisandbox/serve/sandboxer.sock")
-
-    @property
-    def containerd(self) -> str:
-        said = subprocess.run([LAB, "env"], capture_output=True, text=True, check=True, timeout=SECONDS).stdout
-        return next(word.partition("=")[2] for word in said.split() if word.startswith("CONTAINERD_ADDRESS="))
-
-    def start(self, settings: str = "") -> None:
-        config = self.place / "serve.toml"
-        config.write_text(settings or f'events = "{self.containerd}.ttrpc"\n')
-        words = [*CLI, "serve", "--root", str(self.place / "root"), "--socket", self.socket, "--config", str(config)]
-        with (self.place / "log").open("ab") as log:
-            self.server = subprocess.Popen(words, stderr=log)
-        until(lambda: b"serving" in self.said(), "the server serves", SECONDS)
-
-    def said(self) -> bytes:
-        return (self.place / "log").read_bytes()
-
-    def end(self, number: int = signal.SIGTERM) -> None:
-        assert self.server is not None
-        self.server.send_signal(number)
-        self.server.wait(SECONDS)
-        (self.place / "log").rename(self.place / f"log-{uuid.uuid4().hex}")
-
-    def crictl(self, *words: str, stdin: bytes = b"", code: int | None = 0) -> str:
-        done = subprocess.run([LAB, "crictl", *words], input=stdin, capture_output=True, check=False, timeout=SECONDS)
-        assert code is None or done.returncode == code, done.stderr.decode() + self.said().decode()
-        return done.stdout.decode().strip()
-
-    def file(self, content: dict[str, Any]) -> str:
-        path = self.place / f"{uuid.uuid4().hex}.json"
-        path.write_text(json.dumps(content))
-        return str(path)
-
-    def pod(self, handler: str = "uni", **changes: Any) -> tuple[str, str]:
-        """A pod: its id, and the file that says what it is."""
-        name = uuid.uuid4().hex[:8]
-        file = self.file(
-            {
-                "metadata": {"name": name, "namespace": "default", "uid": name, "attempt": 1},
-                "log_directory": str(self.place),
-                "hostname": "pod-one",
-                "dns_config": {"servers": ["10.1.1.1"], "searches": ["x.local"], "options": ["ndots:2"]},
-                **changes,
-            }
-        )
-        return self.crictl("runp", "--runtime", handler, file), file
-
-    def container(self, pod: tuple[str, str], *command: str, **changes: Any) -> str:
-        """A started container."""
-        name = uuid.uuid4().hex[:8]
-        file = self.file(
-            {
-                "metadata": {"name": name},
-                "image": {"image": "lab.local/busybox:1"},
-                "command": list(command),
-                "log_path": f"{name}.log",
-                "linux": {},
-                **changes,
-            }
-        )
-        made = self.crictl("create", pod[0], file, pod[1])
-        self.crictl("start", made)
-        return made
-
-
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[Lab]:
-    lab = Lab(tmp_path)
-    lab.start()
-    try:
-        # Built before; see tools/test_serve.sh.
-        subprocess.run([LAB, "up"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
-        # gRPC's client in containerd waits a moment before it comes again to where nobody was.
-        until(lambda: _reached(lab), "containerd has found the server", SECONDS)
+    with laboratory(tmp_path) as lab:
         yield lab
-    finally:
-        lab.crictl("rmp", "-af", code=None)
-        subprocess.run([LAB, "down"], check=True, stdout=subprocess.DEVNULL, timeout=SECONDS)
-        lab.end()
-
-
-def _reached(lab: Lab) -> bool:
-    pod = lab.file({"metadata": {"name": "probe", "namespace": "default", "uid": "p", "attempt": 1}})
-    made = lab.crictl("runp", "--runtime", "uni", pod, code=None)
-    if made:
-        lab.crictl("rmp", "-f", made)
-    return bool(made)
 
 
 def test_a_pods_life_by_crictl(lab: Lab) -> None:

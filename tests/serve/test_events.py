@@ -27,6 +27,7 @@ from unisandbox.api.proto.methods import ControllerV1, EventsV1, TaskV3
 from unisandbox.serve import publishing
 from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.daemon import Server, serving
+from unisandbox.serve.pods import Place
 from unisandbox.serve.publishing import Publisher
 from unisandbox.serve.stdio import Ends, Streams, Told
 from unisandbox.serve.telling import Telling
@@ -227,6 +228,66 @@ async def test_an_end_that_no_server_saw_is_told_by_the_next_one_and_not_again(
     main.close()
 
 
+async def test_a_pod_that_cannot_be_taken_over_harms_no_other(
+    config: ServeConfig, heard: Heard, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, deaf = "1" * 64, "2" * 64
+    async with heard.listening():
+        async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+            for pod in (bad, deaf, POD):
+                address = (await engine.run_pod(pod, linux=shared())).address
+            main = await engine.run("sh", "-c", "read x; exit 7", stdin=True)
+            keeper = server.pods.core.host.keeper
+            streams = server.pods.place(await server.pods.entry(bad, None)).streams
+            await streams.hold(CONTAINER, "", Streams(), Ends())
+            keeper.note_now(f"{server.pods.core.host.prefix(bad)}io/{CONTAINER}/-/told", "not what we write")
+            path = server.pods.path(deaf)
+        os.unlink(path)
+        os.mkdir(path)
+        async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+            assert f"what happens in pod {bad} from before is not told" in caplog.text
+            assert f"the containers of pod {deaf} cannot be reached" in caplog.text
+            await engine.connect(address)
+            os.write(main.ends["stdin"], b"end\n")
+            await heard.until("exit")
+            for pod in (bad, deaf, POD):
+                await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=pod))
+        os.rmdir(path)
+    main.close()
+
+
+async def test_no_call_is_answered_before_all_pods_are_taken_over(
+    config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with serving(config), engine_at(config.socket, tmp_path) as engine:
+        address = (await engine.run_pod(linux=shared())).address
+        main = await engine.run("sleep", "1000")
+    answered = anyio.Event()
+
+    async def ask(engine: Engine) -> None:
+        await engine.connect(address)  # it need not be tried again
+        assert (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).status == TaskStatus.RUNNING
+        answered.set()
+
+    async with engine_at(config.socket, tmp_path) as engine, anyio.create_task_group() as group:
+        adopt = Telling.adopt
+
+        async def slowly(telling: Telling, place: Place) -> None:
+            await adopt(telling, place)
+            group.start_soon(ask, engine)
+            with anyio.move_on_after(0.3) as waited:
+                await answered.wait()
+            assert waited.cancelled_caught
+
+        monkeypatch.setattr(Telling, "adopt", slowly)
+        async with serving(config) as server:
+            with anyio.fail_after(DEADLINE):
+                await answered.wait()
+            for entry in server.pods.core.entries():
+                await entry.remove()
+    main.close()
+
+
 async def test_a_process_that_is_deleted_while_it_starts_has_its_end_told(
     engine: Engine, server: Server, heard: Heard
 ) -> None:
@@ -321,18 +382,60 @@ async def test_a_kill_for_memory_is_told_by_the_next_server_although_one_was_tol
         each.close()
 
 
-async def test_of_too_many_events_the_oldest_are_lost(
+async def test_a_pod_with_too_many_events_loses_its_oldest_and_takes_no_place_of_another(
     heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(publishing, "_MOST_WAITING", 3)
+    monkeypatch.setattr(publishing, "_MOST_OF_POD", 3)
+    publisher = Publisher(heard.path)
+    publish(publisher, "quiet", 0)
+    for number in range(5):
+        publish(publisher, "busy", number)
+    publisher.publish("iSulad's", "", "/tasks/oom", events.TaskOom(container_id="for nobody"))
+    publish(publisher, "quiet", 1)
+    assert await sent(publisher, heard, 5) == ["quiet 0", "busy 2", "busy 3", "busy 4", "quiet 1"]
+    assert "2 events of pod busy were lost" in caplog.text
+    assert "quiet" not in caplog.text
+
+
+async def test_of_too_many_events_of_all_pods_those_are_lost_of_the_pod_with_the_most(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publishing, "_MOST_WAITING", 6)
     publisher = Publisher(heard.path)
     for number in range(5):
-        publisher.publish("k8s.io", "/tasks/oom", events.TaskOom(container_id=str(number)))
-    publisher.publish("", "/tasks/oom", events.TaskOom(container_id="iSulad's"))
-    async with heard.listening(), anyio.create_task_group() as group:
+        publish(publisher, "busy", number)
+    for number in range(3):
+        publish(publisher, "quiet", number)
+    assert await sent(publisher, heard, 6) == [
+        *(f"busy {number}" for number in (2, 3, 4)),
+        *map("quiet {}".format, range(3)),
+    ]
+    assert "2 events of pod busy were lost" in caplog.text
+
+
+async def test_what_is_lost_is_told_also_when_the_server_ends_before_containerd_is_back(
+    heard: Heard, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(publishing, "_MOST_OF_POD", 1)
+    publisher = Publisher(heard.path)
+    async with anyio.create_task_group() as group:
+        for number in range(3):
+            publish(publisher, "busy", number)
         group.start_soon(publisher.run)
-        await heard.until("oom", 3)
         await anyio.wait_all_tasks_blocked()
         group.cancel_scope.cancel()
-    assert heard.messages == [events.TaskOom(container_id=str(number)) for number in (2, 3, 4)]
-    assert "2 events were lost" in caplog.text
+    assert "2 events of pod busy were lost" in caplog.text
+
+
+def publish(publisher: Publisher, pod: str, number: int) -> None:
+    publisher.publish(pod, "k8s.io", "/tasks/oom", events.TaskOom(container_id=f"{pod} {number}"))
+
+
+async def sent(publisher: Publisher, heard: Heard, count: int) -> list[str]:
+    """What arrives, in order, once containerd is there."""
+    async with heard.listening(), anyio.create_task_group() as group:
+        group.start_soon(publisher.run)
+        await heard.until("oom", count)
+        await anyio.wait_all_tasks_blocked()
+        group.cancel_scope.cancel()
+    return [message.container_id for message in heard.messages if isinstance(message, events.TaskOom)]

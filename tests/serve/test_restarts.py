@@ -11,14 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
 import pytest
 from tests.command_line import CLI, SECONDS
-from tests.keepers import until
+from tests.keepers import until, wait_ended
 from tests.serve.client import CONTAINER, POD, Engine, engine_at
 
 from unisandbox.api import NotFoundError
@@ -43,13 +43,25 @@ LINUX = cri.LinuxPodSandboxConfig(
 
 
 @contextmanager
-def server(place: Path, *, ending: signal.Signals = signal.SIGTERM) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process of its own, which says when it is ready, as systemd wants to hear it."""
+def server(
+    place: Path, *, ending: signal.Signals = signal.SIGTERM, settings: str = "", command: Sequence[str] = CLI
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process of its own, which says when it is ready, as systemd wants to hear it.
+
+    Args:
+        place: its directory.
+        ending: how it is ended unless it ends itself so.
+        settings: its configuration.
+        command: the command line.
+    """
+    config = place / "serve.toml"
+    config.write_text(settings)
     address = str(place / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as heard:
         heard.bind(address)
         heard.settimeout(SECONDS)
-        words = [*CLI, "serve", "--root", str(place / "root"), "--socket", str(place / "run/s.sock")]
+        words = [*command, "serve", "--root", str(place / "root"), "--socket", str(place / "run/s.sock")]
+        words += ["--config", str(config)]
         with subprocess.Popen(words, env={**os.environ, "NOTIFY_SOCKET": address}, stderr=subprocess.PIPE) as process:
             try:
                 assert heard.recv(100) == b"READY=1"
@@ -109,7 +121,7 @@ async def test_what_ended_while_no_server_was_there_is_told_exactly(tmp_path: Pa
             fifos = await engine.run("sh", "-c", "exec sleep 1000", kinds=("ipc", "uts", "pid"))
             pid = (await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))).pid
     os.kill(pid, signal.SIGUSR1)
-    until(lambda: not os.path.exists(f"/proc/{pid}"), "the process has ended")
+    wait_ended(pid)
     with server(tmp_path):
         async with engine_at(path, tmp_path) as engine:
             status = await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD))

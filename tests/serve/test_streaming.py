@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,15 +12,17 @@ import anyio
 import attrs
 import pytest
 from betterproto2 import Message
-from tests.serve.client import CONTAINER, DEADLINE, Engine, engine_at, shared
+from tests.serve.client import CONTAINER, DEADLINE, POD, Engine, engine_at, shared
 
-from unisandbox.api import InvalidArgumentError
+from unisandbox.api import InvalidArgumentError, NotFoundError
+from unisandbox.api.proto.containerd.services.sandbox import v1
 from unisandbox.api.proto.containerd.services.streaming.v1 import StreamInit
 from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.containerd.types.transfer import Data, WindowUpdate
 from unisandbox.api.proto.containerd.v1.types import Status
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
-from unisandbox.api.proto.methods import StreamingV1, TaskV3
+from unisandbox.api.proto.methods import ControllerV1, StreamingV1, TaskV3
+from unisandbox.serve import streaming
 from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.daemon import serving
 from unisandbox.wire import codec
@@ -246,6 +249,58 @@ async def test_a_process_of_a_former_server_has_its_streams_still(config: ServeC
             assert await stdout.read(6) == b"still\n"
         for entry in server.pods.core.entries():
             await entry.remove()
+
+
+async def test_streams_end_when_their_pod_is_removed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streaming, "LAST_OUTPUT_SECONDS", 0.2)
+    streams = await start(engine, "sh", "-c", "echo unread; exec sleep 1000")
+    never = Addresses(streams.address, "e" * 64)
+    async with (
+        streams.open("stdin") as stdin,
+        streams.open("stdout") as stdout,
+        streams.open("stderr") as stderr,
+        never.open("stdin") as waiting,
+        never.open("stdout") as waiting_too,
+    ):
+        await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id=POD))
+        for peer in (waiting, waiting_too):
+            with pytest.raises(NotFoundError, match="was removed"):
+                await peer.rest()
+        for peer in (stdin, stdout, stderr):
+            await peer.rest()
+
+
+@pytest.mark.parametrize("goes_away", [False, True])
+async def test_a_stream_of_empty_messages_holds_up_nobody(engine: Engine, *, goes_away: bool) -> None:
+    streams = await start(engine, "sleep", "1000")
+    async with streams.open("stdin") as stdin:
+        await stdin.write(b"x" * 65536)
+        await stdin.write(b"x" * 30000)  # more than the pipe holds: what comes now waits
+        for _ in range(30_000):
+            await stdin.write(b"")
+        stalls: list[float] = []
+
+        async def watch() -> None:
+            while True:
+                before = time.thread_time()
+                await anyio.lowlevel.checkpoint()
+                stalls.append(time.thread_time() - before)
+
+        await stdin.stream.close()
+        async with anyio.create_task_group() as group:
+            group.start_soon(stdin.rest)
+            await anyio.wait_all_tasks_blocked()  # so that all of it has arrived
+            group.start_soon(watch)
+            if goes_away:
+                async with streams.open("stdin") as again:  # the former has to say all that came
+                    await again.allowed()
+            else:
+                await kill(engine)  # nobody reads it any more: all is taken
+                await stdin.rest()
+            group.cancel_scope.cancel()
+        assert max(stalls) < 0.3
+    if goes_away:
+        await kill(engine)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import attrs
 import pytest
 from tests.serve.client import CONTAINER, Engine, engine_at
 
@@ -17,6 +20,7 @@ from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.containerd.types import Mount
 from unisandbox.api.proto.methods import ControllerV1, TaskV3
 from unisandbox.api.task import SANDBOX_NAMESPACES
+from unisandbox.host import mounts as host_mounts
 from unisandbox.host import namespaces
 from unisandbox.serve import cri
 from unisandbox.serve.config import ServeConfig
@@ -101,6 +105,133 @@ async def test_a_pod_has_the_ids_that_the_engine_chose_for_it(engine: Engine, ne
     owner = os.stat(engine.place / "upper/made")
     assert (owner.st_uid, owner.st_gid) == (FIRST, FIRST)
     await engine.call(ControllerV1.SHUTDOWN, v1.ControllerShutdownRequest(sandbox_id="ab" * 32))
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Path]:
+    """A directory of the host's root, with another file system mounted below."""
+    path = tmp_path / "volume"
+    (path / "below").mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "volume", path / "below"], check=True)
+    yield path
+    subprocess.run(["umount", path / "below"], check=True)
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+@pytest.mark.parametrize(
+    ("option", "ids", "owners"),
+    [
+        ("idmap", {}, ["0", "65534"]),
+        ("ridmap", {}, ["0", "0"]),
+        ("idmap", MAPPINGS, ["0", "65534"]),
+        ("ridmap", MAPPINGS, ["0", "0"]),
+        ("ro", {}, ["65534", "65534"]),
+    ],
+)
+async def test_the_ids_of_a_volume_are_mapped_as_its_options_say(
+    config: ServeConfig,
+    netns: str,
+    volume: Path,
+    tmp_path: Path,
+    runtime: str,
+    option: str,
+    ids: dict[str, Any],
+    owners: list[str],
+) -> None:
+    if shutil.which(runtime) is None:
+        pytest.skip(f"{runtime} is not installed")
+    mount = {"destination": "/v", "type": "bind", "source": str(volume), "options": ["rbind", option], **ids}
+    config = attrs.evolve(config, runtime=runtime)
+    async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+        await engine.run_pod(netns=netns, linux=mapped())
+        assert (await run(engine, "stat", "-c", "%u", "/v", "/v/below", mounts=[mount])).split() == owners
+        for entry in server.pods.core.entries():
+            await entry.remove()
+
+
+@pytest.fixture
+def mounted_upon(tmp_path: Path) -> Iterator[Path]:
+    """A volume with mounts below: one in another, a file, and one that another hides."""
+    path = tmp_path / "volume"
+    path.mkdir()
+
+    def mount(*words: str | Path) -> None:
+        subprocess.run(["mount", *words], check=True)
+
+    mount("-t", "tmpfs", "volume", path)
+    try:
+        for name in ("below", "hid den/lost"):
+            (path / name).mkdir(parents=True)
+            mount("-t", "tmpfs", "volume", path / name)
+        mount("-t", "tmpfs", "volume", path / "hid den")
+        (path / "below/inner").mkdir()
+        mount("-t", "tmpfs", "-o", "nosuid", "volume", path / "below/inner")
+        mount("-o", "remount,bind,ro,nosuid", path / "below/inner")
+        (path / "file").touch()
+        mount("--bind", "/etc/hostname", path / "file")
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", path], check=True)  # also what is hidden
+
+
+@pytest.mark.parametrize("runtime", ["crun", "runc"])
+@pytest.mark.parametrize("options", [["rbind"], ["rbind", "rro"], ["bind"]])
+async def test_what_is_mounted_below_a_volume_is_there_once_and_as_it_was(
+    config: ServeConfig, netns: str, mounted_upon: Path, tmp_path: Path, runtime: str, options: list[str]
+) -> None:
+    if shutil.which(runtime) is None:
+        pytest.skip(f"{runtime} is not installed")
+    if runtime == "runc" and "rro" in options:
+        pytest.skip("not every runc knows rro")
+    mount = {"destination": "/v", "type": "bind", "source": str(mounted_upon), "options": options}
+    config = attrs.evolve(config, runtime=runtime)
+    async with serving(config) as server, engine_at(config.socket, tmp_path) as engine:
+        await engine.run_pod(netns=netns, linux=mapped())
+        table = await run(engine, "grep", " /v", "/proc/self/mountinfo", mounts=[mount])
+        words = [line.split() for line in table.splitlines() if "lost" not in line]  # which nobody sees
+        found = {word[4]: {"ro", "nosuid"} & set(word[5].split(",")) for word in words}
+        assert len(words) == len(found)
+        below = {"/v/below": set(), "/v/below/inner": {"ro", "nosuid"}, "/v/file": set(), "/v/hid\\040den": set()}
+        expected: dict[str, set[str]] = {"/v": set(), **(below if "rbind" in options else {})}
+        assert found == {point: flags | ({"ro"} if "rro" in options else set()) for point, flags in expected.items()}
+        for entry in server.pods.core.entries():
+            await entry.remove()
+
+
+@pytest.fixture
+def swapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A volume in which somebody puts a link on the way to a mount, right after that was found."""
+    volume, secret = tmp_path / "volume", tmp_path / "secret"
+    for directory in (volume / "way/inner", secret / "inner"):
+        directory.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "volume", volume / "way/inner"], check=True)
+    look = host_mounts.seen_below
+
+    def look_too_early(path: str) -> list[tuple[str, list[str]]]:
+        seen = look(path)
+        if path == str(volume):
+            (volume / "way").rename(volume / "moved")
+            (volume / "way").symlink_to(secret)
+        return seen
+
+    monkeypatch.setattr(host_mounts, "seen_below", look_too_early)
+    yield volume
+    subprocess.run(["umount", volume / "moved/inner"], check=True)
+
+
+@pytest.mark.skipif(shutil.which("crun") is None, reason="crun is not installed")
+async def test_no_link_that_is_made_meanwhile_leads_out_of_a_volume(
+    config: ServeConfig, netns: str, swapped: Path, tmp_path: Path
+) -> None:
+    mount = {"destination": "/v", "type": "bind", "source": str(swapped), "options": ["rbind"]}
+    async with serving(attrs.evolve(config, runtime="crun")) as server, engine_at(config.socket, tmp_path) as engine:
+        await engine.run_pod(netns=netns, linux=mapped())
+        made, layers = bundle(engine, "true", mounts=[mount])
+        request = v3.CreateTaskRequest(id=CONTAINER, bundle=str(made), rootfs=layers)
+        with pytest.raises(InvalidArgumentError, match=r"way/inner.*symbolic links"):
+            await engine.tasks(TaskV3.CREATE, request)
+        for entry in server.pods.core.entries():
+            await entry.remove()
 
 
 async def test_what_does_not_fit_the_pods_ids_is_refused(engine: Engine, netns: str) -> None:

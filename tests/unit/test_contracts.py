@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +17,9 @@ from hypothesis import strategies as st
 from unisandbox import api
 from unisandbox.api import errors
 from unisandbox.api.names import short_name
+from unisandbox.api.spec import LONGEST_TTL
 from unisandbox.api.units import GIB, MIB, parse_size
+from unisandbox.host.keeper.protocol import EXPIRE_LIMIT
 
 SPECS: tuple[type[Any], ...] = (
     api.SandboxSpec,
@@ -70,14 +74,21 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
         (lambda: api.SandboxSpec(env={"A": "1\0"}), "A"),
         (lambda: api.SandboxSpec(cwd="tmp"), "tmp"),
         (lambda: api.SandboxSpec(ttl=0), "ttl"),
+        (lambda: api.SandboxSpec(ttl=1e18), "ttl must be at most 315360000"),
         (lambda: api.SandboxSpec(sysctls={"hostname": "x"}), "hostname"),
         (lambda: api.SandboxSpec(mounts=(api.Mount.tmpfs("/a"), api.Mount.tmpfs("/a"))), "/a"),
         (lambda: api.ProcessSpec([]), "command"),
         (lambda: api.ProcessSpec("true"), "true"),
+        (lambda: api.ProcessSpec({"a": 1}), "list of words"),  # type: ignore[arg-type]
+        (lambda: api.ProcessSpec({"a", "b"}), "list of words"),  # type: ignore[arg-type]
+        (lambda: api.ProcessSpec(b"true"), "list of words"),  # type: ignore[arg-type]
         (lambda: api.Resources(memory="much"), "much"),
         (lambda: api.Resources(cpu=0), "cpu"),
         (lambda: api.Resources(pids=-1), "pids"),
         (lambda: api.Resources(cpu=float("nan")), "cpu"),
+        (lambda: api.Resources(cpu="2"), "cpu must be a number > 0, got '2'"),  # type: ignore[arg-type]
+        (lambda: api.Resources(cpu=10**400), "cpu must be a number > 0, got 10000"),
+        (lambda: api.SandboxSpec(ttl=10**400), "ttl must be a number > 0, got 10000"),
         (lambda: api.Rootfs.parse(""), "rootfs"),
         (lambda: api.Rootfs.dir("/tmp/.."), "root directory"),
         (lambda: api.Rootfs(kind="dir", path="//."), "root directory"),
@@ -89,6 +100,11 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
 def test_what_is_refused_is_named(make: Callable[[], object], word: str) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=word):
         make()
+
+
+def test_the_longest_ttl_is_what_the_keeper_takes() -> None:
+    assert LONGEST_TTL == EXPIRE_LIMIT
+    assert api.SandboxSpec(ttl=LONGEST_TTL).ttl == LONGEST_TTL
 
 
 @given(st.integers(1, 1 << 40), st.sampled_from([("", 1), ("K", 1 << 10), ("MiB", MIB), ("g", GIB)]))
@@ -103,6 +119,19 @@ def test_the_disk_is_half_of_the_memory_unless_said() -> None:
     assert api.Resources(memory="64G").disk_limit == GIB
     assert api.Resources(memory="256M", disk="2G").disk_limit == 2 * GIB
     assert api.Resources.unlimited().disk_limit is None
+
+
+def test_every_size_may_be_written_as_people_do() -> None:
+    sizes = api.Resources(memory="1G", swap="256M", disk="2G", core="1.5K")
+    assert (sizes.memory, sizes.swap, sizes.disk, sizes.core) == (GIB, 256 * MIB, 2 * GIB, 1536)
+    nothing = api.Resources(swap="0", core=0)
+    assert (nothing.swap, nothing.core) == (0, 0)
+    wrong: Any
+    for wrong in ("much", -1, "-1", True, 1.5, 1 << 63):
+        with pytest.raises(errors.InvalidArgumentError, match="swap must be"):
+            api.Resources(swap=wrong)
+        with pytest.raises(errors.InvalidArgumentError, match="core must be"):
+            api.Resources(core=wrong)
 
 
 def test_short_names_differ_by_engine_and_id_and_fit_into_what_the_kernel_limits() -> None:
@@ -139,6 +168,30 @@ def test_the_status_of_an_error_is_that_of_its_nearest_class() -> None:
     assert errors.grpc_status(OutOfPaper("no paper")) is errors.GrpcStatus.UNAVAILABLE
     assert errors.grpc_status(errors.UnsupportedError("tty", "wasm")) is errors.GrpcStatus.UNIMPLEMENTED
     assert errors.grpc_status(KeyError()) is errors.GrpcStatus.INTERNAL
+
+
+COMPLETED = api.Completed(("false",), api.Exit(1), b"out", b"err")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.InvalidArgumentError("m", hint="h", exit_code=127),
+        errors.NotFoundError("m"),
+        errors.UnsupportedError("pause", "wasm", alternatives=["runc"], reason="r"),
+        errors.BackendError("m", log="l"),
+        errors.DeadlineExceededError("m", completed=COMPLETED),
+        errors.ProcessFailedError("m", completed=COMPLETED),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_is_the_same_in_another_process_and_as_a_copy(error: errors.SandboxError) -> None:
+    error.add_note("said later")
+    protocols = range(pickle.HIGHEST_PROTOCOL + 1)
+    copies = [pickle.loads(pickle.dumps(error, protocol)) for protocol in protocols]  # noqa: S301 (our own words)
+    for again in (*copies, copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is type(error)
+        assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
 
 
 def test_an_error_says_what_and_what_to_do() -> None:

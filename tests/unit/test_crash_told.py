@@ -17,6 +17,7 @@ def event(kind: EventKind, sandbox_id: str = "a", container_id: str = "", exec_i
 
 CREATED, REMOVED = event("sandbox.created"), event("sandbox.removed")
 BEGUN, ENDED = event("process.started", "a", "main", "p"), event("process.exited", "a", "main", "p")
+MADE = event("container.created", "a", "box")
 RUNS, RAN = event("container.started", "a", "box"), event("container.exited", "a", "box")
 RECOVERED = event("sandbox.recovered", at=9.0, detail={"action": "removed"})
 LOST = attrs.evolve(ENDED, exit=Exit.lost(exited_at=1.0))
@@ -36,6 +37,7 @@ def complaints(*events: Event, found: tuple[SandboxRecovered, ...] = ()) -> list
         [CREATED, BEGUN, ENDED, REMOVED],
         [CREATED, ENDED, REMOVED],  # the host died before it told the begin
         [CREATED, RUNS, RAN, RUNS, RAN, REMOVED],
+        [CREATED, MADE, RUNS, RAN, MADE, REMOVED],
         [CREATED, BEGUN, REMOVED, LOST],
         [event("gap", "", seq=100), attrs.evolve(CREATED, seq=101), attrs.evolve(REMOVED, seq=102)],
     ],
@@ -56,6 +58,7 @@ def test_what_may_be_is_no_reason_to_complain(events: list[Event]) -> None:
         ([CREATED, BEGUN, BEGUN, ENDED, REMOVED], "of process a/main/p"),
         ([CREATED, RUNS, RAN, RAN, REMOVED], "of container a/box"),
         ([CREATED, RUNS, REMOVED], "of container a/box"),
+        ([CREATED, MADE, RUNS, RAN, MADE, RUNS, REMOVED], "of container a/box"),
         ([attrs.evolve(CREATED, seq=2), attrs.evolve(REMOVED, seq=2)], "event 2 came after 2"),
         ([CREATED, event("gap", ""), REMOVED], "are lost"),
         ([CREATED, REMOVED, RECOVERED], "and told"),

@@ -171,6 +171,18 @@ def test_cgroup_directory_is_found() -> None:
     assert left == [f"left behind: cgroup {path}"]
 
 
+def test_cgroup_in_a_subtree_above_is_found_on_v2() -> None:
+    [(where, own), *others] = own_cgroups().items()
+    if others or own == where or not os.path.exists(f"{where}/cgroup.controllers"):
+        pytest.skip("this host has no cgroup v2 alone, or we are at its top")
+    path = f"{os.path.dirname(own)}/unisandbox-inventory"
+    before = Inventory.take()
+    os.mkdir(path)
+    left = before.diff(Inventory.take())
+    os.rmdir(path)
+    assert left == [f"left behind: cgroup {path}"]
+
+
 @pytest.mark.root
 def test_directory_hidden_under_a_cgroup_mount_is_found(whole_machine: None) -> None:
     if not os.path.ismount("/sys/fs/cgroup/unified"):

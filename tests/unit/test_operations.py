@@ -124,6 +124,30 @@ def test_the_oldest_are_forgotten_and_none_that_is_in_progress(tmp_path: Path) -
     assert [operation.operation_id for operation in log.unfinished()] == ["running"]
 
 
+def test_the_latest_are_remembered_also_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    log = log_in(tmp_path, kept=16)
+    for number in range(16):
+        log.begin(f"before-{number}", "create", "", "")
+        log.finish(f"before-{number}", "done")
+    for path in (tmp_path / "operations").iterdir():  # as if they had been done in a day's time
+        later = path.stat().st_mtime_ns + 86_400 * 10**9
+        os.utime(path, ns=(later, later))
+    log = log_in(tmp_path, kept=16)
+    for number in range(8):
+        log.begin(f"after-{number}", "create", "", "")
+        log.finish(f"after-{number}", "done")
+    assert sorted(name for name in os.listdir(tmp_path / "operations") if name.startswith("after")) == [
+        f"after-{number}.json" for number in range(8)
+    ]
+
+
+def test_what_a_former_version_has_noted_of_the_same_is_the_same(log: OperationLog) -> None:
+    assert log.begin("op-1", "exec", "web", "former") is None
+    assert log.begin("op-1", "exec", "web", "now", former_digest="former") is not None
+    with pytest.raises(FailedPreconditionError, match="with other arguments"):
+        log.begin("op-1", "exec", "web", "now", former_digest="another")
+
+
 def test_many_are_kept_near_the_number_asked_for(tmp_path: Path) -> None:
     for _ in range(3):
         log = log_in(tmp_path, kept=64)

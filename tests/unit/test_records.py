@@ -280,7 +280,7 @@ def test_a_record_is_not_damaged_because_its_reader_lacks_descriptors(
 ) -> None:
     path = written(store, tmp_path)
 
-    def full(*_: object) -> int:
+    def full(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:

@@ -107,6 +107,22 @@ def test_a_failure_of_youki_has_its_type(
     assert "timestamp" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "clone: Resource temporarily unavailable",
+        "unable to start container process: fork/exec /proc/self/fd/6: resource temporarily unavailable",
+        "failed to clone3: EAGAIN: Try again",
+    ],
+    ids=["crun", "runc", "youki"],
+)
+def test_that_there_is_no_room_for_a_process_is_told_with_what_is_full(words: str) -> None:
+    error = failure("create", 1, words, starts_program=True)
+
+    assert type(error) is FailedPreconditionError
+    assert "Resources.pids" in error.hint
+
+
 def test_the_reason_is_the_last_error_and_the_first_where_there_are_several() -> None:
     assert why("") == ""
     assert why("warning: odd\nit broke") == "it broke"

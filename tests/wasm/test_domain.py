@@ -224,14 +224,14 @@ async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy:
     guests = [runner.start(module) for _ in range(8)]
     while not all(guest.cpu_seconds > 0.01 for guest in guests):
         await anyio.sleep(0.005)
-    late, starts = await responsiveness(runner, other, rounds=50)
+    late, starts = await responsiveness(runner, other, rounds=21)
     print(
-        f"\nmeasured beside 8 guests that {busy}: loop late p50 {late[25]:.1f}, p99 {late[-1]:.1f} ms;"
-        f" start to end of another p50 {starts[25]:.1f}, p99 {starts[-1]:.1f} ms;"
+        f"\nmeasured beside 8 guests that {busy}: loop late p50 {late[10]:.1f}, at most {late[-1]:.1f} ms;"
+        f" start to end of another p50 {starts[10]:.1f}, at most {starts[-1]:.1f} ms;"
         f" beside as many Python threads p50 {late_beside_threads[1]:.1f} and {starts_beside_threads[1]:.1f} ms"
     )
-    assert late[25] < max(50.0, late_beside_threads[1])
-    assert starts[25] < starts_beside_threads[1]
+    assert late[10] < max(50.0, late_beside_threads[1])
+    assert starts[10] < starts_beside_threads[1]
 
 
 async def responsiveness(runner: Runner, module: GuestModule, *, rounds: int) -> tuple[list[float], list[float]]:

@@ -231,6 +231,14 @@ async def test_what_cannot_be_started_says_why_and_leaves_nothing_running(sandbo
     assert (await sandbox.run(["true"])).exit_code == 0
 
 
+async def test_without_a_user_namespace_files_are_of_the_hosts_root(engine: Engine, root: Path, tmp_path: Path) -> None:
+    mount = Mount.bind(tmp_path, "/d", readonly=False, idmap=False)
+    async with engine.create(isolation="wasm+process", rootfs=root, mounts=[mount], userns="host") as sandbox:
+        assert (await sandbox.run(["store", "/d/new", "made"])).exit_code == 0
+        assert (await sandbox.run(["cat", "/d/new"])).stdout == b"made"
+    assert (tmp_path / "new").stat().st_uid == 0
+
+
 async def test_what_wasm_cannot_is_refused_before_anything_is_done(engine: Engine, root: Path, tmp_path: Path) -> None:
     async def create(**options: object) -> None:
         await engine.create(isolation="wasm+process", **{"rootfs": root, **options})  # type: ignore[arg-type]
@@ -238,7 +246,6 @@ async def test_what_wasm_cannot_is_refused_before_anything_is_done(engine: Engin
     for options in (
         {"rootfs": "host"},
         {"network": Network.host()},
-        {"userns": "host"},
         {"user": "1000"},
         {"hostname": "x"},
         {"share_pid": True},

@@ -69,23 +69,3 @@ async def test_what_loops_is_ended_and_what_eats_is_refused(sandbox: Sandbox) ->
     eaten = await sandbox.run(["python", "-c", "data = []\nwhile True: data.append(bytes(1 << 20))"], timeout=60)
     assert b"MemoryError" in eaten.stderr or eaten.exit.reason == "oom"
     assert ((await sandbox.metrics()).memory_peak_bytes or 0) <= 256 << 20
-
-
-def test_the_code_runner_example(guests: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", TOP / "examples" / "wasm_code_runner.py", guests],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = [line.partition(" -> ")[2] for line in done.stdout.splitlines()]
-    assert lines[:3] == ["285", "1 4 9", "mine"]
-    assert "FileNotFoundError" in lines[3]
-    assert lines[4].strip() == "failed with 7"
-    assert "NameError" in lines[5]
-    assert lines[6].startswith("stopped")
-    assert lines[7].startswith("stopped")
-    assert os.listdir(tmp_path) == []

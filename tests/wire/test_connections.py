@@ -38,7 +38,14 @@ from unisandbox.wire.ttrpc.envelope import Response
 pytestmark = pytest.mark.anyio
 
 BOTH = Shape(client_streams=True, server_streams=True)
-SHAPES = {"echo": BOTH, "concat": Shape(client_streams=True), "count": Shape(server_streams=True), "deaf": BOTH}
+TO_SERVER = Shape(client_streams=True)
+SHAPES = {
+    "echo": BOTH,
+    "concat": TO_SERVER,
+    "count": Shape(server_streams=True),
+    "deaf": BOTH,
+    "late": TO_SERVER,
+}
 MIB = 1 << 20
 
 
@@ -50,6 +57,7 @@ class Handlers:
         self.cancelled = 0
         self.metadata: dict[str, tuple[str, ...]] = {}
         self.gate = anyio.Event()
+        self.taken = 0
 
     def shape(self, service: str, method: str) -> Shape | None:
         if service != "s":
@@ -84,8 +92,11 @@ class Handlers:
                 await anyio.sleep_forever()
             finally:
                 self.cancelled += 1
+        if request.method == "late":
+            await self.gate.wait()
         got = []
         while (message := await messages.receive()) is not None:
+            self.taken += 1
             if request.method == "echo":
                 await messages.send(message)
             got.append(message)
@@ -320,6 +331,44 @@ async def test_a_handler_that_takes_nothing_costs_its_own_stream_alone() -> None
         with pytest.raises(StatusError, match="nobody has taken"):
             await send()
         await until(lambda: handlers.cancelled == 1)
+
+
+async def test_many_messages_that_are_there_at_once_hold_up_nobody() -> None:
+    most = 10_000
+    handlers = Handlers()
+    async with connected(handlers) as client, client.stream("s", "late", shape=TO_SERVER) as stream:
+        for _ in range(most):
+            await stream.send(b"")
+        await stream.close()
+        assert await client.call("s", "upper", b"all of it has arrived") == b"ALL OF IT HAS ARRIVED"
+        assert handlers.taken == 0
+        handlers.gate.set()
+        longest = before = 0
+        while handlers.taken < most:
+            await anyio.lowlevel.checkpoint()
+            longest, before = max(longest, handlers.taken - before), handlers.taken
+        assert longest <= 100, f"{longest} messages were taken while nobody else had a turn"
+
+
+async def test_many_answers_that_are_there_at_once_hold_up_nobody() -> None:
+    most = 10_000
+    async with connected() as client, client.stream("s", "count", b"%d" % most, shape=SHAPES["count"]) as stream:
+        while not stream._call.over:
+            await client.call("s", "upper", b"whoever waits reads for all")
+        turns = 0
+
+        async def count_turns() -> None:
+            nonlocal turns
+            while True:
+                await anyio.lowlevel.checkpoint()
+                turns += 1
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(count_turns)
+            while await stream.receive() is not None:
+                pass
+            group.cancel_scope.cancel()
+        assert turns >= most / 100
 
 
 async def test_the_end_of_the_connection_ends_its_calls_on_both_sides() -> None:

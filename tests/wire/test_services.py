@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -38,7 +39,9 @@ from unisandbox.api.proto.containerd.services.sandbox.v1 import (
 from unisandbox.api.proto.google.protobuf import Any
 from unisandbox.api.proto.methods import ControllerV1, StreamingV1
 from unisandbox.api.rpc import Method
-from unisandbox.wire import codec, grpc, remote
+from unisandbox.wire import codec, remote
+from unisandbox.wire.accepting import accept
+from unisandbox.wire.grpc import Bytes, GrpcServer
 from unisandbox.wire.services import Call, Services, Stream
 from unisandbox.wire.status import Status, StatusError, error_of, status_of
 from unisandbox.wire.ttrpc import Client, Metadata, Request, serve_connection
@@ -125,15 +128,25 @@ async def by_ttrpc(controller: Controller, tmp_path: Path) -> AsyncIterator[Call
 @asynccontextmanager
 async def grpc_channel(controller: Controller, tmp_path: Path) -> AsyncIterator[Channel]:
     path = str(tmp_path / "grpc")
-    server = grpc.server(controller.services())
-    await server.start(path=path)
-    channel = Channel(path=path, codec=grpc._Bytes())
-    try:
-        yield channel
-    finally:
-        channel.close()
-        server.close()
-        await server.wait_closed()
+    server = GrpcServer(controller.services())
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        # No task group: grpclib's client cancels its own task at a timeout, which one would take for its own end.
+        loop = asyncio.get_running_loop()
+
+        def take(sock: socket.socket) -> None:
+            loop.create_task(loop.connect_accepted_socket(server.connection, sock))  # noqa: RUF006 (it ends at once)
+
+        accepting = loop.create_task(accept(listener, take))
+        channel = Channel(path=path, codec=Bytes())
+        try:
+            yield channel
+        finally:
+            channel.close()
+            await server.end()
+            accepting.cancel()
+            await asyncio.wait([accepting])
 
 
 @asynccontextmanager

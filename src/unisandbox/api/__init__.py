@@ -29,29 +29,21 @@ if TYPE_CHECKING:
     from unisandbox.api.capabilities import Capabilities, Probe
     from unisandbox.api.events import Event, EventKind
     from unisandbox.api.exits import Completed, Exit, ExitReason
+    from unisandbox.api.filesystem import Mount, Rootfs
     from unisandbox.api.names import check_id, check_name, short_name
+    from unisandbox.api.network import Dns, Network
     from unisandbox.api.recovery import DamagedRecord, RecoveryAction, RecoveryReport, SandboxRecovered
+    from unisandbox.api.resources import Resources
     from unisandbox.api.sandboxer import (
         CreateSandbox,
         RecoverSandbox,
         Sandboxer,
         StartedSandbox,
+        SupportsContainerRoots,
         SupportsGrace,
         SupportsPrefetch,
     )
-    from unisandbox.api.spec import (
-        DEFAULT_CAPABILITIES,
-        ContainerSpec,
-        Dns,
-        Mount,
-        Network,
-        ProcessSpec,
-        Resources,
-        Rootfs,
-        SandboxSpec,
-        Security,
-        Terminal,
-    )
+    from unisandbox.api.spec import DEFAULT_CAPABILITIES, ContainerSpec, ProcessSpec, SandboxSpec, Security, Terminal
     from unisandbox.api.status import ContainerStatus, FileInfo, Metrics, SandboxStatus
     from unisandbox.api.task import (
         CreateTask,
@@ -112,6 +104,7 @@ __all__ = [
     "StartedTask",
     "Stdio",
     "SupportsCheckpoint",
+    "SupportsContainerRoots",
     "SupportsGrace",
     "SupportsOomNotice",
     "SupportsPause",
@@ -134,11 +127,14 @@ _HOME = {
         "capabilities": "Capabilities Probe",
         "events": "Event EventKind",
         "exits": "Completed Exit ExitReason",
+        "filesystem": "Mount Rootfs",
         "names": "check_id check_name short_name",
+        "network": "Dns Network",
         "recovery": "DamagedRecord RecoveryAction RecoveryReport SandboxRecovered",
-        "sandboxer": "CreateSandbox RecoverSandbox Sandboxer StartedSandbox SupportsGrace SupportsPrefetch",
-        "spec": "DEFAULT_CAPABILITIES ContainerSpec Dns Mount Network ProcessSpec Resources Rootfs SandboxSpec"
-        " Security Terminal",
+        "resources": "Resources",
+        "sandboxer": "CreateSandbox RecoverSandbox Sandboxer StartedSandbox SupportsContainerRoots SupportsGrace"
+        " SupportsPrefetch",
+        "spec": "DEFAULT_CAPABILITIES ContainerSpec ProcessSpec SandboxSpec Security Terminal",
         "status": "ContainerStatus FileInfo Metrics SandboxStatus",
         "task": "CreateTask ExecTask RootMount StartedTask Stdio SupportsCheckpoint SupportsOomNotice SupportsPause"
         " SupportsUpdate TaskService TaskState",

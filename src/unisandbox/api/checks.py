@@ -62,12 +62,20 @@ def matches(pattern: str, value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a number, no boolean, that a float can hold; also infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return not math.isnan(float(value))
+    except OverflowError:
+        return False
+
+
 def is_positive(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     """None, or a finite number above 0."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise InvalidArgumentError(f"{attribute.name} must be > 0, got {value!r}")
+    if value is not None and not (is_number(value) and 0 < value < math.inf):
+        raise InvalidArgumentError(f"{attribute.name} must be a number > 0, got {value!r}")
 
 
 def is_whole(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:

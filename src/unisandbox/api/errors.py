@@ -5,6 +5,7 @@ A message says what failed, for which thing and why; `hint` says what to do abou
 
 from __future__ import annotations
 
+import copyreg
 import enum
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -28,6 +29,10 @@ class SandboxError(Exception):
 
     def __str__(self) -> str:
         return f"{self.message}. {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # That of an exception calls the class with the message alone, and some of these want more.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class InvalidArgumentError(SandboxError):

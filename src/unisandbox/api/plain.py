@@ -12,18 +12,10 @@ from typing import Final, TypeVar
 import attrs
 
 from unisandbox.api.errors import InvalidArgumentError
-from unisandbox.api.spec import (
-    ContainerSpec,
-    Dns,
-    Mount,
-    Network,
-    ProcessSpec,
-    Resources,
-    Rootfs,
-    SandboxSpec,
-    Security,
-    Terminal,
-)
+from unisandbox.api.filesystem import Mount, Rootfs
+from unisandbox.api.network import Dns, Network
+from unisandbox.api.resources import Resources
+from unisandbox.api.spec import ContainerSpec, ProcessSpec, SandboxSpec, Security, Terminal
 
 Spec = SandboxSpec | ContainerSpec | ProcessSpec
 

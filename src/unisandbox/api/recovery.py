@@ -40,7 +40,7 @@ class DamagedRecord:
     Attributes:
         path: where it was.
         reason: what is wrong with it.
-        kept_as: where it is kept now; empty when it could not be moved.
+        kept_as: where it is kept now; `path` itself when it was not moved.
     """
 
     path: str
@@ -51,13 +51,13 @@ class DamagedRecord:
 @attrs.frozen
 @by_fields
 class RecoveryReport:
-    """What `Engine.open` found and did.
+    """What `Engine.open` or `Engine.attach` found and did.
 
     Attributes:
         keeper: "new" (none was running), "adopted" (a former engine's ran on and is this one's now), "attached" (it is
             another engine's; only what was half made or half removed by a process that is gone was freed).
         sandboxes: one entry each, the oldest first.
-        damaged: records that could not be read.
+        damaged: records that could not be read. One that has attached leaves them where they are.
         rebooted: the machine was started anew since a record was written.
     """
 

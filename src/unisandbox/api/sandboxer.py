@@ -9,7 +9,9 @@ import attrs
 
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.exits import Exit
-from unisandbox.api.spec import Resources, Rootfs, SandboxSpec
+from unisandbox.api.filesystem import Rootfs
+from unisandbox.api.resources import Resources
+from unisandbox.api.spec import SandboxSpec
 from unisandbox.api.status import Metrics, SandboxStatus
 from unisandbox.api.task import TaskService
 
@@ -131,7 +133,12 @@ class Sandboxer(Protocol):
         ...
 
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
-        """(first host id, count) that the sandbox's ids 0.. are mapped to; (0, 2**32 - 1) without a user namespace."""
+        """(first host id, count) that the sandbox's ids 0.. are mapped to; (0, 2**32 - 1) without a user namespace.
+
+        Files are looked up and changed as the first one, with `Security.capabilities` over what belongs to all of them.
+        Ids of an ordinary user's sandbox are of several ranges: this is the first then, and files are done where they
+        are one (`engine.clerk`).
+        """
         ...
 
     def abandon(self) -> None:
@@ -148,6 +155,19 @@ class SupportsPrefetch(Protocol):
 
         Raises:
             InvalidArgumentError: there is no such program, or it cannot be started.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsContainerRoots(Protocol):
+    """A sandboxer that shows the files of a container which has a root file system of its own."""
+
+    def container_root_fd(self, sandbox_id: str, container_id: str) -> int:
+        """As `Sandboxer.root_fd`, of that container's root.
+
+        Raises:
+            NotFoundError: it is gone, or has the sandbox's root.
         """
         ...
 

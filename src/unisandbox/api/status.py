@@ -50,6 +50,7 @@ class SandboxStatus:
         labels, annotations: as given.
         namespaces: inode numbers of its pinned namespaces, by kind.
         netns_path: where its network namespace can be opened, or empty.
+        warnings: what of it does not work any more although it goes on, each with its remedy.
     """
 
     id: str
@@ -66,6 +67,7 @@ class SandboxStatus:
     annotations: Mapping[str, str] = attrs.field(factory=dict)
     namespaces: Mapping[str, int] = attrs.field(factory=dict)
     netns_path: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 @attrs.frozen

@@ -10,7 +10,8 @@ import attrs
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.errors import UnsupportedError
 from unisandbox.api.exits import Exit
-from unisandbox.api.spec import ContainerSpec, ProcessSpec, Resources, Terminal
+from unisandbox.api.resources import Resources
+from unisandbox.api.spec import ContainerSpec, ProcessSpec, Terminal
 from unisandbox.api.status import ContainerState, Metrics
 
 
@@ -36,11 +37,13 @@ class RootMount:
         type: "overlay" or "bind".
         source: a directory of the host, for "bind".
         options: as for mount(8).
+        target: where in it this is mounted, with type "bind"; empty: it is the root itself.
     """
 
     type: str
     source: str = ""
     options: tuple[str, ...] = ()
+    target: str = ""
 
 
 SANDBOX_NAMESPACES: Final = "/proc/0/ns/"
@@ -67,6 +70,9 @@ class CreateTask:
             where the config mounts none, and /dev/shm where it would be a private one. Sources of mounts are opened
             once, by the caller's process.
         rootfs: with `config`: what to mount as its root file system; empty: the directory that `root.path` names.
+        rootfs_at: with `container`, which must have a root file system of its own: the directory in it where `rootfs`
+            is mounted, below the container's mounts. The first of it is the root, and the others have a `target` in
+            it; their sources are opened once, by the caller's process, and "bind" is without what is mounted below.
     """
 
     container_id: str
@@ -76,6 +82,7 @@ class CreateTask:
     stdio: Stdio = attrs.field(factory=Stdio)
     config: str = attrs.field(default="", repr=False)
     rootfs: tuple[RootMount, ...] = ()
+    rootfs_at: str = ""
 
 
 @attrs.frozen

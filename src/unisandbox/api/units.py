@@ -16,11 +16,11 @@ _FACTOR: Final = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _LIMIT: Final = 1 << 62
 
 
-def parse_size(value: int | str, what: str = "size") -> int:
+def parse_size(value: int | str, what: str = "size", *, least: int = 1) -> int:
     """Bytes of 4096, "512M", "1.5GiB". Factors are powers of 1024, as Docker's are.
 
     Raises:
-        InvalidArgumentError: it is not a size, or not above 0.
+        InvalidArgumentError: it is not a size, or below `least` (1: nothing is no size; or 0).
     """
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise InvalidArgumentError(f"{what} must be bytes or a string like '512M', got {value!r}")
@@ -30,6 +30,7 @@ def parse_size(value: int | str, what: str = "size") -> int:
             raise InvalidArgumentError(f"{what} must be bytes or a string like '512M', got {value!r}")
         whole, fraction = match[1], match[2] or ""
         value = int(int(whole + fraction) * _FACTOR[match[3].upper()] // 10 ** len(fraction))
-    if not 0 < value <= _LIMIT:
-        raise InvalidArgumentError(f"{what} must be > 0 and at most 2**62 bytes, got {value}")
+    if not least <= value <= _LIMIT:
+        bound = "> 0" if least else ">= 0"
+        raise InvalidArgumentError(f"{what} must be {bound} and at most 2**62 bytes, got {value}")
     return value

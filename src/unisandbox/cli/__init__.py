@@ -1,8 +1,8 @@
 """The command line `unisandbox`: run programs in sandboxes, look after those that live on, say what this host can do.
 
 Lives here: `app` and `commands` (what can be said to it), `run`, `local` (the caller's own terminal and streams),
-`state` (the directory that the commands share), `sandboxes` (what is done with those in it), `doctor`, `bench`. May
-know: the SDK, the engine's parts, the contracts. Nothing imports it. It needs the extra `cli`.
+`state` (the directory that the commands share), `sandboxes` (what is done with those in it), `doctor` and its `facts`,
+`bench`. May know: the SDK, the engine's parts, the contracts. Nothing imports it. It needs the extra `cli`.
 """
 
 from __future__ import annotations

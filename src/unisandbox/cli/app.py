@@ -13,17 +13,17 @@ import click
 from click.core import ParameterSource
 
 from unisandbox import __version__
-from unisandbox.api import InvalidArgumentError, Mount, Resources, UnavailableError
+from unisandbox.api import FailedPreconditionError, InvalidArgumentError, Mount, Resources, UnavailableError
 from unisandbox.api.units import parse_size
+from unisandbox.cli.answering import answer, answering, fill_streams, forget_output
 from unisandbox.cli.commands import COMMANDS, STATE, launch_detached
-from unisandbox.cli.errors import complain, with_json_errors
+from unisandbox.cli.errors import STDOUT_GONE, complain, explain, with_json_errors
 from unisandbox.cli.options import LARGEST_OUTPUT, attend, own_terminal, pairs, process_options
 
 if TYPE_CHECKING:
     from unisandbox.sandbox.sandbox import SandboxOptions
 
 _INTERRUPTED: Final = 130
-_STDOUT_GONE: Final = 141  # 128 + SIGPIPE: what a shell says of a program whose reader has left
 _SETTINGS: Final = {"max_content_width": 110}
 
 
@@ -36,16 +36,20 @@ def run_app(args: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
+    fill_streams()
     try:
-        code = cli.main(list(args), prog_name="unisandbox", standalone_mode=False)
-        sys.stdout.flush()
+        with answering():  # what is not inside of a command: --help
+            code = cli.main(list(args), prog_name="unisandbox", standalone_mode=False)
+            sys.stdout.flush()
     except click.exceptions.Abort:
         return _INTERRUPTED
     except click.ClickException as error:
         return complain(error, error.format_message().rstrip("."), _help_hint(error), debug=False)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), 1)  # what is buffered cannot be written at exit either
-        return _STDOUT_GONE
+        forget_output()
+        return STDOUT_GONE
+    except FailedPreconditionError as error:
+        return explain(error, debug=False)
     return code if isinstance(code, int) else 0
 
 
@@ -54,10 +58,13 @@ def _help_hint(error: click.ClickException) -> str:
     return f"see {context.command_path if context else 'unisandbox'} --help"
 
 
-@click.group(context_settings=_SETTINGS)
+@click.group(context_settings=_SETTINGS, invoke_without_command=True)
 @click.version_option(__version__, message="%(prog)s %(version)s")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Run programs in sandboxes on this machine: no daemon, nothing is left behind."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def _mount(value: str) -> Mount:
@@ -104,7 +111,9 @@ def _resources(
 @click.option("--pids", type=int, metavar="N", help="Processes and threads at one time.  [default: 256]")
 @click.option("--disk", metavar="SIZE", help="What may be written.  [default: half of the memory, at most 1G]")
 @click.option("--unlimited", is_flag=True, help="No limits but those given.")
-@click.option("--network", default="none", show_default=True, metavar="none|host|PATH", help="PATH: of a namespace.")
+@click.option(
+    "--network", default="none", show_default=True, metavar="none|user|host|PATH", help="PATH: of a namespace."
+)
 @click.option("--hostname", metavar="NAME", help="Inside.  [default: the sandbox's id]")
 @click.option("--name", metavar="NAME", help="What messages call the sandbox.")
 @click.option(
@@ -176,11 +185,14 @@ def run_command(
             "hostname": hostname,
         }
         if detach:
-            _refuse("-d", {"-i": interactive, "-t": tty, "--timeout": timeout is not None}, "--ttl ends it in time.")
+            _refuse("-d", {"-i": interactive, "-t": tty}, "A detached program has no standard input and no terminal.")
+            _refuse("-d", {"--timeout": timeout is not None}, "--ttl ends it in time.")
             if ttl is not None and not ttl > 0:
                 raise InvalidArgumentError(f"--ttl must be > 0 seconds, got {ttl:g}")
             program = Program(argv, variables, workdir, user)
-            return anyio.run(launch_detached(state, {**options, "ttl": ttl}, program, as_json=as_json))
+            # For what exec runs beside it, too.
+            options |= {"env": variables, "cwd": "/" if workdir is None else workdir, "user": user, "ttl": ttl}
+            return anyio.run(launch_detached(state, options, program, as_json=as_json))
         # The environment's word is for the commands that use it.
         told = context.get_parameter_source("state") is ParameterSource.COMMANDLINE
         _refuse("run without -d", {"--ttl": ttl is not None, "--state": told}, "Leave it out, or give -d.")
@@ -227,7 +239,8 @@ def doctor(deep: bool, fix: bool, as_json: bool, debug: bool) -> int:
 
         async def main() -> int:
             report = await examine(deep=deep, fix=fix)
-            click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report.lines()))
+            with answering():
+                click.echo(json.dumps(report.as_json()) if as_json else "\n".join(report.lines()))
             return report.code
 
         return anyio.run(main)
@@ -250,7 +263,7 @@ def bench(rounds: int, isolation: str, as_json: bool, debug: bool) -> int:
 
         async def main() -> None:
             results = await measure(rounds=rounds, isolation=isolation)
-            print(json.dumps(results.as_json()) if as_json else "\n".join(results.lines()))
+            answer(json.dumps(results.as_json()) if as_json else "\n".join(results.lines()))
 
         anyio.run(main)
         return 0

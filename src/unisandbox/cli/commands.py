@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 import click
 
 from unisandbox.api import InvalidArgumentError, SandboxError
+from unisandbox.cli.answering import answer
 from unisandbox.cli.errors import OWN_ERROR, as_dict, explain, with_json_errors
 from unisandbox.cli.options import own_terminal, pairs, process_options
 
@@ -90,7 +91,7 @@ def launch_detached(
         async with opened(state, create=True) as engine:
             assert engine is not None  # noqa: S101 (it is made)
             sandbox = await launch(engine, options, program)
-            print(json.dumps({"id": sandbox.id, "name": sandbox.name}) if as_json else sandbox.name or sandbox.id)
+            answer(json.dumps({"id": sandbox.id, "name": sandbox.name}) if as_json else sandbox.name or sandbox.id)
         return 0
 
     return lambda: _until_signalled(main)
@@ -116,15 +117,15 @@ def ps(show_all: bool, quiet: bool, state: str | None, as_json: bool, debug: boo
             rows = [row for row in rows if show_all or not row.is_over]
             if as_json:
                 report = engine.recovery if engine is not None else None
-                answer = {
+                told = {
                     "sandboxes": [row.as_json() for row in rows],
                     "recovered": [attrs.asdict(found) for found in report.sandboxes] if report else [],
                     "damaged": [attrs.asdict(bad) for bad in report.damaged] if report else [],
                 }
-                print(json.dumps(answer))
+                answer(json.dumps(told))
             else:
-                print("\n".join([row.status.id[:SHORT_ID] for row in rows] if quiet else table(rows, now())), end="")
-                print(end="" if quiet and not rows else "\n")
+                lines = [row.status.id[:SHORT_ID] for row in rows] if quiet else table(rows, now())
+                answer("".join(f"{line}\n" for line in lines), end="")
         return 0
 
     return _answer(main, as_json=as_json, debug=debug)
@@ -181,7 +182,7 @@ def logs(
                 return 0
             kept = {stream: await container.logs(stream, tail=tail) for stream in wanted}
         if as_json:
-            print(json.dumps(dict(pair for stream, data in kept.items() for pair in text(stream, data).items())))
+            answer(json.dumps(dict(pair for stream, data in kept.items() for pair in text(stream, data).items())))
         else:
             for stream, data in kept.items():
                 await outputs[stream].write(data)
@@ -214,6 +215,7 @@ def exec_command(
 ) -> int:
     """Run PROGRAM in the sandbox NAME, beside what runs there. Output, exit code and signals pass through.
 
+    It has the environment, working directory and user that run -d was given, where the options do not say otherwise.
     What it leaves in the background goes on. It also goes on itself when this command is killed (kill -9).
     """
 
@@ -270,9 +272,9 @@ def _each(
                     continue
                 answers.append({"name": name} | ({} if result is None else {"result": result}))
                 if not as_json:
-                    print(name if result is None else result, flush=True)
+                    answer(name if result is None else str(result))
         if as_json:
-            print(json.dumps({"exit_code": code, "sandboxes": answers}))
+            answer(json.dumps({"exit_code": code, "sandboxes": answers}))
         return code
 
     return _answer(main, as_json=as_json, debug=debug)
@@ -397,12 +399,12 @@ def inspect(name: str, state: str | None, as_json: bool, debug: bool) -> int:
         async with opened(state, create=False) as engine:
             status = await (await find(engine, name)).status()
         row = Row.of(status)
-        answer = attrs.asdict(status) | {
+        told = attrs.asdict(status) | {
             "word": row.word,
             "program": row.program._asdict() if row.program else None,
             "exit": attrs.asdict(row.exit) if row.exit else None,
         }
-        print(json.dumps(answer, indent=None if as_json else 2))
+        answer(json.dumps(told, indent=None if as_json else 2))
         return 0
 
     return _answer(main, as_json=as_json, debug=debug)
@@ -428,7 +430,7 @@ def events(after: int, state: str | None, as_json: bool, debug: bool) -> int:
                 return 0
             stream: AsyncIterator[Any] = engine.events(after)
             async for event in stream:
-                print(json.dumps(attrs.asdict(event)) if as_json else _line(event), flush=True)
+                answer(json.dumps(attrs.asdict(event)) if as_json else _line(event))
         return 0
 
     return _answer(main, as_json=as_json, debug=debug)

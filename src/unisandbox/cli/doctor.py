@@ -13,15 +13,19 @@ import click
 
 from unisandbox import __version__
 from unisandbox.api import BackendError, Probe, SandboxError
+from unisandbox.cli.facts import more_facts, without_home
 from unisandbox.cli.state import opened
 from unisandbox.engine import leftovers
 from unisandbox.engine.choice import probe_all
 from unisandbox.engine.leftovers import Leftover
 from unisandbox.engine.registry import Registry
+from unisandbox.host import confinement, subordinate
 from unisandbox.host.cgroups.hierarchy import read_mounts
 
 # What an engine cleans up that is opened on the state directory: records of sandboxes, a keeper without an owner.
 _BY_AN_ENGINE: Final = frozenset({"state", "keeper"})
+# What a client of one that lives frees.
+_BY_A_CLIENT: Final = frozenset({"record", "stray"})
 # Settings that keep ordinary users from making user namespaces; root is not touched by them.
 _USERNS_SWITCHES: Final = ("kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns")
 
@@ -52,11 +56,11 @@ class Report:
     def as_json(self) -> dict[str, object]:
         """For `--json`."""
         return {
-            "host": dict(self.host),
-            "backends": [attrs.asdict(probe) for probe in self.probes],
-            "leftovers": [attrs.asdict(leftover) for leftover in self.leftovers],
-            "removed": [attrs.asdict(leftover) for leftover in self.removed],
-            "failures": dict(self.failures),
+            "host": _shown(self.host),
+            "backends": [_shown(attrs.asdict(probe)) for probe in self.probes],
+            "leftovers": [_shown(attrs.asdict(leftover)) for leftover in self.leftovers],
+            "removed": [_shown(attrs.asdict(leftover)) for leftover in self.removed],
+            "failures": _shown(self.failures),
         }
 
     def lines(self) -> list[str]:
@@ -82,7 +86,7 @@ class Report:
             lines += [f"  {name}: {value}" for name, value in probe.facts.items() if name not in self.host]
         if not self.probes:
             lines += ["", "no backend is installed. Remedy: pip install --force-reinstall unisandbox"]
-        return [*lines, *self._leftover_lines()]
+        return [without_home(line) for line in (*lines, *self._leftover_lines())]
 
     def _leftover_lines(self) -> list[str]:
         removed = {(leftover.kind, leftover.what) for leftover in self.removed}
@@ -98,6 +102,17 @@ class Report:
         if any(_is_fixable(leftover) for leftover in self.leftovers) and not self.removed and not self.failures:
             lines.append("  remedy: unisandbox doctor --fix removes what can be removed safely")
         return lines
+
+
+def _shown(value: object) -> object:
+    """A value for JSON with all texts in it as they may be shown."""
+    if isinstance(value, str):
+        return without_home(value)
+    if isinstance(value, Mapping):
+        return {without_home(str(name)): _shown(member) for name, member in value.items()}
+    if isinstance(value, Sequence):
+        return [_shown(member) for member in value]
+    return value
 
 
 async def examine(*, deep: bool, fix: bool = False) -> Report:
@@ -119,15 +134,18 @@ async def examine(*, deep: bool, fix: bool = False) -> Report:
             removed.append(leftover)
         except SandboxError as error:
             failures[f"{leftover.kind} {leftover.what}"] = error.message
-    return Report(host_facts(), probes, found, removed, failures)
+    return Report(host_facts() | await more_facts(), probes, found, removed, failures)
 
 
 def _is_fixable(leftover: Leftover) -> bool:
-    return leftover.removable or leftover.kind in _BY_AN_ENGINE
+    return leftover.removable or leftover.kind in _BY_AN_ENGINE | _BY_A_CLIENT
 
 
 async def _remove(leftover: Leftover) -> None:
-    if leftover.kind not in _BY_AN_ENGINE:
+    if leftover.kind in _BY_A_CLIENT:
+        await leftovers.free_unrecorded(leftover.state_dir)
+        return
+    if leftover.removable or leftover.kind not in _BY_AN_ENGINE:
         leftovers.remove(leftover)
         return
     # As the other commands do: a keeper that runs by now is only attached to (and left, which ends one that nobody
@@ -146,12 +164,18 @@ def host_facts() -> dict[str, str]:
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
         "system": platform.freedesktop_os_release().get("PRETTY_NAME", "") if _has_os_release() else "unknown",
         "kernel": f"{uname.release} {uname.machine}",
-        "user": "root" if os.geteuid() == 0 else f"id {os.geteuid()}, not root",
+        "user": _user(),
+        "container": confinement.engine() or "none seen",
         "processors": str(len(os.sched_getaffinity(0))),
         "memory": _memory(),
         "cgroups": _cgroup_layout(),
         "user namespaces": _user_namespaces(),
     }
+
+
+def _user() -> str:
+    lacking = subordinate.lacking()
+    return f"id {os.geteuid()}, not root" if os.geteuid() else lacking or "root"
 
 
 def _has_os_release() -> bool:
@@ -179,7 +203,7 @@ def _user_namespaces() -> str:
     limit = _read("/proc/sys/user/max_user_namespaces")
     if not limit:
         return "not in this kernel"
-    switches = {name.split("/")[1]: _read(f"/proc/sys/{name}") for name in _USERNS_SWITCHES}
+    switches = {name.replace("/", "."): _read(f"/proc/sys/{name}") for name in _USERNS_SWITCHES}
     return ", ".join([f"at most {limit}", *(f"{name}={value}" for name, value in switches.items() if value)])
 
 

@@ -6,20 +6,29 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
-from unisandbox.api import InvalidArgumentError, SandboxError
+from unisandbox.api import FailedPreconditionError, InvalidArgumentError, SandboxError
+from unisandbox.cli.answering import answer, forget_output
 
 OWN_ERROR: Final = 125
 """The exit code for our own errors, as docker run's; 126 and 127 are for programs that cannot be started."""
 
+STDOUT_GONE: Final = 141
+"""128 + SIGPIPE: what a shell says of a program whose reader has left."""
+
 
 def with_json_errors(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
-    """Do the work; what goes wrong is shown, with `as_json` also as one JSON object. Returns the exit code.
+    """Do the work; what goes wrong is shown, with `as_json` also as one JSON object. Returns the exit code."""
+    try:
+        return _with_errors(work, as_json=as_json, debug=debug)
+    except BrokenPipeError:  # not for click, which makes it 1
+        forget_output()
+        return STDOUT_GONE
 
-    Raises:
-        BrokenPipeError: nobody reads our output any more.
-    """
+
+def _with_errors(work: Callable[[], int], *, as_json: bool, debug: bool) -> int:
     try:
         return work()
     except Exception as raised:
@@ -28,7 +37,8 @@ def with_json_errors(work: Callable[[], int], *, as_json: bool, debug: bool) -> 
             raise error from raised
         code = explain(error, debug=debug)
         if as_json:
-            print(json.dumps({"exit_code": code, "error": as_dict(error)}))
+            with suppress(FailedPreconditionError):  # of which this is the error, perhaps
+                answer(json.dumps({"exit_code": code, "error": as_dict(error)}))
         return code
 
 
@@ -70,8 +80,8 @@ def say(message: str) -> None:
 
 
 def the_one(error: Exception) -> Exception:
-    """What is in a group of one: task groups wrap what goes wrong in them."""
-    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+    """What is in a group, as task groups wrap it: of what went wrong at the same time, the first."""
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import click
 
 from unisandbox.api import InvalidArgumentError
+from unisandbox.cli.answering import answer
 from unisandbox.cli.errors import say
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def attend(request: Request) -> int:
     ended = anyio.run(run, request)
     program = request.argv[0]
     if request.collect is not None:
-        print(json.dumps(_as_json(request.argv, ended)))
+        answer(json.dumps(_as_json(request.argv, ended)))
     elif ended.timed_out:
         say(f"{program!r} did not end within {request.timeout:g} s; it was killed")
     elif ended.exit is not None and ended.exit.reason == "oom":

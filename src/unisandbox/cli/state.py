@@ -16,7 +16,9 @@ import anyio
 
 from unisandbox.api import BackendError, FailedPreconditionError, RecoveryReport, UnavailableError
 from unisandbox.cli.errors import say
-from unisandbox.engine.state import POINTER, has_records, known_id, runtime_directory
+from unisandbox.engine.runtime_directory import POINTER, runtime_directory
+from unisandbox.engine.state_files import has_records, known_id
+from unisandbox.host.keeper import KeeperVersionError
 from unisandbox.sandbox import Engine
 
 VARIABLE: Final = "UNISANDBOX_STATE"
@@ -48,7 +50,7 @@ async def opened(directory: str | None, *, create: bool) -> AsyncIterator[Engine
     Raises:
         SandboxError: the directory cannot be used, or this host cannot carry an engine.
     """
-    engine = await _engine(directory or default_directory(), create=create)
+    engine = await _engine(default_directory() if directory is None else directory, create=create)
     if engine is None:
         yield None
         return
@@ -79,6 +81,8 @@ async def _engine(path: str, *, create: bool) -> Engine | None:
 async def _attached(path: str) -> Engine | None:
     try:
         return await Engine.attach(path)
+    except KeeperVersionError:
+        raise
     except UnavailableError:
         return None  # no keeper runs, or it is about to end
 
@@ -140,5 +144,7 @@ def recovered(report: RecoveryReport) -> list[str]:
             lines.append(f"sandbox {label!r} was left behind and could not be cleaned up: {found.reason}")
     for bad in report.damaged:
         kept = f"; it is kept as {bad.kept_as}" if bad.kept_as else ""
+        if report.keeper == "attached":
+            kept = ". What it describes may run on: unisandbox doctor --fix frees it"
         lines.append(f"the record {bad.path} cannot be used: {bad.reason}{kept}")
     return lines

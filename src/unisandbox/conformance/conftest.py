@@ -92,6 +92,15 @@ async def _use(candidate: selection.Candidate, rootfs: str) -> None:
         await sandbox.run(programs.shows("/tmp/once"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _capabilities_told(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Of every backend what it does not claim here is in the results, when they are written (--junitxml)."""
+    for candidate in selection.candidates(pytestconfig):
+        if not candidate.why_not and candidate.backend is not None:
+            for need in selection.without(candidate.backend.capabilities):
+                record_testsuite_property(selection.WITHOUT, f"{candidate.name} {need}")
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(_used_once: None, request: pytest.FixtureRequest) -> Iterator[None]:
     """Fail a test that leaves a process, mount, cgroup, fd, thread, file or changed state behind; none can forget it.

@@ -18,6 +18,7 @@ import gc
 import os
 import re
 import signal
+import stat
 import sys
 import tempfile
 import threading
@@ -38,7 +39,7 @@ _SLICE: Final = "unisandbox.slice"  # cgroup v2: where engines of root put their
 _KEEPER_COMM: Final = b"unisandbox-keep"
 _PR_GET_CHILD_SUBREAPER: Final = 37
 
-_BOTH_WAYS: Final = frozenset({"fd", "mount", "namespace", "process state", "environment"})
+_BOTH_WAYS: Final = frozenset({"fd", "mount", "namespace", "process state", "environment", "device"})
 """Kinds in which a loss is as wrong as a gain: a closed fd, a lost mount of the host, a changed umask.
 
 Of the others (processes, cgroups, files, ...) only gains count: somebody else may tidy up while a test runs."""
@@ -83,6 +84,7 @@ class Inventory:
                 "thread": Counter(_threads()),
                 "file": Counter(_files()),
                 "loop device": Counter(_loop_devices() if alone else ()),
+                "device": Counter(_devices()),
                 "process state": Counter(_process_state()),
                 "environment": Counter(f"{k}={v}" for k, v in os.environ.items() if k not in _VOLATILE_ENVIRONMENT),
             }
@@ -137,6 +139,21 @@ def _read(path: str) -> bytes:
         return os.read(fd, 65536)
     finally:
         os.close(fd)
+
+
+# devices
+
+# Those of the host that sandboxes see as theirs: none may be taken from it.
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
+
+def _devices() -> Iterator[str]:
+    for name in _DEVICES:
+        try:
+            status = os.stat(f"/dev/{name}")
+        except FileNotFoundError:
+            continue
+        yield f"/dev/{name} of {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):o}"
 
 
 # cgroups
@@ -194,12 +211,24 @@ def _cgroup_directories(own: Mapping[str, str], *, elsewhere: bool) -> Iterator[
         for child in _subdirectories(path):
             if _is_run(path) or (elsewhere and _is_named(child)):
                 yield from _tree(f"{path}/{child}")
-        if path != where and elsewhere:
-            for child in _subdirectories(where):
+        for above in _above(path, where) if elsewhere else ():
+            for child in _subdirectories(above):
                 if child.startswith(f"{_NAME}-") and not child.startswith(RUN_PREFIX):
-                    yield from _tree(f"{where}/{child}")
+                    yield from _tree(f"{above}/{child}")
         for child in _subdirectories(f"{where}/{_SLICE}"):
             yield from _tree(f"{where}/{_SLICE}/{child}")
+
+
+def _above(path: str, where: str) -> Iterator[str]:
+    """Cgroups above that of this process where engines may have put theirs: the top, on v2 also what is between.
+
+    There an ordinary user's are in the nearest subtree that was delegated to him and holds no processes.
+    """
+    unified = os.path.exists(f"{where}/cgroup.controllers")
+    while path != where:
+        path = os.path.dirname(path)
+        if unified or path == where:
+            yield path
 
 
 def _subdirectories(path: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
-from unisandbox.conformance.selection import COUNTS, LACKING, SPARED, TESTED
+from unisandbox.conformance.selection import COUNTS, LACKING, SPARED, TESTED, check_wanted
 
 _NEEDS = (
     "needs(*names): what the backend's Capabilities must claim: a field's name, or 'networks:host' for one of a set"
@@ -39,6 +39,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="root file system of the sandboxes, as for Sandbox.create(); default: host, or a directory with the Wasm "
         "programs of the tests for a backend that runs none of this machine's",
     )
+    group.addoption(
+        "--slow-host",
+        action="store_true",
+        dest="unisandbox_slow_host",
+        help="starts take ten times as long here as usual (an emulated machine): fewer repetitions, each test on one "
+        "event loop",
+    )
 
 
 # After the conftest.py files of the command line.
@@ -56,6 +63,7 @@ def add_long(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", _NEEDS)
     config.addinivalue_line("markers", "root: needs root on this host")
+    check_wanted(config)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -36,7 +36,8 @@ def run_cgroup() -> Iterator[tuple[str, ...]]:
         return
     made: list[tuple[str, str]] = []
     for where, parent in own.items():
-        if os.path.exists(f"{where}/cpuset.cpus"):
+        # In a container whose view of a hierarchy begins elsewhere, our own cgroup is not where its name says.
+        if os.path.exists(f"{where}/cpuset.cpus") or not os.path.isdir(parent):
             continue
         _remove_of_dead_runs(parent)
         path = f"{parent}/{RUN_PREFIX}{os.getpid()}"

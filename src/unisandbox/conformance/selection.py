@@ -10,7 +10,7 @@ import attrs
 import pytest
 from _pytest.mark import ParameterSet
 
-from unisandbox.api import Capabilities, Probe, SandboxError, Security
+from unisandbox.api import Capabilities, Probe, Resources, SandboxError, Security
 from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.conformance.programs import MachinePrograms, Programs
 from unisandbox.engine.registry import Backend, Registry
@@ -20,6 +20,11 @@ from unisandbox.sandbox import SandboxOptions
 _REFERENCE_START_SECONDS = 0.02
 # One that takes longer has each test on one of the event loops, by turns: what they differ in is not the backend.
 _SLOW_START_SECONDS = 0.1
+# With --slow-host.
+_SLOW_HOST_FACTOR = 10
+_LIMITS = frozenset({"cpu", "memory", "pids"})
+# What a sandbox is limited in when nobody says anything.
+_LIMITED = frozenset({"memory", "pids"})
 
 
 @attrs.frozen
@@ -39,6 +44,7 @@ class Candidate:
 
 TESTED = "unisandbox backend"
 LACKING = "not claimed"
+WITHOUT = "unisandbox backend without"
 _CANDIDATES: pytest.StashKey[list[Candidate]] = pytest.StashKey()
 SPARED: pytest.StashKey[dict[str, int]] = pytest.StashKey()
 COUNTS: pytest.StashKey[dict[tuple[str, int], int]] = pytest.StashKey()
@@ -51,12 +57,18 @@ def candidates(config: pytest.Config) -> list[Candidate]:
     return config.stash[_CANDIDATES]
 
 
+def check_wanted(config: pytest.Config) -> None:
+    """Raise UsageError, which is one line before anything is collected, for a backend that is not installed."""
+    installed = Registry().names()
+    for name in config.getoption("unisandbox_backends", default=None) or ():
+        if name not in installed:
+            raise pytest.UsageError(f"--backend {name}: not installed; there are: {', '.join(installed)}")
+
+
 def _probed(wanted: Iterable[str] | None) -> Iterable[Candidate]:
     registry = Registry()
     names = list(dict.fromkeys(wanted or registry.names()))
     for name in names:
-        if name not in registry.names():
-            raise pytest.UsageError(f"--backend {name}: not installed; there are: {', '.join(registry.names())}")
         try:
             backend = registry.get(name)
         except SandboxError as error:
@@ -86,14 +98,17 @@ def options(candidate: Candidate, rootfs: str) -> SandboxOptions:
     given: SandboxOptions = {"isolation": candidate.name, "rootfs": rootfs}
     if not candidate.backend.capabilities.seccomp:
         given["security"] = Security(seccomp="unconfined")
+    if not candidate.backend.capabilities.limits >= _LIMITED:
+        given["resources"] = Resources(memory=None, pids=None)
     return given
 
 
 def options_in_source(candidate: Candidate, rootfs: str) -> str:
-    """The same as arguments in the text of a program, which has imported `Security`."""
+    """The same as arguments in the text of a program, which has imported `Security` and `Resources`."""
     given = options(candidate, rootfs)
     source = f"isolation={candidate.name!r}, rootfs={rootfs!r}"
-    return source + (", security=Security(seccomp='unconfined')" if "security" in given else "")
+    source += ", security=Security(seccomp='unconfined')" if "security" in given else ""
+    return source + (", resources=Resources(memory=None, pids=None)" if "resources" in given else "")
 
 
 def parametrize(metafunc: pytest.Metafunc) -> None:
@@ -143,6 +158,18 @@ def claims(capabilities: Capabilities, need: str) -> bool:
     return member in value if isinstance(value, frozenset) else bool(value)
 
 
+def without(capabilities: Capabilities) -> list[str]:
+    """All that is not claimed, as in `claims`."""
+    sets = {
+        "rootfs": ("host", "dir", "image"),
+        "networks": ("none", "user", "host", "namespace"),
+        "limits": sorted(_LIMITS),
+    }
+    needs = [field.name for field in attrs.fields(Capabilities) if field.type in {bool, "bool"}]
+    needs += [f"{name}:{member}" for name, members in sets.items() for member in members]
+    return [need for need in needs if not claims(capabilities, need)]
+
+
 def event_loops() -> list[ParameterSet]:
     """Parameters for the fixture `anyio_backend`: both event loops, where both are installed."""
     missing = importlib.util.find_spec("trio") is None
@@ -164,7 +191,7 @@ def spare(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
             continue
         callspec = item.callspec  # type: ignore[attr-defined]
         loop = callspec.params.get("anyio_backend")
-        if loop is None or candidate.backend.capabilities.start_seconds <= _SLOW_START_SECONDS:
+        if loop is None or _start_seconds(config, candidate) <= _SLOW_START_SECONDS:
             continue
         others = tuple((name, index) for name, index in sorted(callspec.indices.items()) if name != "anyio_backend")
         turn = turns.setdefault((item.nodeid.partition("[")[0], others), len(turns) % 2)
@@ -179,8 +206,12 @@ def spare(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
 
 def scaled(config: pytest.Config, candidate: Candidate, full: int, test: str = "") -> int:
     """How often a test repeats with this backend: all with --long, else a tenth; fewer when it starts slowly."""
-    seconds = candidate.backend.capabilities.start_seconds if candidate.backend else _REFERENCE_START_SECONDS
-    factor = min(1.0, _REFERENCE_START_SECONDS / seconds) * (1 if config.getoption("long", default=False) else 0.1)
-    count = max(1, round(full * factor))
+    factor = min(1.0, _REFERENCE_START_SECONDS / _start_seconds(config, candidate))
+    count = max(1, round(full * factor * (1 if config.getoption("long", default=False) else 0.1)))
     config.stash.setdefault(COUNTS, {})[f"{test} [{candidate.name}]", full] = count
     return count
+
+
+def _start_seconds(config: pytest.Config, candidate: Candidate) -> float:
+    seconds = candidate.backend.capabilities.start_seconds if candidate.backend else _REFERENCE_START_SECONDS
+    return seconds * (_SLOW_HOST_FACTOR if config.getoption("unisandbox_slow_host", default=False) else 1)

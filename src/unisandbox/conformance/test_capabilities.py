@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unisandbox import Engine, Event, InvalidArgumentError, Mount, Resources, Sandbox, Security, UnsupportedError
-from unisandbox.api import Capabilities
+from unisandbox.api import Capabilities, Rootfs
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.programs import Programs
 from unisandbox.conformance.selection import Candidate, options
@@ -19,10 +21,12 @@ pytestmark: pytest.MarkDecorator = pytest.mark.anyio
 
 ASKED: dict[str, SandboxOptions] = {
     "rootfs:image": {"rootfs": "debian"},
-    "rootfs:dir": {"rootfs": "/usr"},
+    "rootfs:dir": {"rootfs": Rootfs.dir("/usr", readonly=True)},
+    "rootfs:dir writable_dirs": {"rootfs": "/usr"},
     "rootfs:host": {"rootfs": "host"},
     "networks:host": {"network": "host"},
     "userns_host": {"userns": "host"},
+    "users": {"user": "1000"},
     "seccomp": {"security": Security()},
     "host_mounts": {"mounts": [Mount.bind("/usr", "/mnt")]},
     "shared_pid": {"share_pid": True},
@@ -33,7 +37,7 @@ ASKED: dict[str, SandboxOptions] = {
 def _claims(capabilities: Capabilities, need: str) -> bool:
     from unisandbox.conformance.selection import claims
 
-    return claims(capabilities, need)
+    return all(claims(capabilities, name) for name in need.split())
 
 
 @pytest.mark.parametrize("need", ASKED)
@@ -132,6 +136,47 @@ async def test_the_hosts_own_network_is_not_given_by_its_path(create: Create) ->
         await create(network="/proc/self/ns/net")
 
 
+async def test_a_network_in_user_mode_is_refused_where_it_is_not_claimed(
+    engine: Engine, create: Create, capabilities: Capabilities, backend: Candidate
+) -> None:
+    if _claims(capabilities, "networks:user"):
+        pytest.skip("it is claimed")
+    with pytest.raises(UnsupportedError) as caught:
+        await create(network="user")
+    assert caught.value.backend == backend.name
+    assert await engine.list() == []
+
+
+@pytest.mark.needs("networks:user", "processes")
+async def test_a_network_in_user_mode_reaches_out_and_not_the_hosts_loopback(create: Create) -> None:
+    address = _own_address()
+    if not address or shutil.which("bash", path="/usr/bin:/bin") is None:
+        pytest.skip("this host has no way out itself, or no bash to try it with")
+    with socket.create_server((address, 0)) as outer, socket.create_server(("127.0.0.1", 0)) as loopback:
+        async with create(network="user") as sandbox:
+            ask = "exec 3<>/dev/tcp/{}/{}"
+            ports = outer.getsockname()[1], loopback.getsockname()[1]
+            assert (await sandbox.run(["bash", "-c", ask.format(address, ports[0])])).exit_code == 0
+            for place in ("127.0.0.1", "localhost"):
+                assert (await sandbox.run(["bash", "-c", ask.format(place, ports[1])])).exit_code != 0
+            assert "nameserver" in (await sandbox.run(["cat", "/etc/resolv.conf"])).text
+            assert (await sandbox.status()).warnings == ()
+        loopback.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            loopback.accept()
+
+
+def _own_address() -> str:
+    """The address by which this host goes out; empty when it does not. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            asking.connect(("192.0.2.1", 9))
+        except OSError:
+            return ""
+        return str(asking.getsockname()[0])
+
+
+@pytest.mark.needs("limits:memory")
 async def test_updates_are_done_or_refused(create: Create, capabilities: Capabilities) -> None:
     async with create(resources=Resources(memory="64M", disk="16M")) as sandbox:
         if capabilities.update:

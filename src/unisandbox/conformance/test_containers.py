@@ -117,6 +117,7 @@ async def test_deadly_signals_are_exact(sandbox: Sandbox, rootfs: str) -> None:
     assert await add("python3", "-c", "import os; os.abort()") == (134, signal.SIGABRT, "signaled")
 
 
+@pytest.mark.needs("limits:memory")
 async def test_memory_of_its_own_is_limited_and_told(create: Create, rootfs: str, programs: Programs) -> None:
     async with create(resources=Resources(memory="512M")) as sandbox:
         greedy = await sandbox.containers.add(rootfs=rootfs, argv=programs.eats(), resources=Resources(memory="64M"))
@@ -231,20 +232,23 @@ async def test_its_directory_is_the_sandboxs_unless_it_has_one(create: Create, r
 
 
 @of_processes
-async def test_environment_directory_and_user_are_its_own(sandbox: Sandbox, rootfs: str) -> None:
+async def test_environment_directory_and_user_are_its_own(
+    sandbox: Sandbox, capabilities: Capabilities, rootfs: str
+) -> None:
+    uid, gid = ("1000", "1001") if capabilities.users else ("0", "0")
     c = await sandbox.containers.add(
         rootfs=rootfs,
         argv=["sh", "-c", "echo $WORD; pwd; id -u; id -g"],
         env={"WORD": "x"},
         cwd="/tmp",
-        user="1000:1001",
+        user=f"{uid}:{gid}",
     )
     assert (await c.wait()).code == 0
 
-    assert (await c.logs()).decode().split() == ["x", "/tmp", "1000", "1001"]
+    assert (await c.logs()).decode().split() == ["x", "/tmp", uid, gid]
 
 
-@pytest.mark.needs("rootfs:dir", "host_mounts")
+@pytest.mark.needs("rootfs:dir", "writable_dirs", "host_mounts")
 async def test_a_root_of_its_own(
     sandbox: Sandbox, programs: Programs, capabilities: Capabilities, rootfs: str, tmp_path: Path
 ) -> None:

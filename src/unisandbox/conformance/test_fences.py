@@ -152,19 +152,24 @@ async def test_a_handle_of_an_older_generation_is_refused(hosts: Hosts, state: P
         async with Engine.attach(state) as attached:
             handle = await attached.get("w")
             assert (await handle.run(programs.nothing())).exit_code == 0
+            [known] = await handle.containers.list()
+            container = await handle.containers.get(known.name)
             owner.kill()
             async with Engine.open(state) as engine:
                 assert [found.action for found in engine.recovery.sandboxes] == ["adopted"]
                 running = await (await engine.get("w")).exec(programs.sleeps(60))
-                changes: list[Callable[[], Awaitable[object]]] = [
+                calls: list[Callable[[], Awaitable[object]]] = [
                     lambda: handle.run(programs.nothing()),
+                    handle.status,
+                    container.status,
+                    container.kill,
                     handle.stop,
                     handle.kill,
                     handle.remove,
                 ]
-                for change in changes:
+                for call in calls:
                     with pytest.raises(FailedPreconditionError, match="generation"):
-                        await change()
+                        await call()
                 with anyio.move_on_after(0.2) as scope:  # that nothing comes cannot be waited for
                     await running.wait()
                 assert scope.cancelled_caught, "what the new owner runs was ended by the former one's handle"

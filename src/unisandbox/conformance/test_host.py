@@ -170,7 +170,7 @@ def test_a_notebooks_loop_goes_on_between_cells_and_has_nothing_to_do_there(
 _PROGRAM = """
     import os, signal, subprocess, sys
     import anyio
-    from unisandbox import Engine, Sandbox, Security
+    from unisandbox import Engine, Resources, Sandbox, Security
 
     async def main():
         async with Sandbox.create({options}) as sb:
@@ -229,12 +229,12 @@ def test_however_the_host_process_ends_nothing_is_left(
         "kill": "os.kill(os.getpid(), 9)",
         "exception": "raise SystemExit(5)",
         # The child keeps every descriptor open, the engine's too, when its parent is killed.
-        "exit in a fork": "os.fork() or os.execlp('sleep', 'sleep', '5')\n            os.kill(os.getpid(), 9)",
+        "exit in a fork": "os.fork() or os.execlp('sleep', 'sleep', '1')\n            os.kill(os.getpid(), 9)",
     }
     source = f"""
         import os, sys
         import anyio
-        from unisandbox import Engine, Security
+        from unisandbox import Engine, Resources, Security
 
         async def main():
             engine = await Engine.open()

@@ -52,16 +52,19 @@ async def _answers_beside(create: Create, programs: Programs, bad_program: list[
 
 
 @pytest.mark.parametrize("what", BAD)
+@pytest.mark.needs("limits:memory", "limits:pids", "limits:cpu")
 async def test_another_sandbox_answers_beside(create: Create, programs: Programs, what: Bad) -> None:
     await _answers_beside(create, programs, programs.bad(what))
 
 
 @pytest.mark.needs("processes")
 @pytest.mark.parametrize("what", BAD_PROCESSES)
+@pytest.mark.needs("limits:memory", "limits:pids", "limits:cpu")
 async def test_another_sandbox_answers_beside_bad_processes(create: Create, programs: Programs, what: str) -> None:
     await _answers_beside(create, programs, ["sh", "-c", f"echo started; {BAD_PROCESSES[what]}"])
 
 
+@pytest.mark.needs("limits:memory")
 async def test_a_sandbox_that_eats_its_memory_ends_alone(create: Create, programs: Programs) -> None:
     async with create() as other, create(resources=Resources(memory="64M")) as bad:
         async with other.exec(programs.copies(), stdin="pipe") as talk:
@@ -71,6 +74,7 @@ async def test_a_sandbox_that_eats_its_memory_ends_alone(create: Create, program
             assert await talk.stdout.receive() == b"alive\n"
 
 
+@pytest.mark.needs("limits:memory", "limits:pids", "limits:cpu")
 async def test_many_start_while_one_is_bad(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="64M", pids=32, cpu=0.5)) as bad:
         await bad.exec(programs.worst())
@@ -117,6 +121,7 @@ async def test_a_process_may_kill_everybody_it_sees(sandbox: Sandbox) -> None:
 
 
 @pytest.mark.needs("processes")
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_the_limits_of_one_are_not_used_up_by_another(create: Create) -> None:
     async with create(resources=Resources(pids=16)) as one, create(resources=Resources(pids=16)) as two:
         await one.exec(["sh", "-c", "for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16; do sleep 60 & done; wait"])

@@ -20,6 +20,7 @@ MIB = 1 << 20
 of_processes: pytest.MarkDecorator = pytest.mark.needs("processes")
 
 
+@pytest.mark.needs("limits:memory")
 async def test_memory_is_limited(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="96M")) as sandbox:
         assert (await sandbox.run(programs.fits(32 * MIB))).text == "fits\n"
@@ -32,6 +33,7 @@ async def test_memory_is_limited(create: Create, programs: Programs) -> None:
         assert 0 < (metrics.memory_bytes or 0) <= 96 * MIB
 
 
+@pytest.mark.needs("limits:memory")
 async def test_memory_is_limited_for_all_together(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="96M")) as sandbox:
         # Each alone would fit.
@@ -49,6 +51,7 @@ async def test_memory_is_limited_for_all_together(create: Create, programs: Prog
 
 
 @of_processes
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_processes_are_limited(create: Create) -> None:
     script = (
         "import os, time\nn = 0\ntry:\n while n < 100:\n"
@@ -64,6 +67,7 @@ async def test_processes_are_limited(create: Create) -> None:
         assert (await sandbox.metrics()).pids_limit == 20
 
 
+@pytest.mark.needs("limits:cpu")
 async def test_processor_time_is_limited(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(cpu=0.25)) as sandbox:
         told = (await sandbox.run(programs.works(2), timeout=60)).text
@@ -76,6 +80,7 @@ async def test_processor_time_is_limited(create: Create, programs: Programs) -> 
     assert used < 1.2
 
 
+@pytest.mark.needs("limits:memory")
 async def test_the_disk_is_limited(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="256M", disk="8M")) as sandbox:
         for place in ("/tmp", "/run", "/home"):
@@ -86,6 +91,7 @@ async def test_the_disk_is_limited(create: Create, programs: Programs) -> None:
         assert metrics.disk_limit_bytes in {None, 8 * MIB}
 
 
+@pytest.mark.needs("limits:memory", "large_disks")
 async def test_a_disk_larger_than_memory_allows_is_on_disk(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="64M", disk="256M")) as sandbox:
         done = await sandbox.run(programs.fills("/tmp/fill", 128 * MIB, keep=True), timeout=100)
@@ -94,6 +100,7 @@ async def test_a_disk_larger_than_memory_allows_is_on_disk(create: Create, progr
         assert b"No space left" in done.stderr
 
 
+@pytest.mark.needs("limits:memory")
 async def test_the_number_of_files_is_limited(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="64M", disk="8M")) as sandbox:
         number, error = (await sandbox.run(programs.makes_files("/tmp", 100_000), timeout=100)).text.split()
@@ -101,7 +108,8 @@ async def test_the_number_of_files_is_limited(create: Create, programs: Programs
 
 
 @of_processes
-async def test_open_files_and_core_dumps_are_limited(create: Create) -> None:
+@pytest.mark.needs("limits:memory", "limits:pids")
+async def test_open_files_and_core_dumps_are_limited(create: Create, capabilities: Capabilities) -> None:
     async with create(resources=Resources(nofile=123, core=0)) as sandbox:
         assert (await sandbox.sh("ulimit -n; ulimit -Hn; ulimit -c; ulimit -Hc")).text.split() == [
             "123",
@@ -109,12 +117,13 @@ async def test_open_files_and_core_dumps_are_limited(create: Create) -> None:
             "0",
             "0",
         ]
-        for user in (None, "1000"):
+        for user in (None, *["1000"] * capabilities.users):
             with pytest.raises(Exception, match=r"."):
                 await sandbox.sh("ulimit -Hn 124 && exit 0; exit 1", user=user, check=True)
 
 
 @pytest.mark.needs("update")
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_limits_change_while_it_runs(create: Create, programs: Programs, capabilities: Capabilities) -> None:
     async with create(resources=Resources(memory="64M", disk="16M", pids=16)) as sandbox:
         assert (await sandbox.run(programs.fits(128 * MIB), timeout=60)).exit.reason == "oom"
@@ -131,6 +140,7 @@ async def test_limits_change_while_it_runs(create: Create, programs: Programs, c
 
 
 @pytest.mark.needs("update")
+@pytest.mark.needs("limits:memory")
 async def test_a_changed_limit_outlives_a_stop(create: Create, programs: Programs) -> None:
     async with create(resources=Resources(memory="64M", disk="16M")) as sandbox:
         await sandbox.update(Resources(memory="256M", disk="16M"))
@@ -146,6 +156,7 @@ async def test_unlimited_means_no_limit(create: Create, programs: Programs) -> N
         assert (await sandbox.run(programs.fits(64 * MIB))).text == "fits\n"
 
 
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_there_are_limits_by_default(sandbox: Sandbox, programs: Programs, capabilities: Capabilities) -> None:
     await sandbox.run(programs.nothing())
     metrics = await sandbox.metrics()

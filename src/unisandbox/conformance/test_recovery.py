@@ -47,7 +47,7 @@ def crowd(capabilities: Capabilities, programs: Programs) -> str:
     """Three sandboxes that will not end by themselves: what a host process does."""
     return f"""
         for number in range(3):
-            sandbox = await create(name=f"s{{number}}", resources=Resources(memory="64M"))
+            sandbox = await create(name=f"s{{number}}")
             process = await sandbox.exec({programs.stubborn()})
             await sandbox.files.write("/tmp/a", b"a") if {capabilities.files} else None
             tell(pid=pid(process))
@@ -101,6 +101,7 @@ async def test_what_ended_by_itself_while_nobody_was_there_is_told_exactly(
 
 @of_processes
 @survives
+@pytest.mark.needs("limits:memory")
 async def test_what_ended_while_nobody_was_there_is_told_exactly(hosts: Hosts, state: Path) -> None:
     """The code, the signal, the memory that ran out: with the time of the end and all that was written before it."""
     told, dead = hosts.leave(
@@ -145,6 +146,7 @@ async def whole(process: Process) -> tuple[bytes, Exit]:
 
 
 @survives
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_what_runs_is_adopted_and_goes_on(
     hosts: Hosts, state: Path, capabilities: Capabilities, programs: Programs
 ) -> None:
@@ -444,6 +446,7 @@ def _content(path: str) -> bytes:
 
 
 @survives
+@pytest.mark.needs("limits:memory", "limits:pids")
 async def test_times_and_limits_are_those_of_the_record_for_everybody(
     state: Path, capabilities: Capabilities, backend: selection.Candidate, rootfs: str, programs: Programs
 ) -> None:

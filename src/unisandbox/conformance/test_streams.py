@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import array
+import gc
 import hashlib
+import os
 import signal
 from collections.abc import Callable
+from typing import Any
 
 import anyio
 import pytest
@@ -61,6 +65,45 @@ async def test_input_arrives_whole_and_ends(sandbox: Sandbox, programs: Programs
     done = await sandbox.run(programs.digest(), input=data)
 
     assert done.text.split()[0] == hashlib.sha256(data).hexdigest()
+
+
+async def test_items_larger_than_a_byte_arrive_whole(sandbox: Sandbox, programs: Programs) -> None:
+    data = memoryview(array.array("i", range(100_000)))
+    given: Any
+    for given in (data, data[::2]):
+        done = await sandbox.run(programs.digest(), input=given)
+        assert done.text.split()[0] == hashlib.sha256(given.tobytes()).hexdigest()
+        await sandbox.files.write("/tmp/items", given)
+        assert await sandbox.files.read("/tmp/items") == given.tobytes()
+        async with sandbox.exec(programs.digest(), stdin="pipe") as process:
+            await process.stdin.send(given)
+            await process.stdin.aclose()
+            assert (await line(process)).decode().split()[0] == hashlib.sha256(given.tobytes()).hexdigest()
+
+
+async def test_a_second_sender_is_refused_before_its_first_byte(sandbox: Sandbox, programs: Programs) -> None:
+    sent = [bytes([65 + number]) * MIB for number in range(3)]
+    refused: list[bytes] = []
+
+    async with sandbox.exec(programs.copies(), stdin="pipe") as process:
+
+        async def send(data: bytes) -> None:
+            try:
+                await process.stdin.send(data)
+            except anyio.BusyResourceError:
+                refused.append(data)
+
+        async with anyio.create_task_group() as group:
+            for data in sent:
+                group.start_soon(send, data)
+            got = b""
+            while len(got) < MIB:
+                got += await process.stdout.receive()
+        await process.stdin.aclose()
+        got += b"".join([output.data async for output in process])
+
+    assert len(refused) == 2
+    assert [got] == [data for data in sent if data not in refused]
 
 
 async def test_without_input_there_is_nothing_to_read(sandbox: Sandbox, programs: Programs) -> None:
@@ -166,6 +209,130 @@ async def test_output_stays_readable_after_the_end(sandbox: Sandbox, programs: P
     async with sandbox.exec(programs.echo("late")) as process:
         await process.wait()
         assert await process.stdout.receive() == b"late\n"
+
+
+def descriptors() -> int:
+    """How many this process has open, but for those that only garbage has."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_a_process_that_was_waited_for_and_dropped_has_nothing_open(sandbox: Sandbox, programs: Programs) -> None:
+    async def use() -> None:
+        process = await sandbox.exec(programs.echo("unread"), stdin="pipe")
+        await process.wait()
+
+    await use()
+    before = descriptors()
+    for _ in range(5):
+        await use()
+
+    assert descriptors() == before
+
+
+async def test_a_stream_that_was_read_to_its_end_has_nothing_open_and_stays_ended(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    await sandbox.run(programs.nothing())
+    before = descriptors()
+    process = await sandbox.exec(programs.says(("stdout", "a\n"), ("stderr", "b\n")))
+    assert sorted([output.data async for output in process]) == [b"a\n", b"b\n"]
+    end = await process.wait()
+
+    assert descriptors() == before
+    assert end.code == 0
+    assert [output async for output in process] == []
+    for stream in (process.stdout, process.stderr):
+        for _ in range(2):
+            with pytest.raises(anyio.EndOfStream):
+                await stream.receive()
+        await stream.aclose()
+        with pytest.raises(anyio.ClosedResourceError):
+            await stream.receive()
+    await process.aclose()
+
+
+async def test_two_who_read_one_stream_are_both_told_of_its_end(sandbox: Sandbox, programs: Programs) -> None:
+    process = await sandbox.exec(programs.copies(), stdin="pipe")
+    told: list[str] = []
+
+    async def read() -> None:
+        with pytest.raises(anyio.EndOfStream):
+            await process.stdout.receive()
+        told.append("receive")
+
+    async def iterate() -> None:
+        assert [output async for output in process] == []
+        told.append("iterate")
+
+    with anyio.fail_after(20):
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            group.start_soon(iterate)
+            await anyio.wait_all_tasks_blocked()
+            await process.stdin.aclose()
+    await process.wait()
+
+    assert sorted(told) == ["iterate", "receive"]
+
+
+async def test_a_stream_outlives_the_handle_that_it_is_of(sandbox: Sandbox, programs: Programs) -> None:
+    process = await sandbox.exec(programs.echo("late"))
+    await process.wait()
+    stdout = process.stdout
+    del process
+    gc.collect()
+
+    assert await stdout.receive() == b"late\n"
+    with pytest.raises(anyio.EndOfStream):
+        await stdout.receive()
+
+
+async def test_a_process_that_nobody_has_waited_for_is_found_again_with_its_streams(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    process = await sandbox.exec(programs.asks(7, before="before", after="after"), stdin="pipe")
+    assert await line(process) == b"before\n"
+    del process
+    gc.collect()
+
+    (found,) = await sandbox.processes()
+    await found.stdin.send(b"go\n")
+    assert b"".join([output.data async for output in found]) == b"after go\n"
+    (found,) = await sandbox.processes()
+    assert (await found.wait()).code == 7
+    assert await sandbox.processes() == []
+
+
+@pytest.mark.needs("processes")
+async def test_what_a_dropped_process_has_left_behind_may_go_on_writing(sandbox: Sandbox) -> None:
+    script = "(while [ ! -e /tmp/go ]; do sleep 0.01; done; echo more; echo $? > /tmp/code) &"
+
+    async def leave() -> None:
+        process = await sandbox.exec(["sh", "-c", script])
+        assert (await process.wait()).code == 0
+
+    await sandbox.run(["true"])
+    # What an engine opens once, at the first use of files, is there before the count.
+    await sandbox.files.exists("/tmp/go")
+    before = descriptors()
+    await leave()
+    gc.collect()
+    await sandbox.files.write("/tmp/go", b"")
+
+    await until(lambda: sandbox.files.exists("/tmp/code"), "the background writer ends")
+
+    async def written() -> bool:
+        return await sandbox.files.read("/tmp/code") == b"0\n"
+
+    await until(written, "its code is 0")
+
+    # And when it has ended the next start lets go of its streams, too.
+    async def freed() -> bool:
+        await (await sandbox.exec(["true"])).wait()
+        return descriptors() == before
+
+    await until(freed, "its streams are closed")
 
 
 async def test_a_closed_output_ends_the_writer(sandbox: Sandbox, programs: Programs) -> None:

@@ -41,7 +41,7 @@ async def choose(registry: Registry, spec: SandboxSpec) -> tuple[Backend, Choice
     """
     if spec.isolation != "auto":
         backend = registry.get(spec.isolation)
-        probe = await backend.probe()
+        probe = await _probe(spec.isolation, backend)
         if not probe.available:
             raise _unavailable(f"isolation {spec.isolation!r} cannot run on this host", [probe])
         return backend, Choice(backend.name, f"it was asked for by name; {probe.reason}", (probe,))
@@ -106,8 +106,24 @@ async def probe_all(registry: Registry, *, deep: bool = False) -> list[Probe]:
         except SandboxError as error:
             probes.append(Probe(backend=name, available=False, reason=error.message, hint=error.hint))
             continue
-        probes.append(await backend.probe(deep=deep))
+        probes.append(await _probe(name, backend, deep=deep))
     return probes
+
+
+async def _probe(name: str, backend: Backend, *, deep: bool = False) -> Probe:
+    try:
+        return await backend.probe(deep=deep)
+    except Exception as error:  # whatever is wrong with this one, a stranger's perhaps, the others can be had
+        import logging  # a tenth of what importing the engine takes, and for this only
+
+        logging.getLogger("unisandbox.engine").debug("the probe of backend %s failed", name, exc_info=True)
+        return Probe(
+            name,
+            available=False,
+            reason=f"its probe failed: {type(error).__name__}: {error}",
+            hint="That is a bug of this backend: tell those who make it.",
+            deep=deep,
+        )
 
 
 def _has_rootfs(registry: Registry, name: str, kind: str) -> bool:

@@ -41,6 +41,8 @@ class Cleaning:
                 await self._attempt(action, seconds, shield=False)
             except SandboxError:
                 continue  # its own caller was told what matters; see `_attempt`
+            except OSError:
+                continue  # no file descriptor is left, say: it stays for another time
 
     async def _attempt(self, action: Action, seconds: float, *, shield: bool) -> bool:
         with anyio.move_on_after(seconds, shield=shield) as scope:

@@ -27,7 +27,11 @@ async def close(core: EngineCore) -> None:
 
     The owner with policy "stop" removes every sandbox, ends the keeper and leaves nothing. With "keep", and for one
     that has attached, the sandboxes live on; the keeper ends when there is none.
+
+    Raises:
+        FailedPreconditionError: it is used in the event loop of another thread.
     """
+    core.loop.check()
     try:
         core.closing.acquire_nowait()  # no checkpoint: one who was cancelled closes, too
     except anyio.WouldBlock:
@@ -51,7 +55,8 @@ async def _end(core: EngineCore) -> None:
                 await stack.enter_async_context(core.regaining.alone())
             await _end_all(core, errors)
     except UnavailableError:
-        # The keeper is dead; its mounts, pins and runtimes went with it. Or all is another engine's by now.
+        # The keeper is dead; its mounts, pins and runtimes went with it. Or all is another engine's by now. Or the
+        # directory is not there: the keeper knows what it has.
         errors = []
     finally:
         core.closed = True
@@ -72,6 +77,7 @@ async def _end_all(core: EngineCore, errors: list[SandboxError]) -> None:
         report = await core.host.keeper.close(run_guards=True)
     if not set(report.failed) - _MAY_FAIL:
         errors.clear()
+        core.forget_others()
 
 
 async def _detach(core: EngineCore) -> None:
@@ -96,7 +102,9 @@ async def _detach(core: EngineCore) -> None:
                     if not core.records.ids():
                         ended = await core.host.keeper.retire()
     except UnavailableError:
-        pass  # it is dead already; the next one to open the directory cleans up
+        # It is dead already; the next one to open the directory cleans up. Or that was moved: whoever opens it where it
+        # is now goes on.
+        pass
     finally:
         core.closed = True
         core.events.close()
@@ -109,6 +117,8 @@ async def _detach(core: EngineCore) -> None:
 def _let_go(core: EngineCore) -> None:
     """Close what this process holds. The connection first: what is closed after it is not closed for others."""
     core.host.keeper.abandon()
+    if core.clerk is not None:
+        core.clerk.close()
     core.close_streams()
     for sandboxer in core.sandboxers.values():
         sandboxer.abandon()
@@ -127,7 +137,6 @@ def abandon(core: EngineCore) -> None:
     for entry in core.entries():
         with contextlib.suppress(SandboxError, OSError):  # the keeper's guards kill what this could not
             entry.kill_now()
-    core.close_streams()
     _sweep(core)
 
 
@@ -136,8 +145,11 @@ def _sweep(core: EngineCore) -> None:
 
     But for what another engine on the directory has made since: the cgroup, and all names, are its own then.
     """
+    core.close_streams()
     for sandboxer in core.sandboxers.values():
         sandboxer.abandon()
+    if core.clerk is not None:
+        core.clerk.close()
     core.host.keeper.abandon(wait=CLEANING_SECONDS)
     with contextlib.suppress(UnavailableError):
         regained = core.regaining.try_now() if core.host.shared else None

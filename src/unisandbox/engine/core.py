@@ -6,13 +6,16 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, NamedTuple
 
 import anyio
 import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
+    Capabilities,
     FailedPreconditionError,
+    InvalidArgumentError,
     NotFoundError,
     Probe,
     RecoveryReport,
@@ -30,13 +33,32 @@ from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
 from unisandbox.engine.held import OpenStreams
 from unisandbox.engine.locks import locked
+from unisandbox.engine.loops import OwnLoop
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
 from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
-from unisandbox.engine.state import SANDBOXES, StateDirectory
+from unisandbox.engine.state import StateDirectory
+from unisandbox.engine.state_files import SANDBOXES
 from unisandbox.host.keeper.records import Policy
 from unisandbox.host.services import Host
+
+if TYPE_CHECKING:
+    from unisandbox.engine.clerk import Clerk
+
+
+class Left(NamedTuple):
+    """A sandbox that is written down and cannot be had in this engine.
+
+    Attributes:
+        record: of it.
+        why: it cannot; "" when it was only to be reported.
+        hint: what to do.
+    """
+
+    record: Record
+    why: str = ""
+    hint: str = ""
 
 
 class EngineCore:
@@ -50,10 +72,12 @@ class EngineCore:
         recovery: what was found of a former engine.
         closed: it has been closed, or is being closed.
         gone: nothing of it is left here.
-        left: records that were found and are not to be touched (`on_recover="report"`), by id.
+        left: what was found and is not to be touched (`on_recover="report"`), or could not be recovered, by id.
         regaining: how to have the state directory when the keeper is dead.
         sandboxers: those that were needed so far, by name of the backend.
+        clerk: who works with files that belong to others than this process's user; None: this process may itself.
         closing: had by whoever closes it.
+        loop: the event loop that it is used in.
         removes_own: what was made here is to be removed at the end, also where the keeper is to go on.
     """
 
@@ -65,15 +89,25 @@ class EngineCore:
         self.recovery: RecoveryReport = RecoveryReport("attached")
         self.closed: bool = False
         self.gone: bool = False
-        self.records: RecordStore = RecordStore(os.path.join(host.state_dir, SANDBOXES), durable=state.durable)
+        self.records: RecordStore = RecordStore(
+            os.path.join(host.state_dir, SANDBOXES), durable=state.durable, place=host.keeper.directory
+        )
         self.operations: OperationLog = OperationLog(os.path.join(host.state_dir, "operations"), durable=state.durable)
         self.boot_id: str = boot_id()
-        self.left: dict[str, Record] = {}
+        self.left: dict[str, Left] = {}
+        # What others have made and only they can use: its backend is missing here.
+        self._others: dict[str, Left] = {}
         self.directory: StateDirectory = state
         self.regaining: Regaining = Regaining(self, state)
         self.sandboxers: dict[str, Sandboxer] = {}
         self._opening: dict[str, anyio.Lock] = {}
+        self.clerk: Clerk | None = None
+        if host.keeper.ids is not None:
+            from unisandbox.engine.clerk import Clerk  # root needs none
+
+            self.clerk = Clerk(host.keeper)
         self.closing: anyio.Lock = anyio.Lock()
+        self.loop: OwnLoop = OwnLoop()
         self.removes_own: bool = False
         self._registry = registry
         # By isolation and kind of root file system, which is what "auto" looks at.
@@ -86,13 +120,22 @@ class EngineCore:
         """Which backend a sandbox would get, and why; nothing is created."""
         return (await choose(self._registry, spec))[1]
 
+    def capabilities(self, isolation: str) -> Capabilities:
+        """What the backend of this name can do where it runs.
+
+        Raises:
+            InvalidArgumentError: there is none.
+            UnavailableError: it is installed but cannot be loaded, e.g. its extra is missing.
+        """
+        return self._registry.get(isolation).capabilities
+
     async def prefetch(self, spec: SandboxSpec, program: str) -> None:
         """Do what the first start of a program in such a sandbox would have to do.
 
         Raises:
             UnsupportedError: there is nothing that its backend could do ahead of time.
         """
-        self._check_open()
+        self.check_open()
         backend, _ = await choose(self._registry, spec)
         check_supported(backend, spec, self.policy)
         sandboxer = await self.sandboxer(backend.name)
@@ -120,7 +163,8 @@ class EngineCore:
             NotFoundError: what the operation created was removed meanwhile.
             UnsupportedError, UnavailableError: it cannot be had; nothing was done.
         """
-        self._check_open()
+        self.check_open()
+        self.records.check_place()
         identity = check_id(sandbox_id) if sandbox_id is not None else os.urandom(16).hex()
         if operation_id:
             known = await self._begun(operation_id, spec)
@@ -182,7 +226,7 @@ class EngineCore:
         )
         async with contextlib.AsyncExitStack() as stack:
             async with self._naming({identity, *filter(None, [spec.name])} if is_given or spec.name else set()):
-                self._check_open()
+                self.check_open()
                 self._check_free(identity, spec)
                 # The lock before the record: whoever finds that and gets the lock knows that nobody makes it any more.
                 entry = self._entries[identity] = Entry(self, record, spec, sandboxer)
@@ -202,16 +246,20 @@ class EngineCore:
         """The sandbox with that id or name.
 
         Raises:
+            InvalidArgumentError: it is no text: None is not the name of a sandbox that has none.
             NotFoundError: there is none.
-            FailedPreconditionError: it was left by a former engine and not adopted.
+            FailedPreconditionError: it was left by a former engine and not adopted, or its backend is missing here.
         """
-        self._check_open()
+        self.check_open()
+        _check_ref(ref)
         await self.refresh()
         for entry in self._entries.values():
-            if ref in {entry.sandbox_id, entry.spec.name}:
+            if ref in {entry.sandbox_id, entry.spec.name or entry.sandbox_id}:
                 return entry
-        for record in self.left.values():
-            if ref in {record.sandbox_id, record.name}:
+        for record, why, hint in self._not_ours():
+            if ref in {record.sandbox_id, record.name or record.sandbox_id}:
+                if why:
+                    raise FailedPreconditionError(f"sandbox {ref!r} cannot be used here: {why}", hint=hint)
                 raise FailedPreconditionError(
                     f"sandbox {ref!r} was left by a former engine and not taken over",
                     hint="Open the engine with on_recover='adopt' or 'stop'.",
@@ -226,6 +274,7 @@ class EngineCore:
         Raises:
             NotFoundError: there is none, and this operation has removed none.
         """
+        _check_ref(ref)
         if not operation_id:
             await (await self.get(ref)).remove()
             return
@@ -246,12 +295,16 @@ class EngineCore:
         """Every sandbox that is known here and not removed, the oldest first."""
         return sorted(self._entries.values(), key=lambda entry: entry.record.created_at)
 
+    def _not_ours(self) -> list[Left]:
+        return [*self.left.values(), *self._others.values()]
+
     async def refresh(self) -> None:
         """Learn which sandboxes other processes have made and removed.
 
         Raises:
             UnavailableError: the keeper is dead: what is written down may be another engine's by now.
         """
+        self.loop.check()
         if not self.host.shared or self.closed:
             return
         if not self.regaining.is_ours:
@@ -263,13 +316,19 @@ class EngineCore:
             # Taken over by another owner: from here on it is to be had in its new generation.
             if self.records.changed(entry.sandbox_id) and entry.sharing.is_of_other_generation:
                 self.drop(entry)
+        for sandbox_id in self.left.keys() - ids:
+            del self.left[sandbox_id]
+        others: dict[str, Left] = {}
         for sandbox_id in ids - set(self._entries) - set(self.left):
+            record = None
             try:
                 record = self.records.read(sandbox_id)
                 if record is not None and record.phase != "removing":
                     await self.take_in(record)
-            except SandboxError:
-                continue  # damaged, or of a backend that is missing here: for the next owner to tell
+            except SandboxError as error:
+                if record is not None:  # otherwise it is damaged, which an opening or attaching tells
+                    others[sandbox_id] = Left(record, error.message, error.hint)
+        self._others = others
         # After that: also one that nobody here has known may have expired, and its record is to be removed.
         for entry in self.entries():
             if entry.expired or entry in gone:
@@ -288,6 +347,12 @@ class EngineCore:
             self.records.remove(entry.sandbox_id)
         self.drop(entry)
 
+    def forget_others(self) -> None:
+        """What only others could use is gone, with the keeper: nothing is left that its records speak of."""
+        for sandbox_id in self._others:
+            with contextlib.suppress(SandboxError):  # the next owner tells of it
+                self.records.remove(sandbox_id)
+
     def knows(self, entry: Entry) -> bool:
         """Whether this is the sandbox's entry: a former one is fenced off."""
         return self._entries.get(entry.sandbox_id) is entry
@@ -296,7 +361,7 @@ class EngineCore:
         """Know a sandbox no more. What is open of it stays so: it may have been taken over."""
         if self.knows(entry):
             del self._entries[entry.sandbox_id]
-            if not entry.streams.closing:
+            if entry.streams.idle:
                 self._streams.pop(entry.sandbox_id, None)
 
     def streams_of(self, sandbox_id: str) -> OpenStreams:
@@ -337,12 +402,22 @@ class EngineCore:
         """The sandboxer of the backend of this name.
 
         Raises:
+            FailedPreconditionError: the engine was closed meanwhile.
             InvalidArgumentError, UnavailableError: there is none, or it cannot be had here.
         """
         if name not in self.sandboxers:
             async with self._opening.setdefault(name, anyio.Lock()):
                 if name not in self.sandboxers:
-                    self.sandboxers[name] = await self._registry.get(name).open(self.host)
+                    self.check_open()
+                    try:
+                        sandboxer = await self._registry.get(name).open(self.host)
+                    except SandboxError:
+                        self.check_open()  # what it needs is gone with the engine
+                        raise
+                    if self.closed:  # whoever closes it abandons those that he finds, and may have done so
+                        sandboxer.abandon()
+                        self.check_open()
+                    self.sandboxers[name] = sandboxer
         return self.sandboxers[name]
 
     @contextlib.asynccontextmanager
@@ -366,14 +441,16 @@ class EngineCore:
         wanted = {identity, spec.name} - {None}
         return [entry for entry in self.entries() if wanted & {entry.sandbox_id, entry.spec.name}]
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise FailedPreconditionError when the engine is closed, or another event loop's."""
+        self.loop.check()
         if self.closed:
             raise FailedPreconditionError("the engine is closed", hint="Open another one with Engine.open().")
 
     def _check_free(self, identity: str, spec: SandboxSpec) -> None:
         # One whose ttl is over is gone; the next refresh lets go of it.
         taken = [(entry.sandbox_id, entry.spec.name) for entry in self._entries.values() if not entry.expired]
-        taken += [(record.sandbox_id, record.name) for record in self.left.values()]
+        taken += [(left.record.sandbox_id, left.record.name) for left in self._not_ours()]
         for known in taken:
             if identity in known:
                 raise AlreadyExistsError(f"a sandbox with the id or name {identity!r} exists already")
@@ -382,3 +459,8 @@ class EngineCore:
                     f"a sandbox with the name {spec.name!r} exists already",
                     hint="Take another name, or remove the other sandbox first.",
                 )
+
+
+def _check_ref(ref: object) -> None:
+    if not isinstance(ref, str):
+        raise InvalidArgumentError(f"a sandbox is named by its id or name, got {ref!r}", hint="Give its id.")

@@ -2,7 +2,7 @@
 
 What is written goes to a temporary file beside it (`NAME.RANDOM.tmp`), which is renamed or linked to its name. Power
 may fail too: where `durable` is asked for, the file is on the disk before it has its name, and the name before the call
-returns. Source: rename(2), link(2), fsync(2).
+returns. How such a file is read: `host.small_files`. Source: rename(2), link(2), fsync(2).
 """
 
 from __future__ import annotations
@@ -18,16 +18,6 @@ from unisandbox.host.boundary import reached
 TEMPORARY: Final = ".tmp"
 """How the names of temporary files end; what a killed writer has left is recognised by it."""
 
-_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-
-
-class NotARegularFileError(Exception):
-    """Something else is in the place of the file: a directory, a link, a device."""
-
-
-class TooLargeError(Exception):
-    """The file is larger than anything that we write."""
-
 
 def checksum(text: str) -> str:
     """By which is seen whether a file is whole: SHA-256, in hex."""
@@ -36,13 +26,23 @@ def checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def replace(path: str, data: bytes, *, durable: bool) -> None:
+def sealed(version: int, name: str, text: str) -> bytes:
+    """One line of JSON with a version, a checksum and `text` (JSON, too) under `name`: it is seen when it changes."""
+    digest = checksum(f"{version}\n{text}")
+    return f'{{"version": {version}, "sha256": "{digest}", "{name}": {text}}}\n'.encode()
+
+
+def replace(path: str, data: bytes, *, durable: bool, at: int = 0) -> None:
     """Make this the content of the file, whether it is there or not. Its directory is made when it is missing.
+
+    Args:
+        path, data, durable: of the file.
+        at: nanoseconds since the epoch, kept as the file's time of change; 0: now.
 
     Raises:
         OSError: the old content is still there, unless it was the disk's word (fsync) that failed at the end.
     """
-    temporary = _written(path, data, durable=durable)
+    temporary = _written(path, data, durable=durable, at=at)
     reached("before file.rename", path)
     try:
         os.rename(temporary, path)
@@ -57,8 +57,7 @@ def create(path: str, data: bytes, *, durable: bool, at: int) -> bool:
     """The same for a file that is not there yet; False when it is. Of two at once one makes it, with all its content.
 
     Args:
-        path, data, durable: as for `replace`.
-        at: nanoseconds since the epoch, kept as the file's time of change.
+        path, data, durable, at: as for `replace`.
     """
     temporary = _written(path, data, durable=durable, at=at)
     reached("before file.link", path)
@@ -82,36 +81,6 @@ def remove(path: str, *, durable: bool) -> None:
         return
     reached("after file.unlink", path)
     _sync(os.path.dirname(path), durable=durable)
-
-
-def read(path: str, limit: int) -> tuple[bytes, tuple[int, int]]:
-    """The whole content, and which file it was (device, inode). Follows no link and waits for nobody.
-
-    Raises:
-        FileNotFoundError: there is none.
-        NotARegularFileError, TooLargeError: what is there is none of ours.
-        OSError: it cannot be read.
-    """
-    try:
-        fd = os.open(path, _READ)
-    except OSError as error:
-        if error.errno in {errno.ELOOP, errno.ENXIO}:  # a link; a socket
-            raise NotARegularFileError from error
-        raise
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise NotARegularFileError
-        chunks: list[bytes] = []
-        left = limit + 1
-        while left and (chunk := os.read(fd, left)):
-            chunks.append(chunk)
-            left -= len(chunk)
-    finally:
-        os.close(fd)
-    if not left:
-        raise TooLargeError
-    return b"".join(chunks), (status.st_dev, status.st_ino)
 
 
 def set_aside(path: str, directory: str, *, of: tuple[int, int] | None, durable: bool) -> str:
@@ -195,9 +164,17 @@ def _discard(path: str) -> None:
 
 def _make_directory(path: str, *, durable: bool) -> None:
     reached("before file.mkdir", path)
-    os.makedirs(path, mode=0o700, exist_ok=True)
+    # This one alone: what is above it was there, and may have been moved.
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path, 0o700)
     reached("after file.mkdir", path)
     _sync(os.path.dirname(path), durable=durable)
+
+
+def sync_entry(path: str) -> None:
+    """Wait until the disk has the name of what is at `path`, in the directory above."""
+    with contextlib.suppress(PermissionError):  # one that may be written and not be read
+        _sync(os.path.dirname(path), durable=True)
 
 
 def _sync(directory: str, *, durable: bool) -> None:

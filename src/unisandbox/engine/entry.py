@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Literal
@@ -19,10 +20,12 @@ from unisandbox.api import (
     NotFoundError,
     Resources,
     Sandboxer,
+    SandboxError,
     SandboxSpec,
     SandboxStatus,
     SupportsGrace,
     TaskService,
+    UnavailableError,
     UnsupportedError,
 )
 from unisandbox.engine import pausing
@@ -36,6 +39,7 @@ from unisandbox.engine.telling import Telling, tell_recovered
 from unisandbox.host.cgroups import ending
 
 if TYPE_CHECKING:
+    from unisandbox.engine.clerk import Clerk
     from unisandbox.engine.core import EngineCore
 
 # A keeper that is killed closes its files first; its end can be seen a moment later. Source: do_exit(), kernel/exit.c.
@@ -90,6 +94,11 @@ class Entry:
         return self.spec.name or self.sandbox_id
 
     @property
+    def clerk(self) -> Clerk | None:
+        """Who works with its files, where this process may not."""
+        return self._core.clerk
+
+    @property
     def engine_open(self) -> bool:
         """Whether the engine still answers."""
         return not self._core.closed
@@ -107,7 +116,7 @@ class Entry:
     @property
     def expired(self) -> bool:
         """Whether its ttl is over: the keeper has ended it."""
-        return self.record.expires_at is not None and self._prefix in self._core.host.keeper.expirations
+        return self.record.expires_at is not None and self._prefix in self._core.host.keeper.expirations.known
 
     @property
     def sandboxer(self) -> Sandboxer:
@@ -124,6 +133,7 @@ class Entry:
     @property
     def last_task(self) -> TaskService:
         """Its task service, also after the end: it still knows how processes ended."""
+        self._core.loop.check()
         if self._task is None:
             raise FailedPreconditionError(f"sandbox {self.label!r} has not been started")
         return self._task
@@ -149,18 +159,33 @@ class Entry:
     def in_our_words(self) -> Iterator[None]:
         """What a sandbox has is reached through the keeper's process and its cgroups: when these die, paths fail first.
 
+        So does the start of a process that ends with them.
+
         Raises:
-            UnavailableError: the keeper has ended.
+            UnavailableError: the keeper has ended, or this process has too many open files.
             NotFoundError: another process has removed it.
-            BackendError: anything else that the operating system refuses.
+            BackendError: anything else that the operating system or the runtime refuses.
         """
         try:
             yield
         except TimeoutError:
             raise  # ours, or the caller's own
+        except BackendError as error:
+            if isinstance(error.__cause__, OSError):
+                self._check_room(error.__cause__)
+            self.check_there()
+            raise
         except OSError as error:
+            self._check_room(error)
             self.check_there()
             raise BackendError(f"sandbox {self.label!r}: {error}") from error
+
+    def _check_room(self, error: OSError) -> None:
+        if error.errno in {errno.EMFILE, errno.ENFILE}:
+            raise UnavailableError(
+                f"sandbox {self.label!r}: {error.strerror}",
+                hint="This process, or this host, has too many open files: close some, or raise the limit (ulimit -n).",
+            ) from error
 
     def check_there(self) -> None:
         """After a path of it was not there.
@@ -175,7 +200,8 @@ class Entry:
             self._core.check_keeper()
 
     def check_alive(self) -> None:
-        """Raise FailedPreconditionError when the engine is closed, NotFoundError when the sandbox is gone."""
+        """Raise FailedPreconditionError when the engine is closed or another loop's, NotFoundError when it is gone."""
+        self._core.loop.check()
         if self._core.closed:
             raise FailedPreconditionError(f"the engine of sandbox {self.label!r} is closed")
         if self.removed or self.expired:
@@ -253,7 +279,11 @@ class Entry:
         self.telling.emit("sandbox.started")
 
     async def stop(self, grace: float) -> None:
-        """End every process; the files stay. Repeating is harmless."""
+        """End every process; the files stay. Repeating is harmless.
+
+        Raises:
+            BackendError: all has ended, and that cannot be written down (a full disk): to others it is still ready.
+        """
         if self.ended_with_engine():
             return
         if grace > 0 and self._core.host.shared and isinstance(self._sandboxer, SupportsGrace):
@@ -272,14 +302,16 @@ class Entry:
             # Whatever comes now, what runs is not to be used any more.
             self.programs.main_made = False
             self.state = "stopped"
+            unwritten: SandboxError | None = None
 
             async def finish() -> None:
+                nonlocal unwritten
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
                 await self.telling.containers_exited(containers)
                 await self.programs.finish_operations()
                 if MAIN in containers:
                     await self.programs.forget_main()
-                self._note("stopped")
+                unwritten = self._note("stopped")
 
             try:
                 await self._sandboxer.stop(self.sandbox_id, grace=grace)
@@ -287,13 +319,16 @@ class Entry:
                 # Cut while it waited for the grace period: then at once, and whole.
                 await self.cleaning.run(finish)
         self.telling.emit("sandbox.stopped")
+        if unwritten is not None:
+            raise unwritten
 
     def ended_with_engine(self) -> bool:
         """Whether it has ended, or is about to, with the engine.
 
         Raises:
-            FailedPreconditionError: the engine is closed, and the sandbox lives on.
+            FailedPreconditionError: the engine is closed, and the sandbox lives on; or it is another event loop's.
         """
+        self._core.loop.check()
         if not self._core.closed or self.removed:
             return self._core.closed
         if self._core.owner and self._core.policy == "stop":
@@ -336,6 +371,7 @@ class Entry:
         """End it and free everything. Repeating is harmless, also from several tasks."""
         if self.removed or (self._core.gone and self.ended_with_engine()):
             return
+        self._core.loop.check()
         self.kill_now()
         # Not to be cancelled: what was begun is finished, or left to the next call.
         await self._finish(self._remove)
@@ -401,7 +437,8 @@ class Entry:
                 return self._as_written()  # it lives in another process, and cannot be used from here
             if self.state == "unread":
                 return self._as_written()  # a change by another task is about to read it
-        status = await self.sandboxer.status(self.sandbox_id)
+        with self.in_our_words():
+            status = await self.sandboxer.status(self.sandbox_id)
         record = self.record
         return attrs.evolve(
             status,
@@ -450,13 +487,19 @@ class Entry:
                 raise
             self.spec = spec
 
-    def _note(self, phase: Literal["stopped", "removing"]) -> None:
+    def _note(self, phase: Literal["stopped", "removing"]) -> SandboxError | None:
         """Write down an ending, if the disk takes it: a full one must not keep anything alive.
 
         The old record stays then, and whoever reads it finds nothing of it alive.
+
+        Returns:
+            Why it could not be written.
         """
-        with contextlib.suppress(BackendError):
+        try:
             self._write(phase, **({"stopped_at": time.time()} if phase == "stopped" else {}))
+        except (BackendError, UnavailableError) as error:
+            return error
+        return None
 
     def let_go(self) -> None:
         """It is gone: close what its handles hold of it."""

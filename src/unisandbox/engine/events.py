@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from collections import deque
@@ -149,10 +150,12 @@ class SharedEventLog:
         if self._readers:
             after = min(reader.after for reader in self._readers)
             self._rest = EventLog(after=after)
-            while page := (await self._keeper.events.after(after)).events:
-                for number, event in page:
-                    self._rest.add(_event_of(number, event))
-                after = page[-1][0]
+            # No reader's wish is worth a close that fails: he has what came until then.
+            with contextlib.suppress(OSError):
+                while page := (await self._keeper.events.after(after)).events:
+                    for number, event in page:
+                        self._rest.add(_event_of(number, event))
+                    after = page[-1][0]
 
     def close(self) -> None:
         """No more events come: readers end after what is there."""

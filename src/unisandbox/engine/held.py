@@ -7,8 +7,9 @@ the keeper keeps the last of what is written, until another process takes the st
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import Final, Literal, NamedTuple
+import weakref
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal, NamedTuple, Protocol
 
 import anyio
 
@@ -22,20 +23,65 @@ SPOOL_BYTES: Final = 1 << 20
 """So much of each stream is kept while nobody reads it."""
 
 
+class OpenEnd(Protocol):
+    """Our end of a stream."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+class Handle(Protocol):
+    """What a caller has of a process."""
+
+    def is_written_to(self) -> bool:
+        """Whether somebody in the sandbox has the other end of an output."""
+        ...
+
+
 class OpenStreams:
     """What this process itself has open of one sandbox's processes, under whichever generation it was opened.
 
-    Attributes:
-        closing: what `close` calls; the handles of processes put themselves in.
+    A handle that its caller has dropped is found again until somebody has waited for its process; and what a process
+    leaves in the background is not to be ended by SIGPIPE. All other handles, and the ends of streams, are their
+    callers' alone: dropped, they are closed.
     """
 
     def __init__(self) -> None:
-        self.closing: set[Callable[[], None]] = set()
+        self._ends: weakref.WeakSet[OpenEnd] = weakref.WeakSet()
+        self._not_waited_for: dict[str, Handle] = {}
+        self._background: set[Handle] = set()
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing of it that anybody could ask for."""
+        return not self._not_waited_for and all(end.closed for end in self._ends)
+
+    def add(self, exec_id: str, handle: Handle, ends: Iterable[OpenEnd]) -> None:
+        """A process runs; a former handle of it is one no more."""
+        self._background = {known for known in self._background if known.is_written_to()}
+        self._not_waited_for[exec_id] = handle
+        self._ends.update(ends)
+
+    def waited_for(self, exec_id: str) -> None:
+        """Its end is known."""
+        handle = self._not_waited_for.pop(exec_id, None)
+        if handle is not None and handle.is_written_to():
+            self._background.add(handle)
+
+    def drop(self, exec_id: str, handle: Handle) -> None:
+        """The streams of this handle are closed."""
+        if self._not_waited_for.get(exec_id) is handle:
+            del self._not_waited_for[exec_id]
+        self._background.discard(handle)
 
     def close(self) -> None:
         """Close all of it."""
-        for close in tuple(self.closing):
-            close()
+        for end in tuple(self._ends):
+            end.close()
+        self._not_waited_for.clear()
+        self._background.clear()
 
 
 class HeldProcess(NamedTuple):

@@ -27,6 +27,7 @@ from unisandbox.api import (
 from unisandbox.engine import durable
 from unisandbox.engine.records import boot_id, this_process
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host import small_files
 
 Kind = Literal["create", "exec", "remove"]
 _KINDS: Final[tuple[str, ...]] = get_args(Kind)
@@ -97,13 +98,18 @@ class OperationLog:
         self._durable = durable
         self._kept = kept
         self._uncounted = kept  # so the first one counts
+        # When the latest that is known here was changed, as its file says it (nanoseconds since the epoch).
+        self._latest = 0
 
-    def begin(self, operation_id: str, kind: Kind, target: str, digest: str) -> Operation | None:
+    def begin(
+        self, operation_id: str, kind: Kind, target: str, digest: str, *, former_digest: str = ""
+    ) -> Operation | None:
         """Note that an operation begins, unless it is known.
 
         Args:
             operation_id: the user's; as names are.
             kind, target, digest: see `Operation`.
+            former_digest: what a former version of unisandbox would have noted for the same.
 
         Returns:
             None: it is noted, and the caller's to do; `finish` or `forget` it. Otherwise what is known of it: it is
@@ -120,16 +126,19 @@ class OperationLog:
         for what, text in (("target", target), ("digest", digest)):
             if len(text) > _TARGET_LIMIT:
                 raise InvalidArgumentError(f"the {what} of operation {operation_id!r} is too long: {text[:80]!r}...")
-        now = time.time_ns()
-        wanted = Operation(operation_id, kind, target, digest, "begun", "", now / 1e9, this_process(), boot_id())
-        self._forget_oldest()
+        now = time.time()
+        wanted = Operation(operation_id, kind, target, digest, "begun", "", now, this_process(), boot_id())
+        try:
+            self._forget_oldest()
+        except OSError as error:
+            raise self._cannot("note", operation_id, error) from error
         while True:
             known = self.find(operation_id)
             if known is not None:
-                _check_same(known, wanted)
+                _check_same(known, wanted, former_digest)
                 return known
             try:
-                if durable.create(path, _bytes_of(wanted), durable=self._durable, at=now):
+                if durable.create(path, _bytes_of(wanted), durable=self._durable, at=self._now()):
                     self._uncounted += 1
                     return None
             except OSError as error:
@@ -155,7 +164,7 @@ class OperationLog:
             with self._alone():
                 if self.find(known.operation_id) != known:
                     return False
-                durable.replace(self._path(known.operation_id), _bytes_of(ours), durable=self._durable)
+                self._replace(ours)
         except OSError as error:
             raise self._cannot("take over", known.operation_id, error) from error
         return True
@@ -178,7 +187,7 @@ class OperationLog:
                     raise NotFoundError(f"operation {operation_id!r} has not been begun, or is forgotten")
                 if known.state == "begun":
                     done = known._replace(state="finished", result=result)
-                    durable.replace(self._path(operation_id), _bytes_of(done), durable=self._durable)
+                    self._replace(done)
                 elif known.result != result:
                     raise FailedPreconditionError(
                         f"operation {operation_id!r} is finished already, as {known.result!r:.80} and not"
@@ -208,12 +217,12 @@ class OperationLog:
         """
         path = self._path(operation_id)
         try:
-            return _operation(durable.read(path, _FILE_LIMIT)[0], operation_id)
+            return _operation(small_files.read(path, _FILE_LIMIT)[0], operation_id)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._cannot("read", operation_id, error) from error
-        except (ValueError, RecursionError, durable.NotARegularFileError, durable.TooLargeError) as error:
+        except (ValueError, RecursionError, small_files.NotARegularFileError, small_files.TooLargeError) as error:
             raise BackendError(
                 f"what was noted of operation {operation_id!r} in {path} is damaged; whether it was done is not known",
                 hint="Look whether it was done, and then use another operation id.",
@@ -244,6 +253,15 @@ class OperationLog:
         finally:
             os.close(fd)
 
+    def _replace(self, operation: Operation) -> None:
+        path = self._path(operation.operation_id)
+        durable.replace(path, _bytes_of(operation), durable=self._durable, at=self._now())
+
+    def _now(self) -> int:
+        """The time for the file of what changes now: later than all others, also when the clock has been set back."""
+        self._latest = max(time.time_ns(), self._latest + 1)
+        return self._latest
+
     def _path(self, operation_id: str) -> str:
         return os.path.join(self._directory, check_name(operation_id, "operation id") + _SUFFIX)
 
@@ -273,6 +291,7 @@ class OperationLog:
             return
         by_age = self._by_age()
         self._uncounted = 0
+        self._latest = max([self._latest, *(changed_at for changed_at, _ in by_age[-1:])])
         excess = len(by_age) - self._kept + 1
         for _, name in by_age:
             if excess <= 0:
@@ -300,8 +319,9 @@ def in_progress_error(known: Operation) -> FailedPreconditionError:
     )
 
 
-def _check_same(known: Operation, wanted: Operation) -> None:
-    if (known.kind, known.target, known.digest) == (wanted.kind, wanted.target, wanted.digest):
+def _check_same(known: Operation, wanted: Operation, former_digest: str) -> None:
+    is_same = known.digest in {wanted.digest, former_digest or wanted.digest}
+    if is_same and (known.kind, known.target) == (wanted.kind, wanted.target):
         return
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(known.begun_at))
     used = f"operation id {known.operation_id!r} was used at {at} for {known.kind!r} of {known.target!r}"

@@ -90,7 +90,7 @@ class Programs:
         """
         entry = self._entry
         await self._check_usable()
-        async with entry.sharing.changing():
+        async with entry.sharing.or_expired(), entry.sharing.changing():
             entry.check_started()
             task = entry.task
             if self.main_made:
@@ -221,7 +221,7 @@ class Programs:
                 f"container {MAIN!r} of sandbox {entry.label!r} is the one that run and exec use",
                 hint="Take another name, or launch() a program in it.",
             )
-        async with entry.sharing.changing():
+        async with entry.sharing.or_expired(), entry.sharing.changing():
             entry.check_started()
             return await self._add(entry.task, spec)
 

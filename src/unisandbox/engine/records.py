@@ -15,11 +15,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-from unisandbox.api import BackendError, InvalidArgumentError, SandboxSpec, check_id, check_name
+from unisandbox.api import BackendError, InvalidArgumentError, SandboxSpec, UnavailableError, check_id, check_name
 from unisandbox.api.names import check_isolation
 from unisandbox.api.plain import plain, sandbox_spec_of
 from unisandbox.engine import durable
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host import small_files
 
 RECORD_VERSION: Final = 3
 RECORD_LIMIT: Final = 16 << 20
@@ -136,11 +137,16 @@ class RecordStore:
     Args:
         directory: made when the first record is written.
         durable: wait until the disk has it (fsync of file and directory). Not needed on a file system in memory.
+        place: device and inode of the directory above, as long as somebody holds it open; None: it is not looked at.
+            What is not there says nothing when that one is not there: it was moved, with all records.
     """
 
-    def __init__(self, directory: str, *, durable: bool) -> None:
+    def __init__(self, directory: str, *, durable: bool, place: tuple[int, int] | None = None) -> None:
         self._directory = directory
         self._durable = durable
+        self._place = place
+        # Whether there has been a record: its directory is never removed by us.
+        self._was_there = False
         # Inode and time of change of what was read or written last, by sandbox.
         self._seen: dict[str, tuple[int, int]] = {}
 
@@ -154,7 +160,9 @@ class RecordStore:
         Raises:
             BackendError: the disk is full or not writable; the old record is still there.
             InvalidArgumentError: it is larger than any that will be read.
+            UnavailableError: see `check_place`.
         """
+        self.check_place()
         path = self.path(record.sandbox_id)
         line = _line(RECORD_VERSION, record._asdict())
         if len(line) > RECORD_LIMIT:
@@ -172,8 +180,18 @@ class RecordStore:
         self._note_seen(record.sandbox_id)
 
     def remove(self, sandbox_id: str) -> None:
-        """Forget a sandbox. A record that is not there is no error."""
-        durable.remove(self.path(sandbox_id), durable=self._durable)
+        """Forget a sandbox. A record that is not there is no error.
+
+        Raises:
+            BackendError: it cannot be removed.
+        """
+        path = self.path(sandbox_id)
+        try:
+            durable.remove(path, durable=self._durable)
+        except OSError as error:
+            raise BackendError(f"cannot remove the record of sandbox {sandbox_id!r} ({path}): {error.strerror}") from (
+                error
+            )
         self._seen.pop(sandbox_id, None)
 
     def read(self, sandbox_id: str) -> Record | None:
@@ -181,6 +199,7 @@ class RecordStore:
 
         Raises:
             BackendError: it is damaged; says how. `read_all` sets it aside.
+            UnavailableError: see `check_place`.
         """
         self._note_seen(sandbox_id)  # before: a change in between is then seen twice, and never missed
         return self.peek(sandbox_id)
@@ -190,6 +209,7 @@ class RecordStore:
         try:
             found = self._read(sandbox_id + _SUFFIX, self.path(sandbox_id))
         except FileNotFoundError:
+            self._check_missing()
             return None
         if isinstance(found, Record):
             return found
@@ -203,13 +223,45 @@ class RecordStore:
 
         Raises:
             BackendError: the directory cannot be read.
+            UnavailableError: see `check_place`.
         """
         try:
-            return sorted(name[: -len(_SUFFIX)] for name in os.listdir(self._directory) if name.endswith(_SUFFIX))
+            names = os.listdir(self._directory)
         except FileNotFoundError:
+            self._check_missing()
             return []
         except OSError as error:
             raise BackendError(f"cannot read the records in {self._directory}: {error.strerror}") from error
+        self.check_place()
+        return sorted(name[: -len(_SUFFIX)] for name in names if name.endswith(_SUFFIX))
+
+    def check_place(self) -> None:
+        """Whether the directory above is still the one that it was.
+
+        Raises:
+            UnavailableError: it was moved or removed: what is missing there may be somewhere else.
+        """
+        if self._place is None:
+            return
+        above = os.path.dirname(self._directory)
+        try:
+            status = os.stat(above)
+        except OSError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self._place:
+            raise UnavailableError(
+                f"the state directory {above} was moved or removed"
+                + (" since the engine was opened" if status is None else ", and another one is in its place"),
+                hint="Move it back, or close this engine and open one where it is now.",
+            )
+
+    def _check_missing(self) -> None:
+        """A record is not there, or none is: has it been removed as a record is?"""
+        self.check_place()
+        if self._was_there and not os.path.isdir(self._directory):
+            raise UnavailableError(
+                f"the directory of records {self._directory} was moved or removed", hint="Move it back."
+            )
 
     def changed(self, sandbox_id: str) -> bool:
         """Whether the record is another one than this process has read or written last, or is gone. Cheap."""
@@ -225,15 +277,17 @@ class RecordStore:
         except FileNotFoundError:
             self._seen.pop(sandbox_id, None)
         else:
+            self._was_there = True
             self._seen[sandbox_id] = (status.st_ino, status.st_mtime_ns)
 
-    def read_all(self, *, repair: bool = True) -> Records:
+    def read_all(self, *, repair: bool = True, alone: bool = True) -> Records:
         """Every record.
 
         Args:
             repair: for the one that may change the store. What cannot be used is moved into the directory `damaged`
                 beside this one, under a new name, and temporary files of writers that were killed are removed. False:
                 only look.
+            alone: nobody else writes. False: then temporary files may be those of writers that live, and stay.
 
         Raises:
             OSError: the directory cannot be read, or this process has no file descriptors left.
@@ -246,7 +300,7 @@ class RecordStore:
             return Records((), ())
         for name in names:
             path = os.path.join(self._directory, name)
-            if name.endswith(durable.TEMPORARY) and repair:
+            if name.endswith(durable.TEMPORARY) and repair and alone:
                 durable.remove_temporary(path)
             if not name.endswith(_SUFFIX):
                 continue
@@ -273,13 +327,13 @@ class RecordStore:
     def _read(self, name: str, path: str) -> Record | _Unusable:
         identity: tuple[int, int] | None = None
         try:
-            raw, identity = durable.read(path, RECORD_LIMIT)
+            raw, identity = small_files.read(path, RECORD_LIMIT)
             record = _parse(raw)
             if name != record.sandbox_id + _SUFFIX:
                 raise ValueError(f"it is the record of sandbox {record.sandbox_id!r}")
-        except durable.NotARegularFileError:
+        except small_files.NotARegularFileError:
             return _Unusable(Damaged(path, "it is not a regular file", path), None)
-        except durable.TooLargeError:
+        except small_files.TooLargeError:
             return _Unusable(Damaged(path, f"it is larger than {RECORD_LIMIT} bytes", path), None)
         except FileNotFoundError:
             raise
@@ -316,8 +370,9 @@ class _Unusable(NamedTuple):
 def _line(version: int, body: Mapping[str, object]) -> bytes:
     """The bytes of a record. Version 1 had a checksum of the body alone."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = durable.checksum(text if version == 1 else f"{version}\n{text}")
-    return (json.dumps({"version": version, "sha256": digest})[:-1] + f', "record": {text}}}\n').encode()
+    if version > 1:
+        return durable.sealed(version, "record", text)
+    return f'{{"version": {version}, "sha256": "{durable.checksum(text)}", "record": {text}}}\n'.encode()
 
 
 def _parse(raw: bytes) -> Record:

@@ -22,7 +22,10 @@ from unisandbox.api import (
     SandboxRecovered,
     short_name,
 )
-from unisandbox.engine.records import Record, this_process
+from unisandbox.engine.core import Left
+from unisandbox.engine.locks import locked
+from unisandbox.engine.records import Record, Records, this_process
+from unisandbox.engine.state_files import is_engine_id
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups, ending, patience
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 
 # Notes of the keeper: what an owner has found half made or half removed, and only reported, by id.
 _LEFT: Final = "engine/left/"
+# A lock of the keeper's: one at a time frees what no record speaks of.
+_UNRECORDED: Final = "engine/unrecorded"
 _logger: Final = logging.getLogger("unisandbox.engine")
 _KILL_SECONDS = 2.0
 _REMOVE_SECONDS = 5.0
@@ -45,12 +50,21 @@ class Recovery:
         core: of the engine that is being opened; it owns the keeper.
         is_new: the keeper was started for it; nothing of a former one lives.
         on_recover: see `Engine.open`.
+        everywhere: where the engine's cgroups are is not known.
     """
 
-    def __init__(self, core: EngineCore, *, is_new: bool, on_recover: Literal["adopt", "stop", "report"]) -> None:
+    def __init__(
+        self,
+        core: EngineCore,
+        *,
+        is_new: bool,
+        on_recover: Literal["adopt", "stop", "report"],
+        everywhere: bool = False,
+    ) -> None:
         self._core = core
         self._is_new = is_new
         self._on_recover = on_recover
+        self._everywhere = everywhere
         self._found: list[SandboxRecovered] = []
 
     async def run(self, *, former: Cgroups | None) -> RecoveryReport:
@@ -64,13 +78,15 @@ class Recovery:
         # Looked at before the records: who makes one of these has written the record first.
         images = self._images()
         records = core.records.read_all(repair=repair)
+        # Without any record there was nothing: a new directory is not worth a look at all cgroups of the host.
+        everywhere = bool(records.damaged) or (self._everywhere and bool(records.records))
         if self._is_new and repair:
-            await self._end_all(self._places(former, everywhere=bool(records.damaged)))
+            await self._end_all(self._places(former, everywhere=everywhere))
         for record in sorted(records.records, key=lambda record: record.created_at):
             await self._recover(record)
         if repair:
             # For the same reason before the ids.
-            strays = {} if self._is_new else _children(self._places(former, everywhere=bool(records.damaged)))
+            strays = {} if self._is_new else await self._strays(former, everywhere=everywhere)
             lives = {short_name(core.host.engine_id, sandbox_id) for sandbox_id in core.records.ids()}
             known = {short_name(core.host.engine_id, record.sandbox_id) for record in records.records}
             for short in sorted(strays.keys() - lives - known):
@@ -84,9 +100,29 @@ class Recovery:
         return RecoveryReport(
             keeper="new" if self._is_new else "adopted",
             sandboxes=tuple(self._found),
-            damaged=tuple(DamagedRecord(bad.path, bad.reason, bad.kept_as) for bad in records.damaged),
+            damaged=_told(records),
             rebooted=any(record.boot_id != core.boot_id for record in records.records),
         )
+
+    async def free_unrecorded(self) -> RecoveryReport:
+        """Set aside the records that cannot be used, and free what none speaks of, while others use the engine.
+
+        For one that has attached: no owner may come for a long time. What is being made is left alone: whoever makes it
+        has written its record before.
+
+        Raises:
+            DeadlineExceededError: another process has been at this for long.
+        """
+        core, host = self._core, self._core.host
+        async with locked(host.keeper, _UNRECORDED, "what no record speaks of"):
+            images, strays = self._images(), await self._strays(None, everywhere=True)
+            records = core.records.read_all(alone=False)
+            lives = {short_name(host.engine_id, sandbox_id) for sandbox_id in core.records.ids()}
+            for short in sorted(strays.keys() - lives):
+                await self._free_stray(short, strays[short])
+            for short in sorted(images.keys() - lives):
+                self._unlink(images[short])
+        return RecoveryReport("attached", tuple(self._found), _told(records))
 
     def _tell(self, record: Record, action: RecoveryAction, reason: str) -> None:
         self._found.append(
@@ -96,7 +132,7 @@ class Recovery:
     async def _recover(self, record: Record) -> None:
         core = self._core
         if self._on_recover == "report":
-            core.left[record.sandbox_id] = record
+            core.left[record.sandbox_id] = Left(record)
             if _is_halfway(record):
                 core.host.keeper.note_now(f"{_LEFT}{record.sandbox_id}", "")
             self._tell(record, "left", "it is only to be reported" + ("" if self._is_new else "; its keeper runs on"))
@@ -106,7 +142,7 @@ class Recovery:
             ours = record._replace(generation=record.generation + 1, owner=this_process(), client=client)
             entry = await core.take_in(ours)
         except SandboxError as error:
-            core.left[record.sandbox_id] = record
+            core.left[record.sandbox_id] = Left(record, error.message, error.hint)
             self._tell(record, "failed", error.message)
             return
         try:
@@ -120,12 +156,13 @@ class Recovery:
             self._tell(entry.record, "removed", reason)
         except Exception as error:  # whatever is wrong with this one, the others are recovered
             core.drop(entry)
-            core.left[record.sandbox_id] = record
+            why, hint = f"{error!r}; the log says where", ""
             if isinstance(error, SandboxError):
-                self._tell(record, "failed", error.message)
+                why, hint = error.message, error.hint
             else:
                 _logger.exception("sandbox %s could not be recovered", record.sandbox_id)
-                self._tell(record, "failed", f"{error!r}; the log says where")
+            core.left[record.sandbox_id] = Left(record, why, hint)
+            self._tell(record, "failed", why)
 
     def _why(self, record: Record) -> str:
         """Why it cannot be adopted."""
@@ -157,6 +194,17 @@ class Recovery:
 
             places |= {path for engine_id, path in engine_cgroups() if engine_id == host.engine_id}
         return places
+
+    async def _strays(self, former: Cgroups | None, *, everywhere: bool) -> dict[str, list[str]]:
+        """The directories of the cgroups of what is there, by short names; see `_places`.
+
+        Where there are no cgroups it is known by what the keeper holds of it.
+        """
+        found = _children(self._places(former, everywhere=everywhere))
+        if not self._core.host.cgroups.places:
+            names = {name.partition("/")[0] for name in await self._core.host.keeper.held()}
+            found |= {name: [] for name in names if is_engine_id(name)}
+        return found
 
     async def _end_all(self, places: set[str]) -> None:
         """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
@@ -190,9 +238,9 @@ class Recovery:
         host = self._core.host
         await patience.kill(dirs, _KILL_SECONDS)
         # The keeper knows by its guards what else there is. Its numbers are free when all that had them is gone.
-        await host.keeper.expire(f"{short}/", 0)
+        await host.keeper.expirations.set(f"{short}/", 0)
         with anyio.move_on_after(_REMOVE_SECONDS):
-            while f"{short}/" not in host.keeper.expirations:
+            while f"{short}/" not in host.keeper.expirations.known:
                 await host.keeper.clients()  # with each answer comes what is new
                 await anyio.sleep(_POLL)
             await host.keeper.drop([f"ids/{short}"])
@@ -201,13 +249,23 @@ class Recovery:
         )
 
 
-async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
+async def recover_attached(core: EngineCore) -> RecoveryReport:
+    """What one that has attached does: free what was cut, and tell which records cannot be used.
+
+    These stay, and so does what they describe: another version of this library may be at work with them. An owner that
+    comes frees it, or `Recovery.free_unrecorded`.
+    """
+    records = core.records.read_all(repair=False)
+    return RecoveryReport("attached", await _free_cut(core, records), _told(records))
+
+
+async def _free_cut(core: EngineCore, records: Records) -> tuple[SandboxRecovered, ...]:
     """Free what a process that is gone has left half made or half removed, while the keeper ran on.
 
     For one that has attached: nobody who opens the directory as its owner may come for a long time. What an owner has
     only reported stays.
     """
-    halfway = [record for record in core.records.read_all(repair=False).records if _is_halfway(record)]
+    halfway = [record for record in records.records if _is_halfway(record)]
     if not halfway:
         return ()
     found: list[SandboxRecovered] = []
@@ -231,6 +289,10 @@ async def free_cut(core: EngineCore) -> tuple[SandboxRecovered, ...]:
             SandboxRecovered(record.sandbox_id, record.name, record.backend, action, reason, record.generation)
         )
     return tuple(found)
+
+
+def _told(records: Records) -> tuple[DamagedRecord, ...]:
+    return tuple(DamagedRecord(bad.path, bad.reason, bad.kept_as) for bad in records.damaged)
 
 
 def _is_halfway(record: Record) -> bool:

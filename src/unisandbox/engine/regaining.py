@@ -17,6 +17,7 @@ import anyio
 from unisandbox.api import UnavailableError
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.state import StateDirectory
+from unisandbox.host import small_files
 from unisandbox.host.keeper import starting
 from unisandbox.host.keeper.protocol import LOCK_NAME
 
@@ -75,9 +76,9 @@ class Regaining:
         """
         path = os.path.join(self._state.path, LOCK_NAME)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return Regained(-1)  # somebody has removed it, and no keeper has begun since
+            fd = small_files.opened(path)
+        except (FileNotFoundError, small_files.NotARegularFileError):
+            return Regained(-1)  # somebody has removed it, and no keeper has begun since: it could not, or made a file
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,7 +16,9 @@ from unisandbox.api import (
     NotFoundError,
     RecoverSandbox,
     Sandboxer,
+    SandboxError,
     SandboxStatus,
+    UnavailableError,
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.locks import LOCK_SECONDS, locked
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 # How long the keeper may take to end what has expired.
 _EXPIRY_SECONDS: Final = 2.0
 _EXPIRY_POLL: Final = 0.01
+# The time of its end is noted that much later at most than the keeper has heard of it.
+_NOTE_SECONDS: Final = 0.25
 # Seconds. Who removes says in time who is in his way.
 _REMOVE_LOCK_SECONDS: Final = 0.8 * CLEANING_SECONDS
 
@@ -66,6 +70,7 @@ class Sharing:
             UnavailableError: the keeper is dead, and another engine has opened the directory since.
         """
         entry = self._entry
+        self._core.loop.check()
         async with self._lock:
             if not self._host.shared:
                 with entry.in_our_words():
@@ -131,7 +136,7 @@ class Sharing:
     async def set_expiry(self, seconds: float | None) -> None:
         """Let the keeper end it in so many seconds, whoever is there then; None: never."""
         keeper = self._host.keeper
-        await keeper.expire(self._prefix, seconds, files=[self._core.records.path(self._entry.sandbox_id)])
+        await keeper.expirations.set(self._prefix, seconds, files=[self._core.records.path(self._entry.sandbox_id)])
         if seconds is None:
             keeper.drop_now([self._expiry])
         else:
@@ -142,18 +147,46 @@ class Sharing:
 
         By the wall clock that time may be over although it is not: somebody has set it forward.
         """
-        entry, over = self._entry, self._entry.record.expires_at
-        if over is None or entry.expired or entry.state in {"new", "removed"} or time.time() < over:
+        over = self._entry.record.expires_at
+        if over is not None and time.time() >= over:
+            await self._until_expired(_EXPIRY_SECONDS)
+
+    async def _has_expired(self) -> bool:
+        """Whether its ttl is over at this moment, by the keeper's clock and whatever that on the wall says."""
+        with contextlib.suppress(UnavailableError):
+            await self._until_expired(_NOTE_SECONDS)
+        return self._entry.expired
+
+    async def _until_expired(self, within: float) -> None:
+        """Wait for its end if that comes within so many seconds."""
+        entry = self._entry
+        if entry.record.expires_at is None or entry.expired or entry.state in {"new", "removed"}:
             return
         if not self._host.keeper.alive:
             return
         noted = (await self._host.keeper.notes(self._expiry)).get(self._expiry)
-        if noted is not None and float(noted) > time.clock_gettime(time.CLOCK_BOOTTIME) + _EXPIRY_SECONDS:
+        # Without a note it is not to expire any more, or it has: the keeper forgets it when it is about to say so, and
+        # what it says has come before this answer.
+        if noted is None or float(noted) > time.clock_gettime(time.CLOCK_BOOTTIME) + within:
             return
         with anyio.move_on_after(_EXPIRY_SECONDS):
             while not entry.expired:
                 await self._host.keeper.clients()  # with each answer comes what is new
                 await anyio.sleep(_EXPIRY_POLL)
+
+    @contextlib.asynccontextmanager
+    async def or_expired(self) -> AsyncIterator[None]:
+        """What fails because its ttl is over fails with that, and not with what happens to show it.
+
+        Raises:
+            NotFoundError: its ttl is over.
+        """
+        try:
+            yield
+        except SandboxError as error:
+            if await self._has_expired():
+                raise self._entry.gone() from error
+            raise
 
     @property
     def is_whole(self) -> bool:
@@ -262,6 +295,9 @@ class Sharing:
         started = await self._sandboxer.recover(request)
         if started is None and to_free:
             return
+        if started is None and await self._has_expired():
+            await self._vanish()
+            raise entry.gone()
         if started is None and record.expires_at is not None and time.time() >= record.expires_at:
             # The keeper is about to free it, and says so when it has.
             raise NotFoundError(f"sandbox {entry.label!r} is about to be gone: its ttl is over")
@@ -317,7 +353,12 @@ class Sharing:
             request = RecoverSandbox(
                 entry.sandbox_id, entry.spec, lived=lived, started=record.phase == "ready", exclusive=True
             )
-            started = await self._sandboxer.recover(request)
+            try:
+                started = await self._sandboxer.recover(request)
+            except (SandboxError, OSError):
+                if await self._has_expired():  # in the middle
+                    return False
+                raise
             if started is None:
                 return False
             entry.take(started.task)

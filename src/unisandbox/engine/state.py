@@ -5,53 +5,38 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import os
-import re
 import stat
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Final, TypeVar
+from collections.abc import Iterator
+from typing import Final
 
 import attrs
 
-from unisandbox.api import (
-    BackendError,
-    FailedPreconditionError,
-    InvalidArgumentError,
-    short_name,
+from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, SandboxError
+from unisandbox.engine import durable, temporary
+from unisandbox.engine.runtime_directory import (
+    POINTER,
+    TRIES,
+    end_leases,
+    in_runtime,
+    remove_if_empty,
+    runtime_directory,
 )
-from unisandbox.engine import durable
+from unisandbox.engine.state_files import engine_id_of, has_records, known_id
+from unisandbox.host import small_files
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.cgroups.hierarchy import SLICE
 from unisandbox.host.keeper import Guard
-from unisandbox.host.keeper.leases import NAME as LEASES_NAME
-from unisandbox.host.keeper.leases import Leases
 from unisandbox.host.keeper.protocol import LOCK_NAME
+from unisandbox.host.keeper.starting import is_answered
 from unisandbox.host.removal import remove_tree
 
-RUNTIME_DIRECTORY: Final = "/run/unisandbox"
 LARGE_FILES: Final = "/var/tmp"
 """Where the disks of temporary engines are."""
-POINTER: Final = ".state"
-"""How the links in the runtime directory end that say which state directory an engine has."""
-TEMPORARY_PREFIX: Final = "state-"
-SANDBOXES: Final = "sandboxes"
-"""The directory of records in a state directory."""
-_PARENTS: Final = "cgroups"
-_ID_FILE: Final = "engine-id"
-# Files that get their name when they are whole.
-_LEFT: Final = re.compile(r"(engine-id\.[0-9a-f]{16})|(cgroups\.[0-9a-f]{8}\.tmp)")
-_ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
-# How often to make the runtime directory again that another engine, the last one, removes at this very moment.
-_TRIES: Final = 50
 # Seconds that a keeper may take to end after it has said that it cannot begin.
 _LAST_BREATH: Final = 2.0
-_ending_leases: Final = threading.Lock()
-
-_T = TypeVar("_T")
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -65,6 +50,7 @@ class StateDirectory:
             traversed by everybody, since runtimes reach the root file systems as the sandbox's user.
         temporary: the directory was made for this engine alone, and goes with it.
         durable: it lies on a disk, so that what is written must be synced.
+        claim: a descriptor that says of a temporary one that somebody is about to use it, until `unclaim`.
     """
 
     path: str
@@ -72,79 +58,58 @@ class StateDirectory:
     work_dir: str
     temporary: bool
     durable: bool
+    claim: int = -1
 
     @classmethod
-    def prepare(cls, directory: str | os.PathLike[str] | None, *, attached: bool = False) -> StateDirectory:
+    def prepare(
+        cls, directory: str | os.PathLike[str] | None, *, attached: bool = False, work_dir: str = ""
+    ) -> StateDirectory:
         """Make the directories, but for `work_dir`, which the keeper's lock belongs to; see the attributes.
 
         Args:
             directory: None: a temporary one.
             attached: for one that has found a keeper there. The pointer is not its business: that keeper may be about
                 to end and remove it, and then nobody would remove another one.
+            work_dir: that of the keeper that runs for it, if one was found: it knows whose it is, whatever the
+                directory says.
 
         Raises:
-            BackendError: they cannot be made or written.
+            BackendError: they cannot be made or written: the disk is full or read-only, say.
             FailedPreconditionError: others could write into the state directory.
-            InvalidArgumentError: it cannot be a path.
+            InvalidArgumentError: it cannot be a path, or is none of a directory in which files can be made.
         """
-        runtime = runtime_directory()
+        runtime, claim = os.path.dirname(work_dir) or runtime_directory(), -1
         try:
             if directory is None:
-                path, temporary = _temporary_directory(runtime), True
+                temporary.sweep(runtime, lambda dead: _free_names(runtime, dead))
+                path, claim = _temporary_directory(runtime)
             else:
-                path, temporary = os.path.abspath(os.fspath(directory)), False
-                reached("before state.mkdir", path)
-                os.makedirs(path, mode=0o700, exist_ok=True)
-                reached("after state.mkdir", path)
+                path = os.path.abspath(path_of(directory))
+                _make_on_disk(path)
             try:
                 _check_private(path, "state directory")
-                engine_id = _engine_id(path)
-                _in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
-                state = cls(path, engine_id, os.path.join(runtime, engine_id), temporary, durable=not temporary)
+                engine_id = engine_id_of(path, os.path.basename(work_dir))
+                in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
+                work = os.path.join(runtime, engine_id)
+                state = cls(path, engine_id, work, directory is None, durable=directory is not None, claim=claim)
                 if not attached:
                     state.point()
             except BaseException:
-                if temporary:
+                if directory is None:
                     _remove_tree(path)
+                    os.close(claim)
                 remove_if_empty(runtime)
                 raise
             return state
-        except FileExistsError as error:
-            raise BackendError(
-                f"cannot use the state directory {os.fspath(error.filename)!r}: it is not a directory",
-                hint="Give the path of a directory, or one that does not exist yet.",
-            ) from error
         except OSError as error:
-            place = os.fspath(directory or runtime)
-            raise BackendError(
-                f"cannot use the state directory {place!r}: {error.strerror}"
-                + (f" ({os.fspath(error.filename)})" if error.filename not in {None, place} else ""),
-                hint="It must be a directory that this user can write, on a disk with free space.",
-            ) from error
+            raise unusable(os.fspath(directory or runtime), error) from error
         except ValueError as error:
             raise InvalidArgumentError(f"{os.fspath(directory or '')!r} is no path of a directory: {error}") from error
 
-    def cgroup_parents(self) -> dict[str, str]:
-        """Where the cgroups of the engine are, by hierarchy; empty when that was never noted."""
-        try:
-            with open(os.path.join(self.path, _PARENTS), encoding="utf-8") as file:
-                known = json.load(file)
-        except (FileNotFoundError, ValueError):
-            return {}
-        return {str(key): str(value) for key, value in known.items()} if isinstance(known, dict) else {}
-
-    def keep_cgroup_parents(self, parents: Mapping[str, str]) -> None:
-        """Note where they are: who attaches, or comes after a crash, may stand in another cgroup himself."""
-        durable.replace(os.path.join(self.path, _PARENTS), json.dumps(dict(parents)).encode(), durable=self.durable)
-
-    def tidy(self) -> None:
-        """Remove what writers that were killed have left; for the owner."""
-        with os.scandir(self.path) as entries:
-            for entry in list(entries):
-                # Of two that are opened at once the one that does not become the owner finds its own gone; see
-                # `_engine_id`.
-                if _LEFT.fullmatch(entry.name):
-                    durable.remove_temporary(entry.path)
+    def unclaim(self) -> None:
+        """A keeper has the directory now, or it is gone. Once."""
+        if self.claim >= 0:
+            os.close(self.claim)
 
     @property
     def disk_dir(self) -> str:
@@ -165,10 +130,10 @@ class StateDirectory:
         runtime = os.path.dirname(self.work_dir)
         # Whoever follows it asks whether the directory is this user's own, and then does not want another link.
         path = os.path.realpath(self.path)
-        for _ in range(_TRIES):
+        for _ in range(TRIES):
             reached("before state.point", self.pointer)
             try:
-                _in_runtime(runtime, lambda: os.symlink(path, self.pointer))
+                in_runtime(runtime, lambda: os.symlink(path, self.pointer))
             except FileExistsError:
                 if _target(self.pointer) == path:
                     return
@@ -180,10 +145,8 @@ class StateDirectory:
                 return
         raise OSError(errno.EEXIST, "somebody else changes it all the time", self.pointer)
 
-    def guards(self, cgroups: Cgroups) -> list[Guard]:
-        """How to undo what `prepare` and the cgroup tree made, for the keeper that holds the lock now.
-
-        The pointer is made again: a former keeper of the directory may have removed it, as it ended after `prepare`.
+    def point_again(self) -> None:
+        """As the holder of the lock: a former keeper may have removed the pointer, as it ended after `prepare`.
 
         Raises:
             BackendError: it cannot be made.
@@ -195,6 +158,9 @@ class StateDirectory:
                 f"cannot open an engine on {self.path}: {self.pointer}: {error.strerror}",
                 hint=f"Free space in {os.path.dirname(self.work_dir)}.",
             ) from error
+
+    def guards(self, cgroups: Cgroups) -> list[Guard]:
+        """How to undo what `prepare` and the cgroup tree make, for the keeper that holds the lock."""
         slices = [place.parent for place in cgroups.places if os.path.basename(place.parent) == SLICE]
         undo = [
             Guard("engine/runtime", "rmdir", (os.path.dirname(self.work_dir),)),
@@ -243,42 +209,53 @@ class StateDirectory:
         remove_if_empty(os.path.dirname(self.work_dir))
 
 
-def runtime_directory() -> str:
-    """Where this user's engines have what does not survive a restart of the machine."""
-    if os.geteuid() == 0:
-        return RUNTIME_DIRECTORY
-    directory = os.environ.get("XDG_RUNTIME_DIR")
-    if not directory:
-        import tempfile  # heavy, and only for users without a session
+def path_of(directory: object) -> str:
+    """The path of a state directory, as it was given.
 
-        directory = tempfile.gettempdir()
-    return os.path.join(directory, "unisandbox")
-
-
-def _make_directory(path: str, mode: int) -> None:
-    """Make it with this mode whatever the umask; one of ours that is there gets what it lacks.
-
-    A service manager may have made it for this user alone, and the root of a user namespace, who is somebody else,
-    reaches the root file system of its sandbox through it.
+    Raises:
+        InvalidArgumentError: it cannot be a path. "" is none: it would be the current directory.
     """
-    try:
-        os.mkdir(path, mode)
-    except FileExistsError:
-        status = os.stat(path)
-        had = stat.S_IMODE(status.st_mode)
-        if mode & ~had and status.st_uid == os.geteuid():
-            os.chmod(path, had | mode)
-        return
-    os.chmod(path, mode)
+    path = os.fspath(directory) if isinstance(directory, str | os.PathLike) else None
+    if not isinstance(path, str) or not path:
+        raise InvalidArgumentError(f"a state directory is the path of a directory, got {directory!r}")
+    if "\0" in path:
+        raise InvalidArgumentError(f"the state directory {directory!r} is no path of a directory: it has a null byte")
+    return path
 
 
-def has_records(path: str) -> bool:
-    """Whether a state directory has records of sandboxes, or files that may be."""
-    try:
-        with os.scandir(os.path.join(path, SANDBOXES)) as entries:
-            return any(entry.name.endswith(".json") for entry in entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+def unusable(place: str, error: OSError) -> SandboxError:
+    """What is said of a state directory that cannot be used."""
+    about = os.fspath(error.filename or place)
+    what = f"cannot use the state directory {place!r}"
+    where = f" ({about})" if about != place else ""
+    if error.errno in {errno.EEXIST, errno.ENOTDIR}:
+        return InvalidArgumentError(
+            f"{what}: {os.strerror(errno.ENOTDIR)}{where}",
+            hint="Give the path of a directory, or one that does not exist yet.",
+        )
+    # What procfs and sysfs answer, and a directory in which this user may not write.
+    if error.errno in {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG}:
+        return InvalidArgumentError(
+            f"{what}: {error.strerror}{where}", hint="Give a directory in which this user can make files."
+        )
+    return BackendError(
+        f"{what}: {error.strerror}{where}",
+        hint="It must be a directory that this user can write, on a disk with free space.",
+    )
+
+
+def _make_on_disk(path: str) -> None:
+    """Make a state directory, and what is missing above it; it is on the disk then, as are the records in it later."""
+    missing: list[str] = []
+    above = path
+    while not os.path.lexists(above):
+        missing.append(above)
+        above = os.path.dirname(above)
+    reached("before state.mkdir", path)
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    reached("after state.mkdir", path)
+    for made in missing:
+        durable.sync_entry(made)
 
 
 def _target(link: str) -> str:
@@ -288,58 +265,26 @@ def _target(link: str) -> str:
         return ""
 
 
-def remove_if_empty(path: str) -> None:
-    """Remove a directory that all engines share, or that is the caller's, once nothing is in it."""
-    with contextlib.suppress(OSError):  # the keeper was faster, or another engine uses it
-        os.rmdir(path)
-
-
-def end_leases(runtime: str) -> None:
-    """Remove the file of leased numbers if nobody leases any: a keeper that was killed could not."""
-    # One thread at a time: the locks are the process's, so that two would not keep each other out.
-    with _ending_leases:
-        if os.path.exists(os.path.join(runtime, LEASES_NAME)):
-            leases = Leases()
-            with contextlib.suppress(OSError):  # another engine is about to remove it
-                leases.release(runtime, leases.lease(runtime, 0, 1))
-
-
 def _remove_tree(path: str) -> None:
     with contextlib.suppress(OSError):  # what cannot be removed now is found by its name later
         remove_tree(path)
 
 
-def _new_directory(runtime: str) -> str:
-    while True:
-        path = os.path.join(runtime, f"{TEMPORARY_PREFIX}{os.urandom(4).hex()}")
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(path, 0o700)
-            return path
+def _free_names(runtime: str, path: str) -> None:
+    """Remove what has the id of an engine that never had a keeper."""
+    engine_id = known_id(path)
+    if engine_id:
+        remove_if_empty(os.path.join(runtime, engine_id))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(runtime, engine_id + POINTER))
 
 
-def _temporary_directory(runtime: str) -> str:
+def _temporary_directory(runtime: str) -> tuple[str, int]:
     try:
-        return _in_runtime(runtime, lambda: _new_directory(runtime))
+        return in_runtime(runtime, lambda: temporary.make(runtime))
     except OSError:
         remove_if_empty(runtime)
         raise
-
-
-def _in_runtime(runtime: str, action: Callable[[], _T]) -> _T:
-    """Make the runtime directory and use it; again when another engine, which was the last, has removed it between."""
-    for left in reversed(range(_TRIES)):
-        try:
-            _make_directory(runtime, 0o711)
-            return action()
-        except FileNotFoundError:
-            if not left:
-                raise
-    raise AssertionError("the loop returns or raises")
-
-
-def is_engine_id(name: str) -> bool:
-    """Whether this can be the id of an engine."""
-    return _ENGINE_ID.fullmatch(name) is not None
 
 
 @contextlib.contextmanager
@@ -347,11 +292,16 @@ def unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
     """Whether no keeper holds the directory, after up to `wait` seconds; none can while the context lasts."""
     deadline = time.monotonic() + wait
     try:
-        fd = os.open(os.path.join(state_dir, LOCK_NAME), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = small_files.opened(os.path.join(state_dir, LOCK_NAME))
     except FileNotFoundError:
-        yield True  # there is no lock, so there never was a keeper
+        # There never was a keeper, or somebody has removed the file.
+        try:
+            unused = not _is_answered(state_dir)
+        except OSError:
+            unused = False  # as below
+        yield unused
         return
-    except OSError:
+    except (OSError, small_files.NotARegularFileError):
         yield False  # it cannot be told (no file descriptors left): then nothing is touched
         return
     try:
@@ -369,6 +319,17 @@ def unlocked(state_dir: str, *, wait: float) -> Iterator[bool]:
         os.close(fd)
 
 
+def _is_answered(state_dir: str) -> bool:
+    try:
+        fd = os.open(state_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return False  # it is gone
+    try:
+        return is_answered(fd)
+    finally:
+        os.close(fd)
+
+
 def check_directory(path: str) -> None:
     """Look whether a state directory can be used; one that is not there can.
 
@@ -377,11 +338,11 @@ def check_directory(path: str) -> None:
         OSError: it cannot be reached, or is no directory.
     """
     try:
+        if not stat.S_ISDIR(os.stat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
         _check_private(path, "state directory")
     except FileNotFoundError:
         return
-    if not os.path.isdir(path):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path)
 
 
 def _check_private(path: str, what: str) -> None:
@@ -392,50 +353,3 @@ def _check_private(path: str, what: str) -> None:
             f" {stat.S_IMODE(status.st_mode):o}; this is user {os.geteuid()})",
             hint=f"Use a directory of your own, e.g. chown {os.geteuid()} {path}; chmod go-w {path}",
         )
-
-
-def _engine_id(path: str) -> str:
-    known = known_id(path)
-    if known:
-        return known
-    file = os.path.join(path, _ID_FILE)
-    status = os.stat(path)
-    place = f"{status.st_dev}:{status.st_ino}"
-    fresh = short_name(os.urandom(16).hex(), "engine")
-    temporary = f"{file}.{os.urandom(8).hex()}"
-    reached("before state.engine_id", path)
-    try:
-        with open(temporary, "x", encoding="ascii") as out:
-            out.write(f"{fresh} {place}\n")
-            out.flush()
-            os.fsync(out.fileno())  # a record on the disk is of no use without the names that derive from this
-        with contextlib.suppress(FileNotFoundError), open(file, "r+b") as old:
-            fcntl.flock(old.fileno(), fcntl.LOCK_EX)  # for the time of one renaming, by which the first one wins
-            if known := known_id(path):
-                return known  # another engine that is opened at once was quicker
-            # It is damaged (a full disk of old, say) or copied: nothing could be found by what it says.
-            os.rename(temporary, file)
-            return fresh
-        # The first one wins: of two engines that are opened at once, the other reads what this one wrote.
-        reached("after state.engine_id", path)
-        with contextlib.suppress(FileExistsError, FileNotFoundError):
-            os.link(temporary, file)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-    return known_id(path) or fresh
-
-
-def known_id(path: str) -> str:
-    """The engine id that a state directory has; "" when it has none (yet), or one that is damaged or copied.
-
-    A copy of the directory is another one: two engines must not share their names.
-    """
-    try:
-        status = os.stat(path)
-        with open(os.path.join(path, _ID_FILE), encoding="utf-8", errors="replace") as file:
-            text = file.read().strip()
-    except FileNotFoundError:
-        return ""
-    known, _, written_for = text.partition(" ")
-    return known if is_engine_id(known) and written_for == f"{status.st_dev}:{status.st_ino}" else ""

@@ -21,6 +21,10 @@ Steps are `{"do": NAME, ...}`; fields without "=" are required.
   below `path`, at once. Result `{"unmounted": n}`.
 - `remove_tree`: `path`. Removes a directory with all below it; never follows a link, never enters a mount.
 - `given`: `fd` (the n-th of the request), `name`. Names it for later steps; as "user" it must be a user namespace.
+- `give`: `fd` (the n-th of the request), `uid`, `gid`. Gives the file behind it to these ids.
+- `cable`: `fd` (the n-th of the request: a network namespace), `peer` (what a former step has named: another one),
+  `name`, `peer_name`, `mtu`, `address`, `peer_address` (both IPv4), `prefix`. Makes two interfaces that are one cable
+  between them, with these addresses, both up; in the first one the peer is the default gateway.
 - `dirfd`: `path` (a source: see `job`), `name`. Names an O_PATH fd of a directory.
 """
 
@@ -31,7 +35,8 @@ import errno
 import os
 import stat
 
-from unisandbox.host import mount_operations, mounts, namespaces, syscalls
+from unisandbox.host import mount_operations, mounts, namespaces, netlink, syscalls
+from unisandbox.host.boundary import reached
 from unisandbox.host.job import Fields, Job, strings
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.tree import Tree
@@ -82,12 +87,14 @@ def run(
         for step in steps:
             fields = Fields(step)
             do = fields.text("do")
-            action = _STEPS.get(do)
+            action = STEPS.get(do)
             if action is None:
-                raise ValueError(f"unknown step {do!r} (known: {', '.join(_STEPS)})")
+                raise ValueError(f"unknown step {do!r} (known: {', '.join(STEPS)})")
+            reached("before step.*", do)
             result = action(job, fields)
             fields.end()
             results.append(result)
+            reached("after step.*", do)
     except BaseException as error:
         job.undo()
         if isinstance(error, OSError):
@@ -155,6 +162,7 @@ def _mounts(job: Job, fields: Fields) -> dict[str, object]:
             action = mount_operations.OPERATIONS.get(op)
             if action is None:
                 raise ValueError(f"unknown operation (known: {', '.join(mount_operations.OPERATIONS)})")
+            reached("before mount.*", op)
             if not action(job, tree, path, op_fields):
                 unmapped.append(path)
             op_fields.end()
@@ -225,7 +233,36 @@ def _given(job: Job, fields: Fields) -> dict[str, object]:
     return {}
 
 
-_STEPS: dict[str, Callable[[Job, Fields], dict[str, object]]] = {
+def _cable(job: Job, fields: Fields) -> dict[str, object]:
+    network, peer = job.given(fields.number("fd")), fields.text("peer")
+    if peer not in job.named:
+        raise ValueError(f"no step before this one has named a descriptor {peer!r}")
+    name, peer_name = fields.text("name"), fields.text("peer_name")
+    mtu, prefix = fields.number("mtu"), fields.number("prefix")
+    address, gateway = fields.text("address"), fields.text("peer_address")
+
+    def here() -> None:
+        netlink.add_pair(name, peer_name, job.named[peer], mtu)
+        netlink.add_address(name, address, prefix)
+        netlink.set_up(name)
+        netlink.add_default_route(name, gateway)
+
+    def there() -> None:
+        netlink.add_address(peer_name, gateway, prefix)
+        netlink.set_up(peer_name)
+
+    namespaces.inside_network(network, here)
+    namespaces.inside_network(job.named[peer], there)
+    return {}
+
+
+def _give(job: Job, fields: Fields) -> dict[str, object]:
+    # By its path, as nothing can be done with a descriptor that is open as a path only.
+    os.chown(f"/proc/self/fd/{job.given(fields.number('fd'))}", fields.number("uid"), fields.number("gid"))
+    return {}
+
+
+STEPS: dict[str, Callable[[Job, Fields], dict[str, object]]] = {
     "namespaces": _namespaces,
     "detached": _detached,
     "mounts": _mounts,
@@ -234,5 +271,7 @@ _STEPS: dict[str, Callable[[Job, Fields], dict[str, object]]] = {
     "unmount": _unmount,
     "remove_tree": _remove_tree,
     "given": _given,
+    "give": _give,
+    "cable": _cable,
     "dirfd": _dirfd,
 }

@@ -35,6 +35,8 @@ _FEATURES: Final = (
 
 LEAST_SIZE: Final = 1 << 20
 """Bytes; below this mkfs.ext4 finds no room for its own tables."""
+MOST_SIZE: Final = ((1 << 32) - 1) * 4096
+"""Bytes; its blocks have numbers of 32 bits without the feature "64bit". Source: ext4(5)."""
 
 
 def make_image(path: str, size: int, uid: int = 0, gid: int = 0) -> None:
@@ -42,11 +44,14 @@ def make_image(path: str, size: int, uid: int = 0, gid: int = 0) -> None:
 
     Raises:
         FileExistsError: `path` exists already.
+        OSError: EFBIG: such a file system, or the file in which it is, cannot be that large.
         FileNotFoundError: mkfs.ext4 is not installed.
         OSError: EIO: mkfs.ext4 failed; the message has its last words. The file is removed again.
     """
     if size < LEAST_SIZE:
         raise OSError(errno.EINVAL, f"a disk image needs at least {LEAST_SIZE} bytes, got {size}", path)
+    if size > MOST_SIZE:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
     mkfs = next((program for program in _MKFS if os.access(program, os.X_OK)), None)
     if mkfs is None:
         raise FileNotFoundError(errno.ENOENT, "mkfs.ext4 is not installed (apt install e2fsprogs)", "mkfs.ext4")

@@ -11,8 +11,9 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
 - `image`: `image` (path of this machine), `size=null` (bytes; make it), `uid=0`, `gid=0`, `attributes` (nosuid, nodev
   always), `unlink=false` (remove its name once it is mounted).
 - `bind`: `source`, `recursive=true`, `attributes` (hold for the whole tree), `idmap=false` (true, or "try"),
-  `create=false` (make the mount point, and directories above it), `detached=false` (the source is a tree that
-  `mounts.detached_tree` made), `propagation="private"` (or "slave", "shared": see `Tree.bind`).
+  `idmap_below=true` (false: not what is mounted below), `create=false` (make the mount point, and directories above
+  it, for `uid=0` and `gid=0`), `detached=false` (the source is a tree that `mounts.detached_tree` made),
+  `propagation="private"` (or "slave", "shared": see `Tree.bind`).
 - `overlay`: `lower` (sources, the uppermost first), `front=[]` (lower ones above these whose ids are never mapped),
   `upper=null`, `work=null` (sources), `idmap=false`, `volatile=false`, `attributes`.
 - `restrict`: `attributes` (what the mount at `path` has besides stays), `recursive=true`.
@@ -109,7 +110,10 @@ def _op_bind(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
             attributes=attributes,
             userns_fd=userns_fd,
             require_idmap=required,
+            idmap_below=fields.flag("idmap_below", True),
             create=create,
+            uid=fields.number("uid", 0),
+            gid=fields.number("gid", 0),
             detached=detached,
             propagation=propagation,
             follow=follow,

@@ -15,7 +15,7 @@ from unisandbox.host import syscalls
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import Final
 
 ATTRIBUTES: Final = {
@@ -170,8 +170,7 @@ def passes_on(path: str, propagation: str) -> bool:
     """Whether what is mounted later below a path without symbolic links is passed on so: "shared", or "slave"."""
     fd = open_source(path)
     try:
-        with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
-            number = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
+        number = _mount_of(fd)
     finally:
         os.close(fd)
     tags = [b"shared:"] if propagation == "shared" else [b"shared:", b"master:"]
@@ -179,6 +178,12 @@ def passes_on(path: str, propagation: str) -> bool:
         line = next((line for line in table if line.startswith(number + b" ")), b"")
     # Source: proc_pid_mountinfo(5), the optional fields.
     return any(word.startswith(tuple(tags)) for word in line.partition(b" - ")[0].split()[6:])
+
+
+def _mount_of(fd: int) -> bytes:
+    """The number of the mount that a descriptor is open on. Source: proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
+        return next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
 
 
 def detach(mount_fd: int) -> None:
@@ -225,7 +230,36 @@ def unmount_below(path: str) -> int:
 
 
 def mount_points(below: str = "/") -> list[str]:
-    """The mount points at and below a path in this mount namespace, stacked ones several times.
+    """The mount points at and below a path in this mount namespace, stacked ones several times."""
+    return [point for _, point, _ in _mounts(below)]
+
+
+def seen_below(path: str) -> list[tuple[str, list[str]]]:
+    """What is mounted below a path without symbolic links, where one sees it.
+
+    Mount points, and of each mount its options and optional fields (proc_pid_mountinfo(5)). Those above come first.
+    What other mounts hide, or what cannot be bound elsewhere, is left out.
+    """
+    seen = []
+    for number, point, (options, *others) in sorted(_mounts(path), key=lambda mount: mount[1]):
+        if point == path or b"unbindable" in others:
+            continue
+        try:
+            fd = open_source(point)
+        except OSError as error:
+            if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}:
+                raise
+            continue  # hidden, or gone
+        try:
+            if _mount_of(fd) == number:
+                seen.append((point, [*options.decode().split(","), *map(bytes.decode, others)]))
+        finally:
+            os.close(fd)
+    return seen
+
+
+def _mounts(below: str) -> Iterator[tuple[bytes, str, list[bytes]]]:
+    """The mounts at and below a path in this mount namespace: number, mount point, options and optional fields.
 
     Source: proc_pid_mountinfo(5); spaces and the like are written in octal.
     """
@@ -234,14 +268,12 @@ def mount_points(below: str = "/") -> list[str]:
         text = file.readall()
     start = os.fsencode(below)
     plain = not any(byte in b" \t\n\\" for byte in start)
-    points = []
     for line in text.splitlines():
         if plain and start not in line:  # cheap: there may be thousands
             continue
-        raw = line.split(b" ", 5)[4]
+        number, _, _, _, raw, *words = line.partition(b" - ")[0].split(b" ")
         if b"\\" in raw:
             raw = raw.replace(b"\\040", b" ").replace(b"\\011", b"\t").replace(b"\\012", b"\n").replace(b"\\134", b"\\")
         point = os.fsdecode(raw)
         if point == below or point.startswith(below + "/"):
-            points.append(point)
-    return points
+            yield number, point, words

@@ -22,7 +22,7 @@ from unisandbox.host import syscalls
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from typing import Final
 
 KINDS: Final = {
@@ -205,21 +205,29 @@ def _set_up(
     sysctls: dict[str, str],
     loopback: bool,
 ) -> None:
+    visits: list[tuple[str, Callable[[], None]]] = []
     if hostname is not None or domainname is not None:
-        with _Visit("uts", fds):
+
+        def name() -> None:
             if hostname is not None:
                 syscalls.sethostname(hostname)
             if domainname is not None:
                 syscalls.setdomainname(domainname)
+
+        visits.append(("uts", name))
     of_net = {name: value for name, value in sysctls.items() if _sysctl_kind(name) == "net"}
     if "net" in fds and (loopback or of_net):
-        with _Visit("net", fds):
+
+        def connect() -> None:
             if loopback:
                 _loopback_up()
             _write_sysctls(of_net, (0, 0))
+
+        visits.append(("net", connect))
     if len(of_net) < len(sysctls):
-        with _Visit("ipc", fds):
-            _write_sysctls({name: value for name, value in sysctls.items() if name not in of_net}, root)
+        of_ipc = {name: value for name, value in sysctls.items() if name not in of_net}
+        visits.append(("ipc", lambda: _write_sysctls(of_ipc, root)))
+    _visit(fds, visits)
 
 
 def _outside_root(uid_map: IdMap, gid_map: IdMap) -> tuple[int, int]:
@@ -294,26 +302,67 @@ def _verify(fds: dict[str, int], user_fd: int | None) -> None:
             raise OSError(errno.EBADE, f"the new {kind} namespace belongs to another user namespace")
 
 
-class _Visit:
-    """While this context is open the calling thread is in the namespace `fds[kind]`."""
+def _visit(fds: dict[str, int], visits: list[tuple[str, Callable[[], None]]]) -> None:
+    """Do what is to be done in the namespaces of these kinds, one after the other."""
+    homes: list[int] = []
+    try:
+        for kind, _ in visits:
+            homes.append(os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
+            try:
+                os.close(owner_userns(homes[-1]))
+            except PermissionError:
+                # It is owned by a user namespace above ours: who leaves it cannot come back.
+                _in_child(lambda: _go_round(fds, visits))
+                return
+        for (kind, action), home in zip(visits, homes, strict=True):
+            _go(kind, fds[kind], action, home)
+    finally:
+        for home in homes:
+            os.close(home)
 
-    def __init__(self, kind: str, fds: dict[str, int]) -> None:
-        self._kind = kind
-        self._fd = fds[kind]
 
-    def __enter__(self) -> None:
-        self._home = os.open(f"/proc/thread-self/ns/{self._kind}", os.O_RDONLY | os.O_CLOEXEC)
+def inside_network(fd: int, action: Callable[[], None]) -> None:
+    """Do something in a network namespace, as root of the user namespace that owns it or of one above.
+
+    Raises:
+        OSError: as `action` does; EPERM: it is not ours to enter.
+    """
+    _visit({"net": fd}, [("net", action)])
+
+
+def _go_round(fds: dict[str, int], visits: list[tuple[str, Callable[[], None]]]) -> None:
+    for kind, action in visits:
+        _go(kind, fds[kind], action)
+
+
+def _go(kind: str, there: int, action: Callable[[], None], home: int = -1) -> None:
+    syscalls.setns(there, KINDS[kind])
+    try:
+        action()
+    finally:
+        if home >= 0:
+            syscalls.setns(home, KINDS[kind])
+
+
+def _in_child(action: Callable[[], None]) -> None:
+    """Run it in a fork. What it raises is raised here: an OSError with the same number and words."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if not pid:
+        code = 1
         try:
-            syscalls.setns(self._fd, KINDS[self._kind])
-        except BaseException:
-            os.close(self._home)
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            syscalls.setns(self._home, KINDS[self._kind])
+            action()
+            code = 0
+        except OSError as error:
+            os.write(writer, f"{error.errno or errno.EIO} {error.strerror}".encode()[:4000])
         finally:
-            os.close(self._home)
+            os._exit(code)
+    os.close(writer)
+    with open(reader, "rb", buffering=0) as file:
+        said = file.read().decode("utf-8", "replace")
+    if os.waitpid(pid, 0)[1]:
+        number, _, words = said.partition(" ")
+        raise OSError(int(number or errno.EIO), words or "a process that was to set up a namespace has died")
 
 
 def _rows(id_map: IdMap) -> str:

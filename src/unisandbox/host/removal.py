@@ -13,11 +13,14 @@ import stat
 
 from unisandbox.host import syscalls
 from unisandbox.host.boundary import reached
+from unisandbox.host.identity import CALLER
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
     from typing import Final
+
+    from unisandbox.host.identity import Identity
 
 # How deep it goes before it moves what is deeper up to the top: bounds the descriptors (two for each level).
 _DEPTH: Final = 32
@@ -26,7 +29,6 @@ _STEP: Final = 256
 # How often a directory is read again that is not empty although nothing in it has failed: somebody fills it meanwhile.
 _PASSES: Final = 16
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _BENEATH: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_XDEV | syscalls.RESOLVE_NO_SYMLINKS
 # Somebody was quicker than we: read the directory again to see what is there now.
 _CHANGED: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP})
@@ -60,44 +62,49 @@ def remove_tree(path: str) -> None:
     reached("after tree.remove", path)
 
 
-def removing(parent: int, name: str, path: str) -> Generator[None, None, None]:
+def removing(parent: int, name: str, path: str, identity: Identity = CALLER) -> Generator[None, None, None]:
     """Remove `name` in the directory `parent` with all below it, in steps: run the iterator to its end, or close it.
 
     Args:
         parent: descriptor of the directory, also O_PATH.
         name: one part of a path.
         path: what to call it in messages.
+        identity: as whom.
 
     Raises:
         OSError: ENOENT: it does not exist; EXDEV: it is a mount point, or one lies below; otherwise the first error
             after everything that could be removed has been.
     """
-    probe = _probe(parent, name)
-    try:
-        is_directory = stat.S_ISDIR(os.fstat(probe).st_mode)
-    finally:
-        os.close(probe)
-    if not is_directory:
-        os.unlink(name, dir_fd=parent)
+    status = _look(identity, parent, name)
+    if not stat.S_ISDIR(status.st_mode):
+        with identity.over(parent, entries=[status]):
+            os.unlink(name, dir_fd=parent)
         return
-    top = syscalls.openat2(parent, name, _DIRECTORY, resolve=_BENEATH)
+    top = identity.open_directory(parent, name, _BENEATH)
     try:
-        emptying = _Emptying(top, path)
+        emptying = _Emptying(top, path, identity)
         yield from emptying.steps()
+        status = os.fstat(top)
     finally:
         os.close(top)
     if emptying.error is not None:
         raise emptying.error
-    with contextlib.suppress(FileNotFoundError):  # somebody else was quicker
+    # It may have gone meanwhile: somebody else was quicker.
+    with contextlib.suppress(FileNotFoundError), identity.over(parent, entries=[status]):
         os.rmdir(name, dir_fd=parent)
 
 
-def _probe(directory: int, name: str) -> int:
+def _look(identity: Identity, directory: int, name: str, status: os.stat_result | None = None) -> os.stat_result:
     """Refuses a mount point: unlink(2) removes one that is mounted in another mount namespace, and the mount with it.
 
     Source: fs/namei.c, vfs_unlink: is_local_mountpoint() looks at the caller's namespace, detach_mounts() at all.
     """
-    return syscalls.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH)
+    with identity.over(directory if status is None else status):
+        probe = syscalls.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH)
+    try:
+        return os.fstat(probe)
+    finally:
+        os.close(probe)
 
 
 class _Level:
@@ -106,6 +113,8 @@ class _Level:
     def __init__(self, fd: int, name: str) -> None:
         self.fd = fd
         self.name = name
+        # Whom it belongs to does not change but within the sandbox.
+        self.status = os.fstat(fd)
         self.passes = 0
         # Whether this pass has found anything, and whether something in it could not be removed.
         self.found = False
@@ -138,8 +147,9 @@ class _Level:
 class _Emptying:
     """Empties one directory, without recursion: a hostile tree may be deeper than any stack."""
 
-    def __init__(self, top: int, path: str) -> None:
+    def __init__(self, top: int, path: str, identity: Identity) -> None:
         self._top = top
+        self._identity = identity
         self._path = path
         self._moved = 0
         # Not to be guessed: a hostile tree would have that name already.
@@ -157,46 +167,50 @@ class _Emptying:
 
     def _empty(self) -> Iterator[None]:
         levels = [_Level(self._top, "")]
-        done = 0
         try:
-            while levels:
-                level = levels[-1]
-                name = level.next()
-                if name is not None:
-                    below = self._remove(level, name, len(levels))
-                    if below is not None:
-                        levels.append(below)
-                elif len(levels) == 1:
-                    # A pass that finds nothing is the proof. Moved directories are the next round's.
-                    if not level.found or not level.again():
+            while True:
+                with self._identity.bare():
+                    if not all(self._step(levels) for _ in range(_STEP)):
                         return
-                elif self._leave(levels[-2], level):
-                    levels.pop()
-                    level.close()
-                    os.close(level.fd)
-                done += 1
-                if done % _STEP == 0:
-                    yield
+                yield
         finally:
             for level in levels:
                 level.close()
             for level in levels[1:]:
                 os.close(level.fd)
 
+    def _step(self, levels: list[_Level]) -> bool:
+        """Deal with one entry or level; False: that was the end."""
+        level = levels[-1]
+        name = level.next()
+        if name is not None:
+            below = self._remove(level, name, len(levels))
+            if below is not None:
+                levels.append(below)
+        elif len(levels) == 1:
+            # A pass that finds nothing is the proof. Moved directories are the next round's.
+            return level.found and level.again()
+        elif self._leave(levels[-2], level):
+            levels.pop()
+            level.close()
+            os.close(level.fd)
+        return True
+
     def _remove(self, level: _Level, name: str, depth: int) -> _Level | None:
         """Remove one entry; for a directory its own level, to be done first."""
         try:
-            os.close(_probe(level.fd, name))
-            try:
-                os.unlink(name, dir_fd=level.fd)
-                return None
-            except (IsADirectoryError, PermissionError):  # EPERM: what POSIX says for a directory
-                pass
+            status = _look(self._identity, level.fd, name, level.status)
+            if not stat.S_ISDIR(status.st_mode):
+                with contextlib.suppress(IsADirectoryError), self._identity.over(level.status, entries=[status]):
+                    os.unlink(name, dir_fd=level.fd)
+                    return None
             if depth >= _DEPTH:
                 self._moved += 1
-                os.rename(name, f".removing-{self._token}-{self._moved}", src_dir_fd=level.fd, dst_dir_fd=self._top)
+                aside = f".removing-{self._token}-{self._moved}"
+                with self._identity.over(level.status, self._top, status, entries=[status]):
+                    os.rename(name, aside, src_dir_fd=level.fd, dst_dir_fd=self._top)
                 return None
-            below = syscalls.openat2(level.fd, name, _DIRECTORY, resolve=_BENEATH)
+            below = self._identity.open_directory(level.fd, name, _BENEATH)
             try:
                 return _Level(below, name)
             except BaseException:
@@ -210,7 +224,8 @@ class _Emptying:
     def _leave(self, above: _Level, level: _Level) -> bool:
         """Remove a directory that has been emptied; False: it has been filled meanwhile and is done once more."""
         try:
-            os.rmdir(level.name, dir_fd=above.fd)
+            with self._identity.over(above.status, entries=[level.status]):
+                os.rmdir(level.name, dir_fd=above.fd)
         except OSError as error:
             if error.errno == errno.ENOTEMPTY and level.again():
                 return False

@@ -6,7 +6,6 @@ Source: man-pages 6.x, include/uapi/linux/{mount,sched,openat2,pidfd}.h.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import fcntl
@@ -16,7 +15,7 @@ import struct
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
     from typing import Final
 
 CLONE_NEWNS: Final = 0x00020000
@@ -75,18 +74,25 @@ RESOLVE_BENEATH: Final = 0x08
 RESOLVE_IN_ROOT: Final = 0x10
 
 PR_SET_PDEATHSIG: Final = 1
+PR_GET_PDEATHSIG: Final = 2
+PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_SET_NAME: Final = 15
+PR_GET_SECUREBITS: Final = 27
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
 
 IN_MODIFY: Final = 0x2
 
+SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
+
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
 PIDFD_INFO_PID: Final = 1 << 0
 PIDFD_INFO_EXIT: Final = 1 << 3
 
-_LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
+# For capget(2) and capset(2): _LINUX_CAPABILITY_VERSION_3, of the calling thread.
+_CAPABILITY_HEADER: Final = struct.pack("=Ii", 0x20080522, 0)
+_NO_ID: Final = 0xFFFFFFFF
 
 # These calls are newer than the unification of system call numbers: one number on every architecture.
 _NR_OPEN_TREE: Final = 428
@@ -96,14 +102,27 @@ _NR_FSCONFIG: Final = 431
 _NR_FSMOUNT: Final = 432
 _NR_CLOSE_RANGE: Final = 436
 _NR_OPENAT2: Final = 437
+_NR_FACCESSAT2: Final = 439
 _NR_MOUNT_SETATTR: Final = 442
 # These are not.
 _NR_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
 _NR_BPF: Final = {"x86_64": 321, "aarch64": 280}
+_NR_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159}
+_NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_GET_KEYRING_ID: Final = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
+
+# Called several times by every call that touches a file of a sandbox: declared once, and with the GIL held.
+_quick = ctypes.PyDLL(None, use_errno=True)
+_CapabilityWords = ctypes.c_uint32 * 6
+_setfsuid, _setfsgid = _quick.setfsuid, _quick.setfsgid
+_setfsuid.argtypes = _setfsgid.argtypes = (ctypes.c_uint,)
+_capget, _capset, _prctl = _quick.capget, _quick.capset, _quick.prctl
+_capget.argtypes = _capset.argtypes = (ctypes.c_char_p, ctypes.c_void_p)
+_prctl.argtypes = (ctypes.c_int, *[ctypes.c_ulong] * 4)
 
 
 def _check(result: int, what: str, path: str | bytes | None = None) -> int:
@@ -112,6 +131,16 @@ def _check(result: int, what: str, path: str | bytes | None = None) -> int:
     number = ctypes.get_errno()
     message = f"{what}: {os.strerror(number)}"
     raise OSError(number, message, path) if path is not None else OSError(number, message)
+
+
+def session_keyring() -> int:
+    """The number of this process's session keyring.
+
+    Raises:
+        OSError: ENOKEY: it has none. EPERM, ENOSYS: it may have nothing to do with keyrings.
+    """
+    number = ctypes.c_long(_NR_KEYCTL[os.uname().machine])
+    return _check(_syscall(number, ctypes.c_int(_KEYCTL_GET_KEYRING_ID), ctypes.c_int(-3), ctypes.c_int(0)), "keyctl")
 
 
 def unshare(flags: int) -> None:
@@ -164,53 +193,56 @@ def setdomainname(name: str) -> None:
 
 def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 0) -> int:
     """prctl(2) with integer arguments."""
-    return _check(
-        _libc.prctl(option, ctypes.c_ulong(arg2), ctypes.c_ulong(arg3), ctypes.c_ulong(arg4), ctypes.c_ulong(arg5)),
-        f"prctl({option})",
-    )
+    result: int = _prctl(option, arg2, arg3, arg4, arg5)
+    return result if result >= 0 else _check(result, f"prctl({option})")
 
 
 def setfsuid(uid: int) -> None:
-    """Set the user id that the calling thread makes files as. The kernel reports no failure: so it is read back."""
-    _libc.setfsuid(ctypes.c_uint(uid))
-    if _libc.setfsuid(ctypes.c_uint(0xFFFFFFFF)) != uid:
+    """Set the user id that the calling thread touches files as. The kernel reports no failure: so it is read back."""
+    _setfsuid(uid)
+    if _setfsuid(_NO_ID) & _NO_ID != uid:
         raise PermissionError(errno.EPERM, f"setfsuid({uid})")
 
 
 def setfsgid(gid: int) -> None:
     """The same for the group id."""
-    _libc.setfsgid(ctypes.c_uint(gid))
-    if _libc.setfsgid(ctypes.c_uint(0xFFFFFFFF)) != gid:
+    _setfsgid(gid)
+    if _setfsgid(_NO_ID) & _NO_ID != gid:
         raise PermissionError(errno.EPERM, f"setfsgid({gid})")
 
 
-@contextlib.contextmanager
-def filesystem_ids(uid: int, gid: int) -> Iterator[None]:
-    """Let the calling thread make files as `uid` and `gid` during the block, with all its capabilities.
+def restore_filesystem_ids(uid: int, gid: int) -> None:
+    """Set both to the effective ids, which nobody is refused."""
+    _setfsuid(uid)
+    _setfsgid(gid)
 
-    What is made belongs to them at once, also on a mount whose ids are mapped, where a file of ours could not even be
-    made (EOVERFLOW). Only this thread changes, so the block must not give up the thread (no await).
 
-    Raises:
-        OSError: EPERM: we may not take these ids.
+def set_thread_groups(groups: Sequence[int]) -> None:
+    """Set them, of this thread alone: libc's setgroups() is for all threads of the process (nptl(7))."""
+    number = ctypes.c_long(_NR_SETGROUPS[os.uname().machine])
+    _check(_syscall(number, ctypes.c_size_t(len(groups)), (ctypes.c_uint32 * len(groups))(*groups)), "setgroups")
 
-    Source: capabilities(7): a file system uid other than 0 takes seven capabilities away; capset(2) gives them back.
-    """
-    own_uid, own_gid = os.geteuid(), os.getegid()
-    if (uid, gid) == (own_uid, own_gid):
-        yield
-        return
-    header = struct.pack("=Ii", _LINUX_CAPABILITY_VERSION_3, 0)
-    sets = ctypes.create_string_buffer(24)
-    _check(_libc.capget(header, sets), "capget")
-    try:
-        setfsgid(gid)
-        setfsuid(uid)
-        _check(_libc.capset(header, sets), "capset")
-        yield
-    finally:
-        setfsuid(own_uid)
-        setfsgid(own_gid)
+
+def capget() -> tuple[int, int, int]:
+    """The calling thread's capabilities: effective, permitted and inheritable, a bit for each."""
+    sets = _CapabilityWords()
+    if _capget(_CAPABILITY_HEADER, sets) < 0:
+        _check(-1, "capget")
+    return sets[0] | sets[3] << 32, sets[1] | sets[4] << 32, sets[2] | sets[5] << 32
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """Set them."""
+    low = (effective & _NO_ID, permitted & _NO_ID, inheritable & _NO_ID)
+    words = _CapabilityWords(*low, effective >> 32, permitted >> 32, inheritable >> 32)
+    _check(_capset(_CAPABILITY_HEADER, words), "capset")
+
+
+def parent_death_signal() -> int:
+    """The signal that the calling thread gets when its parent ends; 0: none."""
+    number = ctypes.c_int()
+    prctl(PR_GET_PDEATHSIG, ctypes.addressof(number))
+    return number.value
 
 
 def timerfd(clock: int) -> int:
@@ -264,6 +296,13 @@ def openat2(dirfd: int, path: str, flags: int, *, mode: int = 0, resolve: int = 
         f"openat2 {path}",
         path,
     )
+
+
+def may_change(directory: int) -> bool:
+    """Whether the calling thread may make, rename and remove names in a directory (also O_PATH). Linux 5.8."""
+    at_eaccess = 0x200
+    number, mode = ctypes.c_long(_NR_FACCESSAT2), ctypes.c_int(os.W_OK | os.X_OK)
+    return int(_syscall(number, ctypes.c_int(directory), b"", mode, ctypes.c_int(at_eaccess | AT_EMPTY_PATH))) == 0
 
 
 def open_tree(dirfd: int, path: str, flags: int) -> int:

@@ -11,7 +11,8 @@ import errno
 import os
 import stat
 
-from unisandbox.host import loop, mounts, syscalls
+from unisandbox.host import loop, mounts, subordinate, syscalls
+from unisandbox.host.boundary import reached
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ class _Layers:
             options += [("upperdir", f"/proc/self/fd/{self.upper}"), ("workdir", f"/proc/self/fd/{self.work}")]
             if self.volatile:
                 options.append(("volatile", None))
+        if subordinate.is_inside():
+            # Nobody may write what is "trusted." there. Source: Documentation/filesystems/overlayfs.rst.
+            options.append(("userxattr", None))
         return options
 
 
@@ -208,7 +212,9 @@ class Tree:
                 os.unlink(image)
             raise
         if unlink:
+            reached("before image.unlink", image)
             os.unlink(image)
+            reached("after image.unlink", image)
 
     def bind(
         self,
@@ -219,7 +225,10 @@ class Tree:
         attributes: int = 0,
         userns_fd: int | None = None,
         require_idmap: bool = True,
+        idmap_below: bool = True,
         create: bool = False,
+        uid: int = 0,
+        gid: int = 0,
         detached: bool = False,
         propagation: str = "private",
         follow: bool = False,
@@ -234,7 +243,9 @@ class Tree:
             attributes: MOUNT_ATTR_* to set.
             userns_fd: map the ids of files by this user namespace.
             require_idmap: False: mount it unmapped where its file system cannot (overlayfs, FUSE, ...).
-            create: make the mount point if it is missing.
+            idmap_below: with everything mounted below.
+            create: make the mount point if it is missing, with what is missing above it.
+            uid, gid: whom that belongs to.
             detached: `source_fd` is a detached tree already (`detached_tree`), and is used up.
             propagation: "private"; or what is mounted later on its source appears here ("slave"), and the other way
                 round ("shared"), if the source passes that on.
@@ -248,9 +259,10 @@ class Tree:
             syscalls.mount_setattr(
                 tree, "", set=attributes, propagation=PROPAGATION[propagation], recursive=recursive or detached
             )
-            mapped = userns_fd is not None and mounts.idmap(tree, userns_fd, recursive or detached, require_idmap)
+            below = idmap_below and (recursive or detached)
+            mapped = userns_fd is not None and mounts.idmap(tree, userns_fd, below, require_idmap)
             if create:
-                self._make_mount_point(path, stat.S_ISDIR(os.fstat(tree).st_mode), follow)
+                self._make_mount_point(path, stat.S_ISDIR(os.fstat(tree).st_mode), (uid, gid), follow)
         except BaseException:
             os.close(tree)
             raise
@@ -347,15 +359,16 @@ class Tree:
         finally:
             os.close(fd)
 
-    def _make_mount_point(self, path: str, directory: bool, follow: bool) -> None:
+    def _make_mount_point(self, path: str, directory: bool, owner: tuple[int, int], follow: bool) -> None:
+        uid, gid = owner
         if directory:
-            self.mkdir(path, parents=True, follow=follow)
+            self.mkdir(path, uid=uid, gid=gid, parents=True, follow=follow)
             return
         try:
-            self.file(path, follow=follow)
+            self.file(path, uid=uid, gid=gid, follow=follow)
         except FileNotFoundError:
-            self.mkdir(_split(path)[0], parents=True, follow=follow)
-            self.file(path, follow=follow)
+            self.mkdir(_split(path)[0], uid=uid, gid=gid, parents=True, follow=follow)
+            self.file(path, uid=uid, gid=gid, follow=follow)
         except FileExistsError:  # a device, a socket, a link: whether it can be mounted on, the kernel says
             pass
 

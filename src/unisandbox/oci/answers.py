@@ -35,6 +35,11 @@ _PROGRAM_REFUSED: Final = (
     r"|does not have correct permissions)"
     r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory|ENOENT|EACCES|ENOTDIR)"
 )
+_NO_ROOM: Final = r"\b(?:clone3?|v?fork(?:/exec)?)\b.*(?:resource temporarily unavailable|EAGAIN)"
+NO_ROOM_HINT: Final = (
+    "Its limit of processes (Resources.pids) or one of the host's is reached: wait until others have ended, or raise it"
+    " with update()."
+)
 # What is no part of the reason in a line of youki's log.
 _YOUKI_FRAME: Final = frozenset({"timestamp", "level", "message", "target"})
 
@@ -58,6 +63,8 @@ def failure(label: str, code: int, log: str, *, starts_program: bool = False) ->
         return InvalidArgumentError(message, exit_code=126)
     if starts_program and says(_PROGRAM_MISSING):
         return InvalidArgumentError(message, exit_code=127)
+    if says(_NO_ROOM):
+        return FailedPreconditionError(message, hint=NO_ROOM_HINT)
     if says(_NOT_STOPPED) or says(_NOT_RUNNING):
         return FailedPreconditionError(message)
     if says(r"\bcontainer\b") and says(_MISSING):

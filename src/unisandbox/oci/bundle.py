@@ -59,8 +59,10 @@ class Bundle:
         root_readonly: make its uppermost mount read-only.
         mounts: in this order.
         namespaces: made or joined.
-        ids: (first id on the host, count) of a user namespace that is joined; runc wants to be told.
+        ids: the user map and the group map of a user namespace that is joined, as rows of (first id inside, first id
+            outside, count); runc wants to be told.
         capabilities: bounding, effective and permitted set of the first process.
+        ineffective: those of them that are not effective while its program is executed; root has them all after that.
         no_new_privileges: for it and all that it starts.
         rlimits: (soft, hard) by name.
         oom_score_adj: for it.
@@ -79,8 +81,9 @@ class Bundle:
     root_readonly: bool = False
     mounts: Sequence[OciMount] = ()
     namespaces: Sequence[OciNamespace] = ()
-    ids: tuple[int, int] | None = None
+    ids: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]] | None = None
     capabilities: frozenset[str] = frozenset()
+    ineffective: frozenset[str] = frozenset()
     no_new_privileges: bool = True
     rlimits: Mapping[str, tuple[int, int]] = attrs.field(factory=dict)
     oom_score_adj: int = 0
@@ -105,9 +108,8 @@ class Bundle:
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
         }
         if self.ids is not None:
-            first, count = self.ids
-            mapping = [{"containerID": 0, "hostID": first, "size": count}]
-            linux["uidMappings"] = linux["gidMappings"] = mapping
+            for name, rows in zip(("uidMappings", "gidMappings"), self.ids, strict=True):
+                linux[name] = [{"containerID": i, "hostID": first, "size": count} for i, first, count in rows]
         if self.seccomp is not None:
             linux["seccomp"] = self.seccomp
         annotations = dict(self.annotations)
@@ -121,7 +123,11 @@ class Bundle:
                 "args": list(self.args),
                 "env": list(self.env),
                 "cwd": self.cwd,
-                "capabilities": {"bounding": capabilities, "effective": capabilities, "permitted": capabilities},
+                "capabilities": {
+                    "bounding": capabilities,
+                    "effective": sorted(self.capabilities - self.ineffective),
+                    "permitted": capabilities,
+                },
                 "rlimits": [
                     {"type": name, "soft": soft, "hard": hard} for name, (soft, hard) in sorted(self.rlimits.items())
                 ],

@@ -213,7 +213,8 @@ async def _dead(pidfd: int) -> None:
 def kill_tree(pid: int, pidfd: int) -> None:
     """Kill the process behind `pidfd`, its descendants and its process group; synchronous.
 
-    Each is stopped before its children are looked up, so that none can fork away meanwhile.
+    Each is stopped before its children are looked up, so that none can fork away meanwhile; but others may end them,
+    and then their ids are anybody's.
     """
     if not pidfds.send_signal(pidfd, signal.SIGSTOP):
         pidfds.kill_group(pidfd)  # it has died with the keeper; a hook of it may go on
@@ -223,15 +224,18 @@ def kill_tree(pid: int, pidfd: int) -> None:
     try:
         pending = [pid]
         while pending:
-            for child in children(pending.pop()):
+            parent = pending.pop()
+            for child in children(parent):
                 if child in found:
                     continue
                 with contextlib.suppress(ProcessLookupError):  # it has ended
                     fd = os.pidfd_open(child)
                     opened.append(fd)
-                    pidfds.send_signal(fd, signal.SIGSTOP)
-                    found[child] = fd
-                    pending.append(child)
+                    # Only what is a child now, while the pidfd holds its id, is the one that was listed.
+                    if child in children(parent):
+                        pidfds.send_signal(fd, signal.SIGSTOP)
+                        found[child] = fd
+                        pending.append(child)
         # The keeper made it the leader of a session and a group; while it is stopped its number stays its own.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)

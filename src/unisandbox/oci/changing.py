@@ -11,6 +11,7 @@ from unisandbox.api import (
     InvalidArgumentError,
     NotFoundError,
     Resources,
+    SandboxError,
     UnsupportedError,
 )
 from unisandbox.host.cgroups import Limits
@@ -41,7 +42,7 @@ def change_limits(container: Container, resources: Resources | str, label: str) 
             raise FailedPreconditionError(f"{what} has ended")
         cgroup.set_limits(limits)
     except OSError as error:
-        raise _refusal(error, what) from error
+        raise refusal(error, what) from error
 
 
 def _changed(now: Limits, text: str) -> Limits:
@@ -61,7 +62,8 @@ def _given(resources: Resources, now: Resources) -> Limits:
     return limits_of(resources)
 
 
-def _refusal(error: OSError, what: str) -> Exception:
+def refusal(error: OSError, what: str) -> SandboxError:
+    """What to raise when the kernel has refused limits of `what`."""
     if error.errno == errno.EBUSY:
         return FailedPreconditionError(f"the limits of {what} stay as they are: {error.strerror}")
     if error.errno in {errno.EINVAL, errno.ERANGE}:

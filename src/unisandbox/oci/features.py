@@ -19,6 +19,7 @@ from typing import Final, Literal, NamedTuple, cast
 import anyio
 
 from unisandbox.api.errors import UnavailableError
+from unisandbox.host import confinement
 
 RuntimeName = Literal["crun", "runc", "youki"]
 FifoKind = Literal["write", "read", ""]
@@ -55,7 +56,10 @@ class Features(NamedTuple):
             pid namespace it can be made to enter them first.)
         recursive_readonly: it knows the mount option `rro`.
         idmapped_mounts: it can map the ids of bind mounts.
+        whole_binds: in a user namespace, too, `rbind` shows what is mounted below the source. (crun 1.8.1 opens it
+            without that.)
         preserve_fds: it passes fds 3, 4 ... on to the container.
+        own_keyring: it makes a session keyring for the container, if it is not told otherwise.
     """
 
     cgroup_disabled: bool = False
@@ -68,7 +72,9 @@ class Features(NamedTuple):
     held_userns: bool = False
     recursive_readonly: bool = False
     idmapped_mounts: bool = False
+    whole_binds: bool = False
     preserve_fds: bool = False
+    own_keyring: bool = False
 
 
 class RuntimeProgram(NamedTuple):
@@ -102,6 +108,14 @@ class Rejected(NamedTuple):
 
 # Verdicts by path and identity: a query costs a process of 3-6 ms. Content of a file decides, so it may be shared.
 _known: dict[tuple[str, tuple[int, int, int, int]], RuntimeProgram | Rejected] = {}
+
+
+def keyring_arguments(program: RuntimeProgram) -> list[str]:
+    """What lets `create` do without a keyring where a filter of system calls forbids it, as Docker's own does.
+
+    What runs in the container is under the same filter then, and has no use for ours.
+    """
+    return ["--no-new-keyring"] if program.features.own_keyring and confinement.denies_keyrings() else []
 
 
 async def find_runtimes(path: str | None = None) -> list[RuntimeProgram]:
@@ -246,6 +260,7 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
             recursive_readonly=version >= (1, 4),
             idmapped_mounts=version >= (1, 5),
             preserve_fds=True,
+            own_keyring=True,
         )
     linux = told.get("linux")
     linux = linux if isinstance(linux, dict) else {}
@@ -262,7 +277,9 @@ def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict
             held_userns=True,
             recursive_readonly=recursive_readonly,
             idmapped_mounts=idmapped_mounts,
+            whole_binds=True,
             preserve_fds=True,
+            own_keyring=True,
         )
     # Its `features` is silent on seccomp, its --version is not. Source: youki 0.7.0, commands/features.rs and info.rs.
     return Features(

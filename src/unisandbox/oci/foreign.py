@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, Literal
 
 from unisandbox.api import InvalidArgumentError, UnsupportedError
 from unisandbox.api.task import RootMount
@@ -28,6 +28,16 @@ _NEWER: Final[Mapping[str, frozenset[str]]] = {
 _NAMESPACES: Final = frozenset({"pid", "network", "mount", "ipc", "uts", "user", "cgroup"})
 _PROPAGATION: Final = {"rshared": "shared", "rslave": "slave"}
 _OTHER_PROPAGATION: Final = frozenset({"shared", "slave", "unbindable", "runbindable"})
+IDMAP_OPTIONS: Final = frozenset({"idmap", "ridmap"})
+"""See `idmap`."""
+# Of a mount in the table of mounts, those that a container's own mount could lack.
+_FLAGS: Final = frozenset({"ro", "nosuid", "nodev", "noexec"})
+# Of attributes, those with an "r" before them count for what is mounted below, too; source: mount(8), and runtime-spec,
+# config.md, Linux mount options.
+_ATTRIBUTES: Final = frozenset(
+    {"ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "nosymfollow", "symfollow", "nodiratime"}
+    | {"diratime", "relatime", "norelatime", "noatime", "atime", "strictatime", "nostrictatime"}
+)
 # The devices of every container (see the backend), and the console, which is a terminal of devpts.
 _USUAL_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 1), (5, 2), (136, None)})
 _SHARES_PER_WEIGHT: Final = 1024 / 100  # the defaults of cgroup v1 and v2 mean the same
@@ -80,13 +90,13 @@ def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False)
     for mount in config.get("mounts") or []:
         options = frozenset(mount.get("options") or [])
         where = f"mount {mount.get('destination')!r}"
-        if is_mapped(mount) and not _is_bind(mount):
-            raise _refusal(f"{where} with ids of its own", program)
+        if idmap(mount) and not is_bind(mount):
+            raise _refusal(f"{where} with mapped ids", program)
         if "rro" in options and not program.features.recursive_readonly:
             raise _refusal(f"{where} that is read-only with all below it", program)
         if other := sorted(options & _OTHER_PROPAGATION):
             raise UnsupportedError(f"{where} with propagation {other[0]!r}", "runc", alternatives=("rshared", "rslave"))
-        if propagation(mount) != "private" and not _is_bind(mount):
+        if propagation(mount) != "private" and not is_bind(mount):
             raise UnsupportedError(f"{where} with rslave or rshared", "runc", reason="it shows nothing of the host")
     if (of_root := linux_of(config).get("rootfsPropagation")) not in {None, "", "private", "rprivate", *_PROPAGATION}:
         raise UnsupportedError(f"rootfs propagation {of_root!r}", "runc")
@@ -153,7 +163,7 @@ def _oom_group(resources: Mapping[str, Any], now: bool) -> bool:
     if other := sorted(unified.keys() - {_OOM_GROUP}):
         raise UnsupportedError(f"resources.unified.{other[0]}", "runc")
     value = unified.get(_OOM_GROUP, str(int(now)))
-    if value not in {"0", "1"}:
+    if value not in ["0", "1"]:  # whatever it is
         raise InvalidArgumentError(f"resources.unified.{_OOM_GROUP} must be '0' or '1', got {value!r:.80}")
     return bool(value == "1")
 
@@ -197,9 +207,16 @@ def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
         InvalidArgumentError: a rule that means nothing.
     """
     more: list[DeviceRule] = []
-    for rule in resources.get("devices") or []:
+    rules = resources.get("devices") or []
+    if not isinstance(rules, list):
+        raise InvalidArgumentError(f"resources.devices is no list: {rules!r:.80}")
+    for rule in rules:
         if not isinstance(rule, dict):
             raise InvalidArgumentError(f"a rule of resources.devices is no object: {rule!r:.80}")
+        numbers, words = ([rule.get(name) for name in names] for names in (("major", "minor"), ("type", "access")))
+        is_read = all(number is None or type(number) is int for number in numbers)
+        if not is_read or not all(word is None or isinstance(word, str) for word in words):
+            raise InvalidArgumentError(f"a rule of resources.devices is not as specified: {rule!r:.80}")
         major, minor = (None if rule.get(name) in {None, -1} else rule[name] for name in ("major", "minor"))
         if not rule.get("allow") or (major, minor) in _USUAL_DEVICES:
             continue
@@ -216,21 +233,61 @@ def devices(resources: Mapping[str, Any]) -> list[DeviceRule] | None:
 
 def binds(config: Config) -> Iterator[Config]:
     """The mounts that show something of the host."""
-    return filter(_is_bind, config.get("mounts") or [])
+    return filter(is_bind, config.get("mounts") or [])
 
 
-def is_mapped(mount: Config) -> bool:
-    """Whether a mount (or the `linux` of a config) has ids of its own."""
+def taken_apart(mount: Config, below: Iterable[tuple[str, Sequence[str]]]) -> Iterator[Config]:
+    """A mount with `rbind` as one of its source alone and one for each mount below, which say the same together.
+
+    Args:
+        mount: as an engine says it, its source without symbolic links.
+        below: what is mounted there: mount points, and what the table of mounts says of each.
+    """
+    options = [str(option) for option in mount.get("options") or []]
+    yield {**mount, "options": ["bind" if option == "rbind" else option for option in options]}
+    # One mount needs no recursion, which crun 1.8.1 takes for a directory's.
+    attributes = [option[1:] for option in options if option[:1] == "r" and option[1:] in _ATTRIBUTES]
+    propagated = [option for option in options if option in _PROPAGATION]
+    is_mapped = idmap(mount) == "tree"
+    ids: Config = {name: mount[name] for name in ("uidMappings", "gidMappings") if is_mapped and name in mount}
+    for point, had in below:
+        passes_on = any(word.startswith(("shared:", "master:")) for word in had)
+        yield {
+            "destination": os.path.normpath(f"{mount.get('destination')}/{os.path.relpath(point, mount['source'])}"),
+            "type": "bind",
+            "source": point,
+            "options": [
+                "bind",
+                *(flag for flag in had if flag in _FLAGS),
+                *attributes,
+                *(propagated if passes_on else []),
+                *["idmap"] * is_mapped,
+            ],
+            **ids,
+        }
+
+
+def names_ids(mount: Config) -> bool:
+    """Whether a mount says which ids its files get."""
     return bool(mount.get("uidMappings") or mount.get("gidMappings"))
 
 
+def idmap(mount: Config) -> Literal["", "mount", "tree"]:
+    """What of a mount gets mapped ids: itself, or all below it, too. They are what it says, or the user namespace's."""
+    options = set(mount.get("options") or [])
+    if "ridmap" in options or (names_ids(mount) and "idmap" not in options):
+        return "tree"
+    return "mount" if "idmap" in options else ""
+
+
 def has_ids(part: Config, first: int, count: int) -> bool:
-    """Whether those are of one row, from 0 inside to `first` outside."""
+    """Whether the ids of a mount (or the `linux` of a config) are of one row, from 0 inside to `first` outside."""
     row = {"containerID": 0, "hostID": first, "size": count}
     return all(part.get(name) == [row] for name in ("uidMappings", "gidMappings"))
 
 
-def _is_bind(mount: Config) -> bool:
+def is_bind(mount: Config) -> bool:
+    """Whether a mount shows something of the host."""
     return mount.get("type") == "bind" or bool({"bind", "rbind"} & set(mount.get("options") or []))
 
 
@@ -239,12 +296,15 @@ def propagation(mount: Config) -> str:
     return next((_PROPAGATION[option] for option in mount.get("options") or [] if option in _PROPAGATION), "private")
 
 
-def overlay_op(mount: RootMount, ids: tuple[int, int] | None = None) -> dict[str, object]:
+def overlay_op(
+    mount: RootMount, ids: tuple[int, int] | None = None, attributes: Iterable[str] = ()
+) -> dict[str, object]:
     """An overlay as an operation of a job, its `path` still missing.
 
     Args:
         mount: what an engine says.
         ids: the first id of the host, and how many, of the user namespace of whoever sees it.
+        attributes: of the mount, beside what it says.
 
     Directories are named one by one there, so that no option is too long however many layers there are.
 
@@ -253,7 +313,7 @@ def overlay_op(mount: RootMount, ids: tuple[int, int] | None = None) -> dict[str
         InvalidArgumentError: a directory is missing or is none.
     """
     given: dict[str, str] = {}
-    attributes: list[str] = []
+    attributes = list(attributes)
     for option in mount.options:
         name, has_value, value = option.partition("=")
         if name in {"lowerdir", "upperdir", "workdir"} and has_value:

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple
 from unisandbox.api import ContainerSpec, ProcessSpec
 from unisandbox.api.plain import container_spec_of, plain, process_spec_of
 from unisandbox.host.ends import HeldEnd
-from unisandbox.host.keeper import Keeper
+from unisandbox.host.keeper import Guard, Keeper
 from unisandbox.oci.processes import Container, Process
 
 # No exec id begins with it; see `check_id`.
@@ -103,6 +103,10 @@ class Ledger:
         if not self.kept:
             return None
         return HeldEnd(f"{self._container(container)}/pidfd", self._killed(container, ""), None, is_init=True)
+
+    def guard(self, container: str, pid: int, start_time: int) -> Guard:
+        """How to end a container that no cgroup ends: by its first process."""
+        return Guard(f"{self._prefix}process/{container}", "kill_process", (f"/{pid}/{start_time}",))
 
     # --- writing ---
 

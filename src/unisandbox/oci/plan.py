@@ -43,8 +43,8 @@ class Plan(NamedTuple):
 class Planner(Protocol):
     """Who knows how containers of a sandbox are made: the backend."""
 
-    async def prepare(self, container: ContainerSpec) -> Plan:
-        """Make root file system, cgroup and bundle."""
+    async def prepare(self, request: CreateTask) -> Plan:
+        """Make root file system, cgroup and bundle for the `container` of a request."""
         ...
 
     async def adopt(self, container_id: str, bundle: str) -> Plan:

@@ -16,7 +16,9 @@ import attrs
 from unisandbox.api import BackendError, ContainerSpec, Exit, ProcessSpec, Stdio
 from unisandbox.api.status import ContainerState
 from unisandbox.host.cgroups import Cgroup
-from unisandbox.host.pidfd import has_ended
+from unisandbox.host.null import is_null, open_null
+from unisandbox.host.pidfd import has_ended, send_signal
+from unisandbox.oci.calls import children, kill_tree
 from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Plan
 
@@ -84,7 +86,7 @@ class Container:
 
 
 @contextlib.contextmanager
-def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int]]:
+def streams(stdio: Sequence[int]) -> Iterator[tuple[int, int, int]]:
     """Three descriptors for a program; those that are missing (-1) are /dev/null, open for the block."""
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC) if min(stdio) < 0 else -1
     try:
@@ -93,6 +95,56 @@ def streams(stdio: Sequence[int] = (-1, -1, -1)) -> Iterator[tuple[int, int, int
     finally:
         if null >= 0:
             os.close(null)
+
+
+@contextlib.contextmanager
+def streams_to_own(stdio: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """The same for a program that a runtime starts, which gives them to the program's user: none is the host's own."""
+    ours = [-1 if fd >= 0 and is_null(fd) else fd for fd in stdio]
+    null = open_null() if min(ours) < 0 else -1
+    try:
+        first, second, third = (fd if fd >= 0 else null for fd in ours)
+        yield first, second, third
+    finally:
+        if null >= 0:
+            os.close(null)
+
+
+def end_tree(cgroup: Cgroup, pid: int, pidfd: int) -> None:
+    """SIGKILL for all that is in a process's cgroup; where there are no cgroups, for it and what descends from it."""
+    if cgroup.holds_processes:
+        cgroup.kill()
+    elif pidfd >= 0:
+        kill_tree(pid, pidfd)
+
+
+def end_init(cgroup: Cgroup, created: Created | None) -> None:
+    """SIGKILL for a whole container: without cgroups for its first process, with which its pid namespace ends."""
+    cgroup.kill()
+    if created is not None and created.pidfd >= 0 and not cgroup.holds_processes:
+        send_signal(created.pidfd, signal.SIGKILL)
+
+
+def end_descendants(pid: int) -> None:
+    """SIGKILL for all that descends from a process, but not for itself."""
+    for child in children(pid):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            pidfd = os.pidfd_open(child)
+            try:
+                if child in children(pid):  # and no stranger with its number; see `kill_tree`
+                    kill_tree(child, pidfd)
+            finally:
+                os.close(pidfd)
+
+
+def members(cgroup: Cgroup, pid: int) -> Sequence[int]:
+    """The processes of a cgroup; where there are none, `pid` and what descends from it."""
+    if cgroup.holds_processes:
+        return cgroup.pids()
+    found = [pid]
+    for one in found:
+        found += [child for child in children(one) if child not in found]
+    return found
 
 
 def oom_kills_of(cgroup: Cgroup) -> int:
@@ -179,12 +231,6 @@ def all_oom_kills_of(container: Container) -> int:
     return container.oom_kills + lingering + sum(map(oom_kills_of, cgroups))
 
 
-def signal_member(cgroup: Cgroup, pid: int, number: int) -> None:
-    """Signal a process if it still is in the cgroup: its number may be another's by now."""
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            if cgroup.holds(pid):
-                signal.pidfd_send_signal(pidfd, number)
-        finally:
-            os.close(pidfd)
+def awaits_start(container: Container, process: Process) -> Created | None:
+    """What is to become a bundle's first process, and waits for its start; None for every other process."""
+    return container.created if process.exec_id == "" and not container.with_init else None

@@ -35,7 +35,7 @@ from unisandbox.host.sealed import sealed_copy
 from unisandbox.oci import fifo
 from unisandbox.oci.answers import failure, read_log, why
 from unisandbox.oci.calls import NOWHERE, Call, Spawner, nsenter, run
-from unisandbox.oci.features import RuntimeProgram
+from unisandbox.oci.features import RuntimeProgram, keyring_arguments
 from unisandbox.oci.made import Created, enter, identify
 from unisandbox.oci.states import RuntimeFiles
 
@@ -119,7 +119,7 @@ class Runtime:
             raise AlreadyExistsError(f"{self.program.name} has a container {container_id!r} already")
         pid_file = f"{bundle}/{os.urandom(8).hex()}.pid"
         log = f"{bundle}/{_BUNDLE_LOG}"
-        arguments = ["--bundle", bundle, "--pid-file", pid_file]
+        arguments = ["--bundle", bundle, "--pid-file", pid_file, *keyring_arguments(self.program)]
         if extra_fds:
             arguments += ["--preserve-fds", str(len(extra_fds))]
         if console_socket is not None:
@@ -150,7 +150,7 @@ class Runtime:
             await self._scrap(container_id)
             raise
         finally:
-            self._files.unlink(pid_file)
+            self._files.unlink_pid_file(pid_file)
 
     async def start(
         self, container_id: str, *, created: Created | None = None, timeout: float = DEFAULT_TIMEOUT
@@ -251,7 +251,8 @@ class Runtime:
                 enter(call, created, cgroup_procs)
             return created
         finally:
-            for path in (pid_file, request, log):
+            self._files.unlink_pid_file(pid_file)
+            for path in (request, log):
                 self._files.unlink(path)
 
     async def kill(self, container_id: str, signal: int, *, timeout: float = DEFAULT_TIMEOUT) -> None:
@@ -439,7 +440,7 @@ class Runtime:
         return self._prepared.executable
 
     async def _seal(self) -> str:
-        name = f"runtime/{self.program.name}"
+        name = f"engine/runtime/{self.program.name}"  # no sandbox's: nothing that a keeper would stay for
         try:
             memory = sealed_copy(self.program.path, name)
         except OSError as error:

@@ -13,16 +13,25 @@ from typing import Final
 import anyio
 import attrs
 
-from unisandbox.api import BackendError, InvalidArgumentError, NotFoundError, ProcessSpec, UnavailableError
+from unisandbox.api import (
+    BackendError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ProcessSpec,
+    SandboxError,
+    UnavailableError,
+)
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.init import ExecFailed, spawn
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.readiness import readable
+from unisandbox.oci.answers import NO_ROOM_HINT
 from unisandbox.oci.console import Console, listening
 from unisandbox.oci.ledger import Ledger
 from unisandbox.oci.made import Created
-from unisandbox.oci.processes import Container, Process, birthplace, last_words, streams
+from unisandbox.oci.processes import Container, Process, birthplace, last_words, streams, streams_to_own
 from unisandbox.oci.runtime import Runtime
 
 START_SECONDS: Final = 30.0
@@ -61,11 +70,12 @@ class Starter:
         if container.with_init:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             container.control = ours
-            with theirs, streams() as (null, _, _), last_words() as stderr:
+            # Init needs none of the three, and what a runtime gives away must be nobody else's.
+            with theirs, last_words() as memory:
                 container.created = await self._runtime.create(
                     plan.oci_id,
                     plan.bundle,
-                    stdio=(null, null, stderr),
+                    stdio=(memory, memory, memory),
                     extra_fds=(theirs.fileno(), *plan.extra_fds),
                     cgroup_procs=leaf.entry,
                     entered=plan.entered,
@@ -74,7 +84,7 @@ class Starter:
                 )
         else:
             main.cgroup = leaf
-            with streams(main.stdio) as stdio, self._console(container, main) as console:
+            with streams_to_own(main.stdio) as stdio, self._console(container, main) as console:
                 container.created = await self._runtime.create(
                     plan.oci_id,
                     plan.bundle,
@@ -171,7 +181,7 @@ class Starter:
         process.cgroup = await self._cgroup(container, process.exec_id)
         created: Created | None = None
         try:
-            with streams(process.stdio) as stdio, self._console(container, process) as console:
+            with streams_to_own(process.stdio) as stdio, self._console(container, process) as console:
                 created = await self._runtime.exec(
                     container.plan.oci_id,
                     bundle,
@@ -196,11 +206,14 @@ class Starter:
         held = {"pidfd": created.pidfd, "master": process.master}
         await self._ledger.process(facts, {name: fd for name, fd in held.items() if fd >= 0})
 
-    def _not_started(
-        self, container: Container, spec: ProcessSpec, cwd: str, error: ExecFailed
-    ) -> InvalidArgumentError:
+    def _not_started(self, container: Container, spec: ProcessSpec, cwd: str, error: ExecFailed) -> SandboxError:
         program = spec.argv[0]
         where = f"in sandbox {self._label!r}"
+        if error.errno in {errno.EAGAIN, errno.ENOMEM}:  # nothing that was asked for is wrong
+            return FailedPreconditionError(
+                f"cannot start {program!r} {where}: {error.step}: {os.strerror(error.errno)}",
+                hint=NO_ROOM_HINT if error.errno == errno.EAGAIN else "Its limit of memory, or the host's, is reached.",
+            )
         if error.step == "cwd":
             return InvalidArgumentError(
                 f"cannot start {program!r} {where}: working directory {cwd!r}: {os.strerror(error.errno)}",

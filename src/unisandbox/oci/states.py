@@ -67,6 +67,15 @@ class RuntimeFiles:
         with contextlib.suppress(OSError, UnavailableError):
             os.unlink(self.view(path))
 
+    def unlink_pid_file(self, path: str) -> None:
+        """Remove a pid-file, and what a runtime that was killed while it wrote one left of it.
+
+        Source: runc utils_linux.go, createPidFile(): written under the name with a dot before it, then renamed.
+        """
+        directory, _, name = path.rpartition("/")
+        for each in (path, f"{directory}/.{name}"):
+            self.unlink(each)
+
     def has_hooks(self, directory: str, kind: str, *, seen: bool = False) -> bool:
         """Whether the config.json in a bundle, or (`seen`: as seen from here) a state directory, has such hooks."""
         path = f"{directory}/config.json"

@@ -6,7 +6,6 @@ Bundles that come from an engine (containerd) run as they are, and `exec` goes t
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -39,25 +38,25 @@ from unisandbox.api import (
     UnsupportedError,
     check_id,
 )
-from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import patience
+from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.ends import HeldEnd
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.latest import EXITS_KEPT, Latest
-from unisandbox.host.pidfd import has_ended
+from unisandbox.oci import killing, lingering
 from unisandbox.oci.changing import change_limits
 from unisandbox.oci.ends import end_now, exit_of, wait_end, wait_end_of_init
 from unisandbox.oci.ledger import ContainerFacts, Ledger, container_facts
-from unisandbox.oci.made import Created
 from unisandbox.oci.memory import more_oom_kills
 from unisandbox.oci.plan import Planner, metrics_of
 from unisandbox.oci.processes import (
     Container,
     Process,
     all_oom_kills_of,
+    awaits_start,
     duplicate,
-    oom_kills_of,
-    signal_member,
+    end_descendants,
+    end_init,
+    members,
     state_of,
 )
 from unisandbox.oci.restore import Restorer
@@ -125,7 +124,7 @@ class OciTaskService:
         for name in self._containers:
             self._exits.pop((name, ""), None)  # of a namesake that another process has removed
         for container in self._containers.values():
-            self._sweep(container)
+            lingering.sweep(container, self._ledger)
 
     async def running(self) -> list[tuple[str, str]]:
         """(container id, exec id) of every process that was started and is not known to have ended."""
@@ -145,8 +144,9 @@ class OciTaskService:
             raise InvalidArgumentError("a container is made from either a spec or a bundle")
         if request.terminal and not request.config:
             raise UnsupportedError("a terminal of a bundle's main process", "runc", hint="Use exec with a terminal.")
-        if (request.config or request.rootfs) and not (request.bundle and request.config):
-            raise InvalidArgumentError("config and rootfs are of a bundle, and rootfs needs a config")
+        has_place = bool(request.rootfs_at) and request.container is not None and request.container.rootfs is not None
+        if (request.config and not request.bundle) or (request.rootfs and not (request.config or has_place)):
+            raise InvalidArgumentError("config is of a bundle, and rootfs needs a config or a place in a root")
         if name in self._containers or name in self._making:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
         stdio = duplicate(request.stdio)
@@ -157,7 +157,7 @@ class OciTaskService:
         try:
             await self._ledger.container(facts)
             if request.container is not None:
-                plan = await self._planner.prepare(request.container)
+                plan = await self._planner.prepare(request)
             elif request.config:
                 plan = await self._planner.adapt(request)
             else:
@@ -166,6 +166,7 @@ class OciTaskService:
             container.processes[""] = main
             self._containers[name] = container
             await self._starter.create(container, main)
+            await self._guard(container)
             await self._note(container)
         except BaseException as error:
             if container is None:
@@ -183,6 +184,12 @@ class OciTaskService:
             raise
         finally:
             self._making.discard(name)
+
+    async def _guard(self, container: Container) -> None:
+        """Where no cgroup ends it, the keeper has to know its first process, with which all of it ends."""
+        created = container.created
+        if created is not None and not container.plan.cgroup.holds_processes:
+            await self._keeper.guard([self._ledger.guard(container.name, created.pid, created.start_time)])
 
     async def _note(self, container: Container) -> None:
         """Write down what another process needs to drive this container."""
@@ -263,7 +270,7 @@ class OciTaskService:
         if request.process is not None and request.process.terminal is not None and not container.with_init:
             raise UnsupportedError("a terminal for exec in a bundle", "runc", reason="it has no init of ours")
         terminal = bool(request.oci_process) and is_with_terminal(request.oci_process)
-        self._sweep(container)
+        lingering.sweep(container, self._ledger)
         process = Process(request.exec_id, request.process, duplicate(request.stdio), request.oci_process, terminal)
         container.processes[request.exec_id] = process
         self._exits.pop((container.name, request.exec_id), None)  # of its namesake in an earlier container
@@ -278,22 +285,11 @@ class OciTaskService:
         if signal == signals.SIGKILL and all:
             self.kill_now(container_id, exec_id)
             return
-        if signal == signals.SIGKILL:
-            self._mark_killed(container, process)
-        reached("before process.signal", exec_id)
-        with contextlib.suppress(ProcessLookupError):  # it has ended: there is nothing to signal
-            if all and process.cgroup is not None:
-                for pid in process.cgroup.pids():
-                    signal_member(process.cgroup, pid, signal)
-            elif process.pidfd >= 0:
-                signals.pidfd_send_signal(process.pidfd, signal)
-            elif (waiting := _waiting(container, process)) is not None:
-                signals.pidfd_send_signal(waiting.pidfd, signal)
-        reached("after process.signal", exec_id)
+        killing.send(container, process, signal, self._ledger, all=all)
         await anyio.lowlevel.checkpoint()
 
     def kill_now(self, container_id: str, exec_id: str = "") -> None:
-        """See `TaskService.kill_now`. Init stays, to tell how everybody ended."""
+        """See `TaskService.kill_now`."""
         container = self._containers.get(container_id)
         if container is None:
             return
@@ -303,17 +299,9 @@ class OciTaskService:
             processes = list(container.processes.values())
             for cgroup in container.lingering:
                 cgroup.kill()
-        for process in processes:
-            if process.cgroup is not None and process.exit is None:
-                self._mark_killed(container, process)
-                process.cgroup.kill()
-
-    def _mark_killed(self, container: Container, process: Process) -> None:
-        """It is about to get a SIGKILL from us, which is no end for want of memory; whoever asks later shall know."""
-        if not process.killed_by_us and process.pid is not None:
-            process.killed_by_us = True
-            self._ledger.killed_now(self._ledger.facts(container, process, process.pid, started=True))
-        process.killed_by_us = True
+            if container.created is not None and container.with_init and not container.plan.cgroup.holds_processes:
+                end_descendants(container.created.pid)
+        killing.end(container, processes, self._ledger)
 
     def identity_of(self, container_id: str) -> str:
         """See `TellsEnds.identity_of`."""
@@ -348,7 +336,7 @@ class OciTaskService:
         container = self._container(container_id)
         process = self._process(container, exec_id)
         if process.exit is None:
-            if process.pid is None and _waiting(container, process) is None:
+            if process.pid is None and awaits_start(container, process) is None:
                 raise FailedPreconditionError(f"process {exec_id or 'main'} of {container_id!r} has not been started")
             status, at = await wait_end(self._keeper, container, process)
             if process.exit is None:
@@ -356,7 +344,7 @@ class OciTaskService:
                 if not exec_id and not container.with_init:
                     # In a shared pid namespace the end of its first process ends nobody else, who would hold its
                     # streams open and go on unseen.
-                    container.plan.cgroup.kill()
+                    end_init(container.plan.cgroup, container.created)
         else:
             await anyio.lowlevel.checkpoint()
         return process.exit
@@ -384,34 +372,12 @@ class OciTaskService:
         if process.pid is not None and process.exit is None:
             await self.wait(container.name, exec_id)
         # Once begun it is done, with or without the rest.
-        self._free_process(container, process)
-        self._sweep(container)
-        if process.cgroup in container.lingering and (process.killed_by_us or process.pid is None):
+        lingering.free(container, process, self._ledger)
+        lingering.sweep(container, self._ledger)
+        if process.killed_by_us or process.pid is None:
             # Everything in it was killed, and is about to be gone; background work is not waited for.
-            with anyio.move_on_after(_TOLD_SECONDS):
-                while process.cgroup in container.lingering:
-                    await anyio.sleep(0.001)
-                    self._sweep(container)
+            await lingering.wait_swept(container, process, self._ledger)
         return process.exit
-
-    def _free_process(self, container: Container, process: Process) -> None:
-        container.processes.pop(process.exec_id, None)
-        self._ledger.forget_process(container.name, process.exec_id)
-        process.close()
-        if process.cgroup is not None:
-            container.lingering[process.cgroup] = 0
-
-    def _sweep(self, container: Container) -> None:
-        """Free what has ended meanwhile: background work, and processes whose delete was cut by a cancellation."""
-        for process in list(container.processes.values()):
-            if process.deleted and (process.pid is None or has_ended(process.pidfd)):
-                self._free_process(container, process)
-        # A few cgroups at a time keep this call short.
-        known = list(container.lingering)
-        for cgroup in {*known[:4], *known[-1:]}:
-            container.lingering[cgroup] = max(container.lingering[cgroup], oom_kills_of(cgroup))
-            if cgroup.remove():
-                container.oom_kills += container.lingering.pop(cgroup)
 
     async def _delete_container(self, container: Container) -> Exit | None:
         container.deleting = True
@@ -426,7 +392,7 @@ class OciTaskService:
                     is_there = container.processes.get(exec_id) is process
                     if is_there and process.pid is not None and process.exit is None:
                         await self.wait(container.name, exec_id)
-            container.plan.cgroup.kill()
+            end_init(container.plan.cgroup, container.created)
             if not scope.cancelled_caught:
                 break
         # Each step may be repeated: a cancellation may have cut this call before.
@@ -440,6 +406,9 @@ class OciTaskService:
             if container.created is created:  # nobody else was quicker
                 os.close(created.pidfd)
                 container.created = None
+        else:
+            # One that failed, or was cut, while it was made: what could not be scrapped then.
+            await self._runtime.delete(container.plan.oci_id, force=True)
         main = container.processes.get("")
         self._oom_kills_gone += all_oom_kills_of(container)
         container.lingering.clear()
@@ -450,6 +419,8 @@ class OciTaskService:
                 self._exits[container.name, exec_id] = process.exit or Exit.lost(exited_at=time.time())
         await patience.remove(container.plan.cgroup.dirs, _END_SECONDS)  # the last process goes a moment after its end
         await self._planner.free(container.name)
+        if not container.plan.cgroup.holds_processes:
+            await self._keeper.unguard([self._ledger.guard(container.name, 0, 0).name])
         self._ledger.forget_container(container.name)
         self._containers.pop(container.name, None)
         return main.exit if main else None
@@ -464,7 +435,7 @@ class OciTaskService:
             process.exit = end_now(process)  # nobody has waited for it here, and init has told
         # An ended process has no pid any more: the kernel may have given it to another one.
         pid = process.pid if state != "stopped" else None
-        if state == "created" and (waiting := _waiting(container, process)) is not None:
+        if state == "created" and (waiting := awaits_start(container, process)) is not None:
             pid = waiting.pid
         return TaskState(container_id, exec_id, state, pid, process.exit)
 
@@ -473,7 +444,8 @@ class OciTaskService:
         container = self._container(container_id)
         first = container.created.pid if container.created is not None and container.with_init else -1
         await anyio.lowlevel.checkpoint_if_cancelled()
-        return [pid for pid in container.plan.cgroup.pids() if pid != first]
+        there = members(container.plan.cgroup, container.created.pid if container.created is not None else 0)
+        return [pid for pid in there if pid != first]
 
     async def stats(self, container_id: str) -> Metrics:
         """See `TaskService.stats`."""
@@ -514,7 +486,7 @@ class OciTaskService:
         """See `SupportsPause.pause`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
         try:
-            await patience.freeze(self._container(container_id).plan.cgroup, _END_SECONDS)
+            await patience.freeze(self._freezer(container_id), _END_SECONDS)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"container {container_id!r} of sandbox {self._label!r} could not be paused within {_END_SECONDS:g} s",
@@ -523,8 +495,14 @@ class OciTaskService:
 
     async def resume(self, container_id: str) -> None:
         """See `SupportsPause.resume`."""
-        self._container(container_id).plan.cgroup.thaw()
+        self._freezer(container_id).thaw()
         await anyio.lowlevel.checkpoint()
+
+    def _freezer(self, container_id: str) -> Cgroup:
+        cgroup = self._container(container_id).plan.cgroup
+        if not cgroup.holds_processes:
+            raise UnsupportedError("pause", "runc", reason="there is no cgroup that this user may write")
+        return cgroup
 
     async def update(self, container_id: str, resources: Resources | str) -> None:
         """See `SupportsUpdate.update`."""
@@ -542,8 +520,3 @@ class OciTaskService:
         if process is None:
             raise NotFoundError(f"container {container.name!r} of sandbox {self._label!r} has no process {exec_id!r}")
         return process
-
-
-def _waiting(container: Container, process: Process) -> Created | None:
-    """What is to become a bundle's first process, and waits for its start; None for every other process."""
-    return container.created if process.exec_id == "" and not container.with_init else None

@@ -7,7 +7,8 @@ import stat
 from typing import Final, NamedTuple
 
 from unisandbox.api import InvalidArgumentError
-from unisandbox.host import syscalls
+from unisandbox.host import walking
+from unisandbox.host.identity import Identity
 
 # A root file system may be hostile: its files are read only so far.
 _LARGEST_FILE: Final = 1 << 20
@@ -33,11 +34,18 @@ ROOT: Final = Credentials()
 """Who a process is when no user is asked for, whatever the container's files say."""
 
 
-def resolve_user(root_fd: int, user: str, *, largest_id: int) -> Credentials:
+class Inside(NamedTuple):
+    """A container's root directory, and whoever is root there: with his rights its files are read."""
+
+    fd: int
+    identity: Identity
+
+
+def resolve_user(root: Inside, user: str, *, largest_id: int) -> Credentials:
     """Turn "name", "uid", "name:group" into numbers. Source: OCI image-spec config.md, `User`.
 
     Args:
-        root_fd: the container's root directory.
+        root: the container's.
         user: as users write it.
         largest_id: the last id that the container's user namespace maps.
 
@@ -45,7 +53,7 @@ def resolve_user(root_fd: int, user: str, *, largest_id: int) -> Credentials:
         InvalidArgumentError: a name is not in the container's files, or a number is not mapped.
     """
     name, _, group = user.partition(":")
-    entry = _passwd_entry(root_fd, name)
+    entry = _passwd_entry(root, name)
     if entry is not None:
         uid, gid, home, login = entry
     elif name.isdecimal():
@@ -56,17 +64,17 @@ def resolve_user(root_fd: int, user: str, *, largest_id: int) -> Credentials:
         )
     groups: tuple[int, ...] = ()
     if group:
-        gid = _group_id(root_fd, group)
+        gid = _group_id(root, group)
     elif login is not None:
-        groups = tuple(number for number, members in _groups(root_fd).values() if login in members)
+        groups = tuple(number for number, members in _groups(root).values() if login in members)
     for number in (uid, gid, *groups):
         if number > largest_id:
             raise InvalidArgumentError(f"user {user!r}: id {number} is above {largest_id}, the last that is mapped")
     return Credentials(uid, gid, groups, home)
 
 
-def _passwd_entry(root_fd: int, name: str) -> tuple[int, int, str, str] | None:
-    for line in _lines(root_fd, "/etc/passwd"):
+def _passwd_entry(root: Inside, name: str) -> tuple[int, int, str, str] | None:
+    for line in _lines(root, "/etc/passwd"):
         fields = line.split(":")
         if len(fields) < 6 or not (_is_id(fields[2]) and _is_id(fields[3])):
             continue
@@ -75,8 +83,8 @@ def _passwd_entry(root_fd: int, name: str) -> tuple[int, int, str, str] | None:
     return None
 
 
-def _group_id(root_fd: int, group: str) -> int:
-    known = _groups(root_fd)
+def _group_id(root: Inside, group: str) -> int:
+    known = _groups(root)
     if group in known:
         return known[group][0]
     if group.isdecimal():
@@ -86,9 +94,9 @@ def _group_id(root_fd: int, group: str) -> int:
     )
 
 
-def _groups(root_fd: int) -> dict[str, tuple[int, list[str]]]:
+def _groups(root: Inside) -> dict[str, tuple[int, list[str]]]:
     groups: dict[str, tuple[int, list[str]]] = {}
-    for line in _lines(root_fd, "/etc/group"):
+    for line in _lines(root, "/etc/group"):
         fields = line.split(":")
         if len(fields) >= 4 and _is_id(fields[2]):
             groups[fields[0]] = (int(fields[2]), fields[3].split(","))
@@ -99,20 +107,26 @@ def _is_id(text: str) -> bool:
     return text.isdecimal() and int(text) <= _LARGEST_ID
 
 
-def _lines(root_fd: int, path: str) -> list[str]:
-    """The lines of a small regular file below `root_fd`; none where there is no such file."""
+def _lines(root: Inside, path: str) -> list[str]:
+    """The lines of a small regular file below a root; none where there is no such file."""
+    return (beginning(root, path, _LARGEST_FILE) or b"").decode("utf-8", "replace").splitlines()
+
+
+def beginning(root: Inside, path: str, most: int) -> bytes | None:
+    """The first bytes of a regular file below a root, at most so many; None where there is no such file."""
     try:
-        fd = syscalls.openat2(
-            root_fd,
-            path,
-            os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY,
-            resolve=syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS,
-        )
+        with root.identity.bare():
+            probe = walking.open_inside(root.fd, path, os.O_PATH, root.identity)
+            try:
+                # What is opened is what was looked at: no device, and no FIFO, whose writer would see it.
+                if not stat.S_ISREG(os.fstat(probe).st_mode):
+                    return None
+                fd = root.identity.reopen(probe, 0)
+            finally:
+                os.close(probe)
     except OSError:
-        return []
+        return None
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            return []
-        return os.read(fd, _LARGEST_FILE).decode("utf-8", "replace").splitlines()
+        return os.read(fd, most)
     finally:
         os.close(fd)

@@ -22,7 +22,7 @@ from unisandbox.api import (
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
-from unisandbox.sandbox.process import pid_of
+from unisandbox.sandbox.process import check_signal, pid_of
 
 
 class Container:
@@ -54,7 +54,8 @@ class Container:
     async def wait(self) -> Exit:
         """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
         if self._exit is None:
-            self._exit = await self._entry.last_task.wait(self.name)
+            with self._entry.in_our_words():
+                self._exit = await self._entry.last_task.wait(self.name)
             self._entry.telling.container_exited(self.name, self._identity, self._exit)
         return self._exit
 
@@ -89,14 +90,23 @@ class Container:
         """Send a signal to the main process.
 
         Raises:
+            InvalidArgumentError: it is no signal's number.
+            FailedPreconditionError: another engine has taken the sandbox over.
+        """
+        check_signal(number)
+        self._entry.sharing.check_ours()
+        with self._entry.in_our_words():
+            await self._entry.task.kill(self.name, signal=number)
+
+    async def status(self) -> ContainerStatus:
+        """The state at this moment.
+
+        Raises:
             FailedPreconditionError: another engine has taken the sandbox over.
         """
         self._entry.sharing.check_ours()
-        await self._entry.task.kill(self.name, signal=number)
-
-    async def status(self) -> ContainerStatus:
-        """The state at this moment."""
-        state = await self._entry.task.state(self.name)
+        with self._entry.in_our_words():
+            state = await self._entry.task.state(self.name)
         return ContainerStatus(self.name, state.state, state.pid, state.exit)
 
     async def kill(self) -> Exit:
@@ -106,7 +116,8 @@ class Container:
             FailedPreconditionError: another engine has taken the sandbox over; the container goes on.
         """
         self._entry.sharing.check_ours()
-        self._entry.last_task.kill_now(self.name)
+        with self._entry.in_our_words():
+            self._entry.last_task.kill_now(self.name)
         return await self.wait()
 
     async def remove(self) -> None:
@@ -124,7 +135,8 @@ class Container:
 
     async def _remove(self) -> None:
         self._entry.sharing.check_ours()
-        self._entry.task.kill_now(self.name)
+        with self._entry.in_our_words():
+            self._entry.task.kill_now(self.name)
         if not await self._entry.cleaning.run(self._free, seconds=CLEANING_SECONDS):
             raise DeadlineExceededError(
                 f"container {self.name!r} of sandbox {self._entry.label!r} could not be removed within"
@@ -186,13 +198,14 @@ class Containers:
             AlreadyExistsError: the name is taken.
             InvalidArgumentError: the program cannot be started.
         """
+        variables = {} if env is None else env
         spec = ContainerSpec(
-            name=name or self._entry.programs.next_container_name(),
-            process=ProcessSpec(argv=argv, env=env or {}, user=user),
+            name=self._entry.programs.next_container_name() if name is None else name,
+            process=ProcessSpec(argv=argv, env=variables, user=user),
             rootfs=None if rootfs is None else Rootfs.parse(rootfs),
             resources=resources,
             mounts=mounts,
-            env=env or {},
+            env=variables,
             cwd=cwd,
             user=user,
         )

@@ -15,7 +15,8 @@ from typing import Final
 import anyio.lowlevel
 
 from unisandbox.api import FailedPreconditionError, InvalidArgumentError
-from unisandbox.sandbox.inside import Side, kind_of, link_target, named, reopen
+from unisandbox.host.identity import Identity
+from unisandbox.sandbox.inside import Side, kind_of, link_target, named
 from unisandbox.sandbox.placing import Placer
 
 PIECE: Final = 1 << 20
@@ -29,7 +30,7 @@ _ENTRIES: Final = 64
 # How many levels of a deep tree an error shows.
 _SHOWN_LEVELS: Final = 16
 
-Identity = tuple[int, int]
+Inode = tuple[int, int]
 
 
 class _Level:
@@ -43,6 +44,7 @@ class _Level:
         self.mode = mode
         self.scanned = False
         self.below: list[str] = []
+        self.status = os.fstat(source)
         self.source_id = _identity(source)
         self.target_id = _identity(target)
 
@@ -52,18 +54,19 @@ class _Level:
                 os.close(fd)
         self.source = self.target = -1
 
-    def open_above(self, below: _Level, where: Callable[[], str]) -> None:
+    def open_above(self, below: _Level, reader: Identity, writer: Identity, where: Callable[[], str]) -> None:
         """Open it again, as what `below` is in now."""
         if self.source >= 0:
             return
-        self.source = _above(below.source, self.source_id, where)
-        self.target = _above(below.target, self.target_id, where)
+        self.source = _above(below.source, self.source_id, reader, where)
+        self.target = _above(below.target, self.target_id, writer, where)
 
 
 class Copy:
     """One copy, of a thing and all that is below it.
 
     Args:
+        reader: as whom the source is read.
         placer: makes what is made.
         source, source_side: what is copied, to be named in errors.
         target, target_side: the same for where it goes.
@@ -71,8 +74,16 @@ class Copy:
     """
 
     def __init__(
-        self, placer: Placer, source: str, source_side: Side, target: str, target_side: Side, limit: int | None
+        self,
+        reader: Identity,
+        placer: Placer,
+        source: str,
+        source_side: Side,
+        target: str,
+        target_side: Side,
+        limit: int | None,
     ) -> None:
+        self._reader = reader
         self._placer = placer
         self._source, self._source_side = source, source_side
         self._target, self._target_side = target, target_side
@@ -120,9 +131,10 @@ class Copy:
             self._levels.pop()
             try:
                 if self._levels:
-                    self._levels[-1].open_above(level, self._shown)
+                    self._levels[-1].open_above(level, self._reader, self._placer.identity, self._shown)
                 if level.mode is not None:
-                    with named(self._shown(self._target, level.name), self._target_side):
+                    where = self._shown(self._target, level.name)
+                    with named(where, self._target_side), self._placer.identity.owning(os.fstat(level.target)):
                         os.fchmod(level.target, level.mode)
             finally:
                 level.close()
@@ -140,7 +152,8 @@ class Copy:
                         return
                     try:
                         flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-                        probe = os.open(entry.name, flags, dir_fd=level.source)
+                        with self._reader.over(level.status):
+                            probe = os.open(entry.name, flags, dir_fd=level.source)
                     except FileNotFoundError:  # it has gone meanwhile
                         continue
                 try:
@@ -157,7 +170,7 @@ class Copy:
     def _enter(self, level: _Level, name: str) -> _Level | None:
         with named(self._shown(self._source, name), self._source_side):
             try:
-                source = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=level.source)
+                source = self._reader.open_directory(level.source, name, 0)
             except FileNotFoundError:  # it has gone meanwhile
                 return None
         try:
@@ -188,7 +201,7 @@ class Copy:
                 self._placer.link(directory, name, path, leads_to)
         elif stat.S_ISREG(status.st_mode):
             with named(origin, self._source_side):
-                source = reopen(probe, 0)
+                source = self._reader.reopen(probe, 0)
             try:
                 mode = stat.S_IMODE(status.st_mode) & 0o777
                 self._count(ENTRY)
@@ -280,15 +293,15 @@ def _next_data(source: int, position: int, size: int) -> tuple[int, int] | None:
         raise
 
 
-def _identity(fd: int) -> Identity:
+def _identity(fd: int) -> Inode:
     status = os.fstat(fd)
     return status.st_dev, status.st_ino
 
 
-def _above(fd: int, identity: Identity, where: Callable[[], str]) -> int:
+def _above(fd: int, inode: Inode, identity: Identity, where: Callable[[], str]) -> int:
     with named(where()):
-        above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-    if _identity(above) != identity:
+        above = identity.open_directory(fd, "..", 0)
+    if _identity(above) != inode:
         os.close(above)
         raise FailedPreconditionError(f"{where()!r} was moved while it was copied", hint="Try again.")
     return above

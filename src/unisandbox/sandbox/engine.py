@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from typing_extensions import Unpack
 
@@ -13,6 +13,7 @@ from unisandbox.api import (
     BackendError,
     Event,
     FailedPreconditionError,
+    InvalidArgumentError,
     NotFoundError,
     Probe,
     RecoveryReport,
@@ -27,9 +28,15 @@ from unisandbox.engine.registry import Backend
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.sandbox import Sandbox, SandboxOptions, make_spec
 
+# No event has a number so large.
+_EVENTS_END: Final = 1 << 62
+
 
 class Engine:
     """Manages sandboxes on one state directory, in the caller's process.
+
+    It and all that it gives are used in one event loop at a time: in the one of another thread, while that runs, calls
+    raise FailedPreconditionError. When the loop has ended another one of its kind may go on.
 
     Attributes:
         id: 10 characters; part of the name of everything that the engine makes on the host.
@@ -61,6 +68,7 @@ class Engine:
             backends: backends by name beside the installed ones.
 
         Raises:
+            InvalidArgumentError: an argument is wrong; `directory` "" is no path.
             FailedPreconditionError: another engine owns the directory; its process is named.
             UnavailableError: this host cannot carry an engine; what is missing is said.
 
@@ -68,6 +76,10 @@ class Engine:
             async with Engine.open("/var/lib/my-engine") as eng:
                 sb = await eng.create(rootfs="host", name="w")
         """
+
+        if directory is not None:
+            _check_directory(directory)
+        _check_backends(backends)
 
         async def open() -> Engine:
             return cls(await open_engine(directory, policy=policy, on_recover=on_recover, backends=backends))
@@ -85,9 +97,13 @@ class Engine:
         or half removed there is freed, but for what the owner has only reported; see `recovery`.
 
         Raises:
+            InvalidArgumentError: `directory` cannot be a path; "" is none.
             UnavailableError: no engine is open there, and none was kept.
             FailedPreconditionError: others could write into the directory.
         """
+
+        _check_directory(directory)
+        _check_backends(backends)
 
         async def open() -> Engine:
             return cls(await attach_engine(directory, backends=backends))
@@ -117,12 +133,18 @@ class Engine:
         """The sandbox with that id or name.
 
         Raises:
+            InvalidArgumentError: it is no text; a sandbox without a name has None, and is found by its id.
             NotFoundError: there is none.
         """
         return Sandbox(await self._core.get(ref))
 
     async def list(self) -> list[SandboxStatus]:
-        """Every sandbox, the oldest first."""
+        """Every sandbox, the oldest first.
+
+        Raises:
+            FailedPreconditionError: the engine is closed.
+        """
+        self._core.check_open()
         await self._core.refresh()
         statuses = []
         for entry in self._core.entries():
@@ -143,6 +165,7 @@ class Engine:
             operation_id: under the same one it may be asked again: a sandbox that has got the name meanwhile stays.
 
         Raises:
+            InvalidArgumentError: `ref` is no text; a sandbox without a name has None, and is found by its id.
             NotFoundError: there is none.
         """
         operation = "" if operation_id is None else check_name(operation_id, "operation id")
@@ -153,7 +176,12 @@ class Engine:
 
         The last 4096 are kept: a reader that is slower gets a "gap" event and goes on with the oldest there is. On a
         state directory the numbers go on after a restart, and events of all processes that use it are in it.
+
+        Raises:
+            InvalidArgumentError: there can be no such number.
         """
+        if type(after) is not int or not 0 <= after < _EVENTS_END:
+            raise InvalidArgumentError(f"after must be the number of an event, or 0, got {after!r}")
         return self._core.events.read(after)
 
     async def explain(self, **options: Unpack[SandboxOptions]) -> Choice:
@@ -198,3 +226,14 @@ class Engine:
 
     async def _leave(self) -> None:
         await self.close()
+
+
+def _check_directory(directory: object) -> None:
+    path = os.fspath(directory) if isinstance(directory, os.PathLike) else directory
+    if not isinstance(path, str):
+        raise InvalidArgumentError(f"the state directory must be a path, as text or a pathlib.Path, got {directory!r}")
+
+
+def _check_backends(backends: object) -> None:
+    if backends is not None and not isinstance(backends, Mapping):
+        raise InvalidArgumentError(f"backends must map names to backends, got {backends!r}")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
+import itertools
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import anyio.lowlevel
 
@@ -27,11 +29,18 @@ from unisandbox.api import (
 )
 from unisandbox.engine.entry import Entry
 from unisandbox.host import removal
+from unisandbox.host.identity import CALLER, Identity
 from unisandbox.sandbox import inside
 from unisandbox.sandbox.copying import PIECE, Copy, final_mode
-from unisandbox.sandbox.inside import Side, named
+from unisandbox.sandbox.inside import Root, Side, named
 from unisandbox.sandbox.placing import Placer
+from unisandbox.sandbox.streams import bytes_of
 
+if TYPE_CHECKING:
+    from unisandbox.engine.clerk import Clerk
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _OVERFLOW_ID: Final = 65534  # what the kernel shows for an id without a mapping; source: user_namespaces(7)
 # Entries between two turns of the event loop; each some 5 us.
 _ENTRIES: Final = 500
@@ -40,12 +49,42 @@ DEFAULT_LIST_LIMIT: Final = 250_000
 DEFAULT_DOWNLOAD_LIMIT: Final = 4 << 30
 
 
+METHODS: Final = frozenset(
+    {"read", "write", "list", "stat", "exists", "mkdir", "remove", "rename", "upload", "download"}
+)
+"""Those of `Files` that a clerk does; see `engine.clerk`."""
+
+
+def _where_it_may_be_done(
+    method: Callable[Concatenate[Files, _P], Coroutine[Any, Any, _T]],
+) -> Callable[Concatenate[Files, _P], Coroutine[Any, Any, _T]]:
+    """Let the engine's clerk do it where this process has no power over what belongs to a sandbox's users."""
+    code = method.__code__
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+
+    @functools.wraps(method)
+    async def done(self: Files, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        clerk = self._entry.clerk
+        if clerk is None or len(args) >= code.co_argcount or not kwargs.keys() <= set(names):
+            return await method(self, *args, **kwargs)
+        return cast("_T", await self._by_clerk(clerk, method.__name__, dict(zip(names, args, strict=False)) | kwargs))
+
+    return done
+
+
 class Files:
-    """The files of one sandbox, as its root user would see them."""
+    """The files of one sandbox, as its root user sees them.
+
+    What is read and changed is what the sandbox's root could read and change: with its ids, and with its capabilities
+    (`Security.capabilities`) over what belongs to ids of the sandbox. What belongs to others, files of the host below
+    `/usr` say, or in a mount with `idmap=False`, can be reached as far as its mode lets everybody; otherwise the call
+    raises FailedPreconditionError.
+    """
 
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
 
+    @_where_it_may_be_done
     async def read(self, path: str, *, limit: int = DEFAULT_READ_LIMIT) -> bytes:
         """The content of a regular file; links inside the sandbox are followed.
 
@@ -60,7 +99,7 @@ class Files:
         await self._entry.sharing.reach()
         _check_limit(limit)
         with self._root() as root, named(path):
-            fd = inside.open_regular(root, path)
+            fd = root.open_regular(path)
             try:
                 content = io.BytesIO()
                 while piece := os.read(fd, min(PIECE, limit + 1 - content.tell())):
@@ -75,11 +114,12 @@ class Files:
             finally:
                 os.close(fd)
 
+    @_where_it_may_be_done
     async def write(self, path: str, data: bytes | str, *, mode: int | None = None) -> None:
         """Put a file there, all of it or nothing: readers see the old or the new content.
 
-        An existing file's owner and mode are kept, a new one belongs to the sandbox's root. A link at `path` is
-        replaced, not followed; so is a FIFO, a socket or a device.
+        An existing file's mode is kept, and its owner if the sandbox has such a user; a new one belongs to the
+        sandbox's root. A link at `path` is replaced, not followed; so is a FIFO, a socket or a device.
 
         Args:
             path: absolute path inside; its directory must exist.
@@ -93,24 +133,18 @@ class Files:
         """
         await self._entry.sharing.reach()
         _check_mode(mode)
-        try:
-            content = data.encode() if isinstance(data, str) else data
-        except UnicodeEncodeError as error:
-            raise InvalidArgumentError(
-                f"the text for {path!r} cannot be written as UTF-8: {error.reason}", hint="Give bytes."
-            ) from error
-        with (
-            self._root() as root,
-            named(path),
-            inside.parent(root, path) as (directory, name),
-            self._placer().file(directory, name, path, mode) as fd,
-        ):
-            view = memoryview(content)
+        view = _bytes_for(path, data)
+        with self._root() as root, named(path), contextlib.ExitStack() as stack:
+            _check_kind(path, is_directory=False)
+            with root.identity.bare():
+                directory, name = stack.enter_context(root.parent(path))
+                fd = stack.enter_context(Placer(root.identity).file(directory, name, path, mode))
             while view:
                 view = view[os.write(fd, view[:PIECE]) :]
                 if view:
                     await anyio.lowlevel.checkpoint()
 
+    @_where_it_may_be_done
     async def list(self, path: str = "/", *, limit: int = DEFAULT_LIST_LIMIT) -> list[FileInfo]:
         """What is in a directory, sorted by name; what vanishes meanwhile is left out.
 
@@ -126,24 +160,25 @@ class Files:
         _check_limit(limit)
         found: list[FileInfo] = []
         with self._root() as root, named(path):
-            directory = inside.open_directory(root, path)
+            directory = root.open_directory(path)
             try:
                 with os.scandir(directory) as entries:
-                    for entry in entries:
-                        if len(found) == limit:
+                    while names := [entry.name for entry in itertools.islice(entries, _ENTRIES)]:
+                        if found:
+                            await anyio.lowlevel.checkpoint()
+                        with root.identity.over(directory):
+                            infos = [self._info(directory, name) for name in names]
+                        found += [info for info in infos if info is not None]
+                        if len(found) > limit:
                             raise InvalidArgumentError(
                                 f"{path!r} has more than {limit} entries", hint="Give a larger limit=."
                             )
-                        info = self._info(directory, entry.name)
-                        if info is not None:
-                            found.append(info)
-                            if len(found) % _ENTRIES == 0:
-                                await anyio.lowlevel.checkpoint()
             finally:
                 os.close(directory)
         found.sort(key=lambda info: info.name)
         return found
 
+    @_where_it_may_be_done
     async def stat(self, path: str) -> FileInfo:
         """What is at `path`; a link in the last place is not followed.
 
@@ -152,23 +187,25 @@ class Files:
         """
         await self._entry.sharing.reach()
         with self._root() as root, named(path):
-            fd = inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW)
+            fd = root.open(path, os.O_PATH | os.O_NOFOLLOW)
             try:
                 name = os.path.basename(path.rstrip("/")) or "/"
                 return self._describe(name, os.fstat(fd), lambda: inside.link_target(fd))
             finally:
                 os.close(fd)
 
+    @_where_it_may_be_done
     async def exists(self, path: str) -> bool:
         """Whether something is at `path`; also a link that leads nowhere."""
         await self._entry.sharing.reach()
         with self._root() as root, named(path):
             try:
-                os.close(inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW))
+                os.close(root.open(path, os.O_PATH | os.O_NOFOLLOW))
             except (FileNotFoundError, NotADirectoryError):
                 return False
         return True
 
+    @_where_it_may_be_done
     async def mkdir(self, path: str, *, mode: int = 0o755, parents: bool = True) -> None:
         """Make a directory that belongs to the sandbox's root; one that is there already is fine.
 
@@ -183,13 +220,14 @@ class Files:
         """
         await self._entry.sharing.reach()
         _check_mode(mode)
-        parts = [part for part in inside.checked(path).split("/") if part not in {"", "."}]
+        parts = [part for part in inside.absolute(path).split("/") if part not in {"", "."}]
         with self._root() as root, named(path):
             for depth in range(1 if parents else len(parts), len(parts) + 1):
                 self._make_directory(root, "/" + "/".join(parts[:depth]), mode)
                 if depth % 50 == 0:
                     await anyio.lowlevel.checkpoint()
 
+    @_where_it_may_be_done
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, a link (not what it points to) or a directory.
 
@@ -204,20 +242,24 @@ class Files:
             FailedPreconditionError: the directory is not empty, the place is read-only, or a mount point is in the way.
         """
         await self._entry.sharing.reach()
-        with self._root() as root, named(path), inside.parent(root, path) as (directory, name):
+        with self._root() as root, named(path), root.parent(path) as (directory, name):
+            if path.endswith("/"):
+                _check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
             if recursive:
-                with contextlib.closing(removal.removing(directory, name, path)) as steps:
+                with contextlib.closing(removal.removing(directory, name, path, root.identity)) as steps:
                     for _ in steps:
                         await anyio.lowlevel.checkpoint()
                 return
-            status = inside.look(directory, name)
+            status = inside.look(root.identity, directory, name)
             if status is None:
                 raise NotFoundError(f"{path!r} does not exist")
-            if stat.S_ISDIR(status.st_mode):
-                os.rmdir(name, dir_fd=directory)
-            else:
-                os.unlink(name, dir_fd=directory)
+            with root.identity.over(directory, entries=[status]):
+                if stat.S_ISDIR(status.st_mode):
+                    os.rmdir(name, dir_fd=directory)
+                else:
+                    os.unlink(name, dir_fd=directory)
 
+    @_where_it_may_be_done
     async def rename(self, source: str, target: str) -> None:
         """Move a file or directory within one file system of the sandbox; an existing file at `target` is replaced.
 
@@ -228,15 +270,19 @@ class Files:
         await self._entry.sharing.reach()
         with self._root() as root, contextlib.ExitStack() as stack:
             with named(source):
-                from_directory, from_name = stack.enter_context(inside.parent(root, source))
-                if inside.look(from_directory, from_name) is None:
+                from_directory, from_name = stack.enter_context(root.parent(source))
+                moved = inside.look(root.identity, from_directory, from_name)
+                if moved is None:
                     raise NotFoundError(f"{source!r} does not exist")
+                _check_kind(source, is_directory=_is_directory(moved))
             with named(target):
-                to_directory, to_name = stack.enter_context(inside.parent(root, target))
-                inside.look(to_directory, to_name)
+                to_directory, to_name = stack.enter_context(root.parent(target))
+                inside.look(root.identity, to_directory, to_name)
+                _check_kind(target, is_directory=_is_directory(moved))
             with named(f"{source} -> {target}"):
-                self._placer().rename(from_directory, from_name, to_directory, to_name)
+                Placer(root.identity).rename(from_directory, from_name, to_directory, to_name)
 
+    @_where_it_may_be_done
     async def upload(self, local: str | os.PathLike[str], path: str) -> None:
         """Copy a file or a directory tree of the host to `path`; links are copied as links, holes as holes.
 
@@ -248,23 +294,25 @@ class Files:
             InvalidArgumentError: the host's path holds something that is no file, directory or link.
         """
         await self._entry.sharing.reach()
-        origin = inside.checked(os.fspath(local))
+        origin = _local(local)
         with self._root() as root, contextlib.ExitStack() as stack:
             with named(origin, "host"):
                 probe = os.open(origin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, probe)
-            copy = Copy(self._placer(), origin, "host", path, "sandbox", None)
+            copy = Copy(CALLER, Placer(root.identity), origin, "host", path, "sandbox", None)
             status = os.fstat(probe)
             if not stat.S_ISDIR(status.st_mode):
                 with named(path):
-                    directory, name = stack.enter_context(inside.parent(root, path))
+                    _check_kind(path, is_directory=False)
+                    directory, name = stack.enter_context(root.parent(path))
                 await copy.entry(probe, directory, name)
                 return
             mode = stat.S_IMODE(status.st_mode) & 0o777
             with named(path):
                 target, made = self._open_or_make(root, path, mode | 0o700)
-            await copy.tree(*_with_source(probe, target, origin, "host"), mode if made else None)
+            await copy.tree(*_with_source(CALLER, probe, target, origin, "host"), mode if made else None)
 
+    @_where_it_may_be_done
     async def download(self, path: str, local: str | os.PathLike[str], *, limit: int = DEFAULT_DOWNLOAD_LIMIT) -> None:
         """Copy a file or a directory tree to the host; links are copied as links and never followed below `path`.
 
@@ -285,12 +333,12 @@ class Files:
         """
         await self._entry.sharing.reach()
         _check_limit(limit)
-        goal = inside.checked(os.fspath(local))
+        goal = _local(local)
         with self._root() as root, contextlib.ExitStack() as stack:
             with named(path):
-                probe = inside.open_inside(root, path, os.O_PATH | os.O_NOFOLLOW)
+                probe = root.open(path, os.O_PATH | os.O_NOFOLLOW)
                 stack.callback(os.close, probe)
-            copy = Copy(Placer(None), path, "sandbox", goal, "host", limit)
+            copy = Copy(root.identity, Placer(CALLER), path, "sandbox", goal, "host", limit)
             status = os.fstat(probe)
             if not stat.S_ISDIR(status.st_mode):
                 with named(goal, "host"):
@@ -300,14 +348,49 @@ class Files:
             mode = stat.S_IMODE(status.st_mode) & 0o777
             with named(goal, "host"):
                 target, made = _local_directory(goal, mode | 0o700)
-            await copy.tree(*_with_source(probe, target, path, "sandbox"), final_mode(target, mode) if made else None)
+            await copy.tree(
+                *_with_source(root.identity, probe, target, path, "sandbox"), final_mode(target, mode) if made else None
+            )
+
+    async def _by_clerk(self, clerk: Clerk, method: str, arguments: dict[str, Any]) -> object:
+        await self._entry.sharing.reach()
+        _check_mode(arguments.get("mode"))
+        for name in ("path", "source", "target"):
+            if name in arguments:
+                inside.absolute(arguments[name])
+        content = None
+        if "data" in arguments:
+            content = _bytes_for(arguments["path"], arguments.pop("data"))
+        if "local" in arguments:
+            # It has another working directory.
+            arguments["local"] = os.path.join(os.getcwd(), _local(arguments["local"]))
+        entry = self._entry
+        with self._root() as root:
+            asked = clerk.call(
+                method,
+                root.fd,
+                arguments,
+                capabilities=entry.spec.security.capabilities,
+                label=entry.label,
+                content=content,
+            )
+            try:
+                value = await asked
+            except UnavailableError:
+                entry.check_there()
+                raise
+        if method == "list":
+            return [FileInfo(**info) for info in cast("list[dict[str, Any]]", value)]
+        return FileInfo(**value) if isinstance(value, dict) else value
 
     @contextmanager
-    def _root(self) -> Iterator[int]:
+    def _root(self) -> Iterator[Root]:
         entry = self._entry
         try:
             fd = entry.sandboxer.root_fd(entry.sandbox_id)
         except (OSError, NotFoundError) as error:
+            if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
+                raise inside.translate(error, "/") from error
             entry.check_there()
             if isinstance(error, NotFoundError):
                 raise
@@ -316,31 +399,35 @@ class Files:
                 raise entry.gone() from error
             raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
         try:
-            yield fd
+            first, count = entry.sandboxer.host_ids(entry.sandbox_id)
+            yield Root(fd, Identity(first, count, entry.spec.security.capabilities))
         finally:
             os.close(fd)
 
-    def _placer(self) -> Placer:
-        first, _ = self._entry.sandboxer.host_ids(self._entry.sandbox_id)
-        return Placer((first, first))
-
-    def _open_or_make(self, root: int, path: str, mode: int) -> tuple[int, bool]:
+    def _open_or_make(self, root: Root, path: str, mode: int) -> tuple[int, bool]:
         """The directory at `path`, links followed, and whether it was made."""
         try:
-            return inside.open_directory(root, path), False
+            return root.open_directory(path), False
         except FileNotFoundError:
-            with inside.parent(root, path) as (directory, name):
-                return self._placer().make_directory(directory, name, mode), True
+            with root.parent(path) as (directory, name):
+                return Placer(root.identity).make_directory(directory, name, mode), True
 
-    def _make_directory(self, root: int, path: str, mode: int) -> None:
+    def _make_directory(self, root: Root, path: str, mode: int) -> None:
         try:
             fd, _ = self._open_or_make(root, path, mode)
         except FileExistsError:
             # Somebody was quicker, which is fine, or a link leads nowhere.
             try:
-                fd = inside.open_directory(root, path)
+                fd = root.open_directory(path)
             except FileNotFoundError:
                 raise AlreadyExistsError(f"{path!r} exists already, and is a link that leads nowhere") from None
+        except NotADirectoryError as error:
+            try:
+                fd = root.open(path, os.O_PATH)
+            except OSError:
+                raise error from None  # it is something on the way to it
+            os.close(fd)
+            raise AlreadyExistsError(f"{path!r} exists already and is not a directory") from None
         os.close(fd)
 
     def _info(self, directory: int, name: str) -> FileInfo | None:
@@ -373,21 +460,48 @@ class Files:
         )
 
 
+def _bytes_for(path: str, data: bytes | str) -> memoryview:
+    try:
+        return bytes_of(data.encode() if isinstance(data, str) else data, "the content")
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"the text for {path!r} cannot be written as UTF-8: {error.reason}", hint="Give bytes."
+        ) from error
+
+
+def _local(path: str | os.PathLike[str]) -> str:
+    """A path on the host, as text."""
+    return inside.checked(os.fspath(path) if isinstance(path, os.PathLike) else path)
+
+
 def _check_limit(limit: int) -> None:
-    if limit < 0:
-        raise InvalidArgumentError(f"limit must be >= 0, got {limit}")
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise InvalidArgumentError(f"limit must be >= 0, got {limit!r}")
 
 
 def _check_mode(mode: int | None) -> None:
-    if mode is not None and not 0 <= mode <= 0o7777:
+    if mode is None:
+        return
+    if isinstance(mode, bool) or not isinstance(mode, int):
+        raise InvalidArgumentError(f"mode must be permission bits as a number, got {mode!r}", hint="For example 0o644.")
+    if not 0 <= mode <= 0o7777:
         raise InvalidArgumentError(f"mode must be permission bits, 0o0 to 0o7777, got {mode:#o}")
 
 
-def _with_source(probe: int, target: int, path: str, side: Side) -> tuple[int, int]:
+def _is_directory(status: os.stat_result | None) -> bool:
+    return status is None or stat.S_ISDIR(status.st_mode)
+
+
+def _check_kind(path: str, *, is_directory: bool) -> None:
+    if inside.checked(path).endswith("/") and not is_directory:
+        raise InvalidArgumentError(f"{path!r} is the path of a directory, and this is none")
+
+
+def _with_source(reader: Identity, probe: int, target: int, path: str, side: Side) -> tuple[int, int]:
     """A descriptor to read the directory behind `probe`, and `target`, which is closed if there is none."""
     try:
         with named(path, side):
-            return inside.reopen(probe, os.O_DIRECTORY), target
+            return reader.reopen(probe, os.O_DIRECTORY), target
     except BaseException:
         os.close(target)
         raise

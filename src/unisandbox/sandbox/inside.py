@@ -1,7 +1,8 @@
 """Paths of a sandbox, looked up by the kernel inside its root, and errors that name them.
 
 No link and no ".." leads out (openat2: RESOLVE_IN_ROOT, RESOLVE_NO_MAGICLINKS). What is opened is looked at first
-through an O_PATH descriptor, so that no FIFO, device or socket is ever opened.
+through an O_PATH descriptor, so that no FIFO, device or socket is ever opened. All of it with the rights of an
+`Identity`: what a program in the sandbox may not see is not seen for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -23,17 +24,15 @@ from unisandbox.api import (
     UnavailableError,
 )
 from unisandbox.api.status import FileKind
-from unisandbox.host import syscalls
+from unisandbox.host import syscalls, walking
+from unisandbox.host.identity import Identity
 
 Side = Literal["sandbox", "host"]
 
-_INSIDE: Final = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_MAGICLINKS
 ONE_STEP: Final = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS
 """How one name in an open directory is looked up: never through a link."""
 ON_THIS_MOUNT: Final = ONE_STEP | syscalls.RESOLVE_NO_XDEV
 """The same, and EXDEV for a mount point."""
-# openat2 answers EAGAIN when anything on the host was renamed or mounted while it followed a ".."; source: openat2(2).
-_ATTEMPTS: Final = 1000
 _PATH_MAX: Final = 4096  # with the NUL at the end; source: include/uapi/linux/limits.h
 
 
@@ -41,8 +40,10 @@ def checked(path: str) -> str:
     """The path, if the kernel could take it.
 
     Raises:
-        InvalidArgumentError: it is empty, too long, has a NUL, or no bytes stand for its text.
+        InvalidArgumentError: it is no text, empty, too long, has a NUL, or no bytes stand for its text.
     """
+    if not isinstance(path, str):
+        raise InvalidArgumentError(f"a path is text, got {path!r}")
     if not path or "\0" in path:
         raise InvalidArgumentError(f"{path!r} is not a path")
     try:
@@ -54,67 +55,87 @@ def checked(path: str) -> str:
     return path
 
 
-def open_inside(root: int, path: str, flags: int) -> int:
-    """Open a path as the sandbox would see it. Raises OSError."""
-    checked(path)
-    for _ in range(_ATTEMPTS):
+def absolute(path: str) -> str:
+    """The path, if it is one in a sandbox: there is no directory that one of another form could begin in.
+
+    Raises:
+        InvalidArgumentError: as `checked`, or it is not absolute.
+    """
+    if not checked(path).startswith("/"):
+        raise InvalidArgumentError(f"{path!r} is no absolute path", hint="Paths in a sandbox begin with '/'.")
+    return path
+
+
+class Root(NamedTuple):
+    """A sandbox's root directory, and who looks something up below it."""
+
+    fd: int
+    identity: Identity
+
+    def open(self, path: str, flags: int) -> int:
+        """Open a path as the sandbox's root would, with its rights. Raises OSError.
+
+        Args:
+            path: absolute; links in it are followed.
+            flags: O_PATH, O_DIRECTORY, O_NOFOLLOW; what is read must be a directory, or be looked at first.
+        """
+        return walking.open_inside(self.fd, absolute(path), flags, self.identity)
+
+    def open_directory(self, path: str) -> int:
+        """Open a directory to read it; links inside are followed. Raises OSError."""
+        return self.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def open_regular(self, path: str) -> int:
+        """Open a regular file to read it; links inside are followed. Raises OSError and InvalidArgumentError."""
+        with self.identity.bare():
+            probe = self.open(path, os.O_PATH)
+            try:
+                kind = kind_of(os.fstat(probe).st_mode)
+                if kind != "file":
+                    raise InvalidArgumentError(f"{path!r} is not a regular file but a {kind}")
+                return self.identity.reopen(probe, 0)
+            finally:
+                os.close(probe)
+
+    @contextmanager
+    def parent(self, path: str) -> Iterator[tuple[int, str]]:
+        """The directory that holds `path` (O_PATH), and the last part of the path. Raises OSError and NotFoundError."""
+        directory, name = os.path.split(absolute(path).rstrip("/"))
+        if name in {"", ".", ".."}:
+            raise InvalidArgumentError(f"{path!r} does not name a file in a directory")
         try:
-            return syscalls.openat2(root, path, flags, resolve=_INSIDE)
-        except BlockingIOError:
-            continue
-    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
-
-
-def open_directory(root: int, path: str) -> int:
-    """Open a directory to read it; links inside are followed. Raises OSError."""
-    return open_inside(root, path, os.O_RDONLY | os.O_DIRECTORY)
-
-
-def open_regular(root: int, path: str) -> int:
-    """Open a regular file to read it; links inside are followed. Raises OSError and InvalidArgumentError."""
-    probe = open_inside(root, path, os.O_PATH)
-    try:
-        kind = kind_of(os.fstat(probe).st_mode)
-        if kind != "file":
-            raise InvalidArgumentError(f"{path!r} is not a regular file but a {kind}")
-        return reopen(probe, 0)
-    finally:
-        os.close(probe)
-
-
-def reopen(probe: int, flags: int) -> int:
-    """Open for reading what an O_PATH descriptor has pinned: what is opened is what was looked at."""
-    return os.open(f"/proc/self/fd/{probe}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | flags)
+            fd = self.open(directory, os.O_PATH | os.O_DIRECTORY)
+        except FileNotFoundError as error:
+            raise NotFoundError(f"{directory!r}, the directory of {path!r}, does not exist") from error
+        try:
+            yield fd, name
+        finally:
+            os.close(fd)
 
 
 @contextmanager
-def parent(root: int, path: str) -> Iterator[tuple[int, str]]:
-    """The directory that holds `path` (O_PATH), and the last part of the path."""
-    directory, name = os.path.split(checked(path).rstrip("/"))
-    if name in {"", ".", ".."}:
-        raise InvalidArgumentError(f"{path!r} does not name a file in a directory")
-    fd = open_inside(root, directory or "/", os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield fd, name
-    finally:
-        os.close(fd)
-
-
-def look(directory: int, name: str) -> os.stat_result | None:
-    """What `name` is, None where nothing is; the link itself for a link.
+def pinned(identity: Identity, directory: int, name: str) -> Iterator[int]:
+    """An O_PATH descriptor of what `name` is; the link itself for a link.
 
     Raises:
         OSError: EXDEV for a mount point. It must not be replaced or removed: seen from outside the kernel would do it,
             and take the mount away in the sandbox, too (fs/namei.c: detach_mounts).
     """
-    try:
+    with identity.over(directory):
         fd = syscalls.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, resolve=ON_THIS_MOUNT)
-    except FileNotFoundError:
-        return None
     try:
-        return os.fstat(fd)
+        yield fd
     finally:
         os.close(fd)
+
+
+def look(identity: Identity, directory: int, name: str) -> os.stat_result | None:
+    """The status of `name`, None where nothing is. Raises OSError as `pinned` does."""
+    try:
+        with pinned(identity, directory, name) as fd:
+            return os.fstat(fd)
+    except FileNotFoundError:
+        return None
 
 
 def link_target(fd: int) -> str:
@@ -166,7 +187,10 @@ def translate(error: OSError, path: str, side: Side = "sandbox") -> SandboxError
             return FailedPreconditionError(f"{where}: {why}", hint=hint if side == "sandbox" else "")
         case errno.EAGAIN | errno.ESTALE:
             return FailedPreconditionError(f"{where}: it is being changed all the time", hint="Try again.")
-        case errno.EROFS | errno.EACCES | errno.EPERM | errno.ENOTEMPTY | errno.EBUSY | errno.ETXTBSY | errno.EMLINK:
+        case errno.EACCES | errno.EPERM:
+            hint = "It, or a directory on its way, belongs to a user of the host whom the sandbox does not have."
+            return FailedPreconditionError(f"{where}: {why}", hint=hint if side == "sandbox" else "")
+        case errno.EROFS | errno.ENOTEMPTY | errno.EBUSY | errno.ETXTBSY | errno.EMLINK:
             return FailedPreconditionError(f"{where}: {why}")
         case errno.ENOTDIR | errno.EISDIR | errno.ELOOP | errno.ENAMETOOLONG | errno.EINVAL | errno.EOVERFLOW:
             return InvalidArgumentError(f"{where}: {why}")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import attrs
@@ -14,33 +16,82 @@ from unisandbox.engine.held import StreamName
 from unisandbox.host.readiness import Descriptor
 
 
+class End(Descriptor):
+    """Our end of a stream of a process. One that is read to its end, or dropped, has nothing open any more.
+
+    Attributes:
+        told: hears that it was closed; not that it was dropped.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__(fd)
+        self.told: Callable[[], None] | None = None
+        self._ended = False
+
+    @property
+    def closed(self) -> bool:
+        return super().closed and not self._ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether it was read to its end, and nobody has closed it since."""
+        return self._ended
+
+    def finish(self) -> None:
+        """Nothing can come any more: it stays at its end, without a descriptor."""
+        self._ended = not self.closed
+        super().close()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._ended = False
+            super().close()
+            if self.told is not None:
+                self.told()
+
+    def read(self, limit: int) -> bytes | None:
+        return b"" if self._ended else super().read(limit)
+
+    def is_written_to(self) -> bool:
+        """Whether somebody has the other end of it."""
+        if super().closed:
+            return False
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return not any(event & select.POLLHUP for _, event in poll.poll(0))
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", None) is not None:
+            super().close()
+
+
 @attrs.define(eq=False, repr=False)
 class Pipes:
     """Both ends of a process's standard streams: `inside` goes to the process, the others are ours."""
 
     inside: Stdio = attrs.field(factory=Stdio)
-    stdin: Descriptor | None = None
-    stdout: Descriptor | None = None
-    stderr: Descriptor | None = None
-    terminal: Descriptor | None = None
-    #: Hears when one of our ends is closed.
-    closed: Callable[[StreamName], None] | None = None
+    stdin: End | None = None
+    stdout: End | None = None
+    stderr: End | None = None
+    terminal: End | None = None
+    _told: Callable[[StreamName], None] | None = None
 
-    def own(self, stream: StreamName, fd: int) -> Descriptor:
+    def own(self, stream: StreamName, fd: int) -> End:
         """Have `fd` as our end of a stream."""
-
-        def close(fd: int) -> None:
-            os.close(fd)
-            if self.closed is not None:
-                self.closed(stream)
-
-        end = Descriptor(fd, close)
+        end = End(fd)
         setattr(self, stream, end)
+        self.tell(self._told)
         return end
 
-    def ends(self) -> dict[StreamName, Descriptor]:
+    def tell(self, told: Callable[[StreamName], None] | None) -> None:
+        """Let `told` hear when one of our ends is closed, also of those that are still to come; None: nobody."""
+        self._told = told
+        for stream, end in self.ends().items():
+            end.told = told and partial(told, stream)
+
+    def ends(self) -> dict[StreamName, End]:
         """Our ends, by stream."""
-        ends: tuple[tuple[StreamName, Descriptor | None], ...] = (
+        ends: tuple[tuple[StreamName, End | None], ...] = (
             ("stdin", self.stdin),
             ("stdout", self.stdout),
             ("stderr", self.stderr),
@@ -61,12 +112,14 @@ class Pipes:
         renewed = Pipes()
         try:
             for stream, end in self.ends().items():
-                if not end.closed:
+                if end.ended:
+                    renewed.own(stream, ended_pipe())
+                elif not end.closed:
                     renewed.own(stream, fcntl.fcntl(end.fileno(), fcntl.F_DUPFD_CLOEXEC, 0))
         except OSError as error:
             renewed.close()
             raise _no_pipe(error) from error
-        self.closed = None
+        self.tell(None)
         self.close()
         return renewed
 
@@ -108,8 +161,16 @@ class Pipes:
             end.close()
 
 
+def ended_pipe() -> int:
+    """The reading end of a pipe that nobody writes to: a stream that has ended."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    os.close(writer)
+    return reader
+
+
 def _no_pipe(error: OSError) -> UnavailableError:
     return UnavailableError(
         f"no pipe can be made for a process: {error.strerror}",
-        hint="This process has too many open files: close some, or raise its limit (ulimit -n).",
+        hint="This process has too many open files: close some, wait for what exec() has started (each keeps its pipes"
+        " until then), or raise the limit (ulimit -n).",
     )

@@ -17,17 +17,13 @@ import anyio.lowlevel
 import attrs
 
 from unisandbox.api import (
-    ExecTask,
     Exit,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     ProcessSpec,
-    SandboxError,
-    StartedTask,
     TaskService,
     Terminal,
-    UnavailableError,
     UnsupportedError,
     check_name,
     short_name,
@@ -38,7 +34,8 @@ from unisandbox.engine.entry import Entry
 from unisandbox.engine.held import HeldProcess, OpenStreams, StreamName
 from unisandbox.engine.operations import digest_of, in_progress_error
 from unisandbox.host.readiness import Descriptor
-from unisandbox.sandbox.pipes import Pipes
+from unisandbox.sandbox.pipes import Pipes, ended_pipe
+from unisandbox.sandbox.starting import CLEANING_SECONDS, start
 from unisandbox.sandbox.streams import (
     MissingReceiveStream,
     MissingSendStream,
@@ -46,8 +43,6 @@ from unisandbox.sandbox.streams import (
     SendStream,
 )
 
-# What cleaning after a cancellation may take before it is left to the engine.
-CLEANING_SECONDS: Final = 5.0
 NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
 # The handles that this process has given out, so that one process is not read by two.
 _handles: Final[weakref.WeakKeyDictionary[OpenStreams, weakref.WeakValueDictionary[str, Process]]] = (
@@ -75,60 +70,6 @@ class Output:
         return self.data.decode("utf-8", "replace")
 
 
-async def start(
-    entry: Entry, spec: ProcessSpec, pipes: Pipes, *, exec_id: str = "", operation_id: str = ""
-) -> tuple[str, int | None]:
-    """Start a process in the sandbox's main container: its exec id, and its pid on the host if any.
-
-    On any failure or cancellation nothing is left of it. The inner ends of `pipes` are closed in every case.
-    """
-    exec_id = exec_id or entry.programs.next_exec_id()
-    try:
-        try:
-            started = await _start(entry, exec_id, spec, pipes, operation_id)
-        except (NotFoundError, UnavailableError):
-            # The main container ended between the look at it and the start; once more, in a new one.
-            started = await _start(entry, exec_id, spec, pipes, operation_id)
-    except BaseException:
-        pipes.close()
-        raise
-    finally:
-        pipes.close_inside()
-    if started.terminal is not None:
-        pipes.own("terminal", started.terminal)
-    entry.programs.started(exec_id)
-    return exec_id, started.pid
-
-
-async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, operation_id: str) -> StartedTask:
-    task = await entry.programs.ready()
-    is_ours = True
-    try:
-        with entry.in_our_words():
-            try:
-                await task.exec(ExecTask(entry.main, exec_id, spec, pipes.inside))
-            except SandboxError:
-                is_ours = False  # nothing was made, or it is another one's
-                raise
-            await entry.held.hold(exec_id, spec, pipes.fds(), operation_id)
-            pipes.closed = lambda stream: entry.held.drop_stream(exec_id, stream)
-            started = await task.start(entry.main, exec_id)
-            if started.terminal is not None:
-                try:
-                    await entry.held.hold_streams(exec_id, {"terminal": started.terminal})
-                except BaseException:
-                    os.close(started.terminal)
-                    raise
-            return started
-    except BaseException:
-        if not is_ours:
-            raise
-        task.kill_now(entry.main, exec_id)
-        await entry.cleaning.run(lambda: task.delete(entry.main, exec_id), seconds=CLEANING_SECONDS)
-        entry.held.forget(exec_id)
-        raise
-
-
 def pid_of(pid: int | None, entry: Entry) -> int:
     """The process id, where there is one.
 
@@ -140,6 +81,18 @@ def pid_of(pid: int | None, entry: Entry) -> int:
             "pid", entry.backend, reason="what runs in its sandboxes is no process of its own", hint="Use its id."
         )
     return pid
+
+
+def check_signal(number: int) -> None:
+    """Which signals there are is the backend's to know.
+
+    Raises:
+        InvalidArgumentError: it is no number.
+    """
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise InvalidArgumentError(
+            f"a signal is given by its number, got {number!r}", hint="For example signal.SIGTERM."
+        )
 
 
 class _End:
@@ -190,7 +143,7 @@ class Process:
         if pipes.terminal is not None:
             master = pipes.terminal
             self.stdin = SendStream(master, close=lambda: _type_end(master))
-            self.stdout = ReceiveStream(master, kept.get("terminal", b""))
+            self.stdout = ReceiveStream(master, kept.get("terminal", b""), reopens=True)
             self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
         else:
             self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
@@ -198,7 +151,8 @@ class Process:
             out, err = pipes.stdout, pipes.stderr
             self.stdout = ReceiveStream(out, kept.get("stdout", b"")) if out else missing("stdout is null")
             self.stderr = ReceiveStream(err, kept.get("stderr", b"")) if err else missing("stderr is null")
-        entry.streams.closing.add(self._close_ends)
+        if self._end.exit is None:
+            entry.streams.add(exec_id, self, pipes.ends().values())
         _handles.setdefault(entry.streams, weakref.WeakValueDictionary())[exec_id] = self
 
     @classmethod
@@ -215,7 +169,7 @@ class Process:
         operation_id: str | None,
     ) -> Process:
         """Start it. See `Sandbox.exec`."""
-        if stdin not in {"pipe", "null"}:
+        if stdin not in ("pipe", "null"):
             raise InvalidArgumentError(f"stdin must be 'pipe' or 'null', got {stdin!r}")
         if not isinstance(tty, bool | Terminal):
             raise InvalidArgumentError(f"tty must be True, False or a Terminal, got {tty!r}")
@@ -224,7 +178,7 @@ class Process:
         exec_id = ""
         if operation_id is not None:
             exec_id = f"op-{short_name(entry.sandbox_id, check_name(operation_id, 'operation id'))}"
-            known = await cls._known(entry, exec_id, spec, operation_id)
+            known = await cls._known(entry, exec_id, spec, stdin, operation_id)
             if known is not None:
                 return known
         operation_id = operation_id or ""
@@ -238,9 +192,19 @@ class Process:
         return cls(entry, exec_id, spec.argv, pid, pipes, operation_id=operation_id)
 
     @classmethod
-    async def _known(cls, entry: Entry, exec_id: str, spec: ProcessSpec, operation_id: str) -> Process | None:
+    async def _known(
+        cls, entry: Entry, exec_id: str, spec: ProcessSpec, stdin: str, operation_id: str
+    ) -> Process | None:
         """What this operation has started; None: it is ours to start."""
-        known = entry.operations.begin(operation_id, "exec", entry.sandbox_id, digest_of(plain(spec)))
+        request = plain(spec)
+        known = entry.operations.begin(
+            operation_id,
+            "exec",
+            entry.sandbox_id,
+            digest_of({**request, "stdin": stdin}),
+            # A former version did not note what was on stdin.
+            former_digest=digest_of(request),
+        )
         if known is None:
             return None
         in_progress = known.in_progress  # before the look: whoever is dead now has started all that he ever will
@@ -284,9 +248,10 @@ class Process:
         taken = await entry.held.take_over(held)
         if taken is None:
             return None
-        pipes = Pipes(closed=lambda stream: entry.held.drop_stream(held.exec_id, stream))
+        pipes = Pipes()
+        pipes.tell(lambda stream: entry.held.drop_stream(held.exec_id, stream))
         for stream, got in taken.items():
-            pipes.own(stream, got[0] if got[0] >= 0 else _ended_pipe())
+            pipes.own(stream, got[0] if got[0] >= 0 else ended_pipe())
         return cls(
             entry,
             held.exec_id,
@@ -308,8 +273,7 @@ class Process:
         if isinstance(self.stderr, ReceiveStream):
             kept["stderr"] = self.stderr.kept
         pipes = self._pipes.renew()
-        self._entry.streams.closing.discard(self._close_ends)
-        pipes.closed = lambda stream: entry.held.drop_stream(self.id, stream)
+        pipes.tell(lambda stream: entry.held.drop_stream(self.id, stream))
         return Process(
             entry,
             self.id,
@@ -351,10 +315,12 @@ class Process:
             UnavailableError: the sandbox is gone and the exit could not be learned; never guessed.
         """
         if self._end.exit is None:
-            exit = await self._entry.last_task.wait(self._entry.main, self._exec_id)
+            with self._entry.in_our_words():
+                exit = await self._entry.last_task.wait(self._entry.main, self._exec_id)
             if self._end.exit is None:
                 # What was asked for is done, before anything is forgotten: asked for again, it is not done again.
                 self._end.exit = self._noted(exit) if self._operation_id else exit
+                self._entry.streams.waited_for(self._exec_id)
                 await self._entry.cleaning.run(self._delete, seconds=CLEANING_SECONDS)
         else:
             await anyio.lowlevel.checkpoint()
@@ -380,11 +346,14 @@ class Process:
         """Send a signal to the process; one that has ended takes it without a word.
 
         Raises:
+            InvalidArgumentError: it is no signal's number.
             FailedPreconditionError: another engine has taken the sandbox over.
         """
+        check_signal(number)
         if self.exit is None:
             self._entry.sharing.check_ours()
-            await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
+            with self._entry.in_our_words():
+                await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
         else:
             await anyio.lowlevel.checkpoint()
 
@@ -396,7 +365,8 @@ class Process:
         """
         if self.exit is None:
             self._entry.sharing.check_ours()
-            self._entry.last_task.kill_now(self._entry.main, self._exec_id)
+            with self._entry.in_our_words():
+                self._entry.last_task.kill_now(self._entry.main, self._exec_id)
         return await self.wait()
 
     async def resize(self, rows: int, columns: int) -> None:
@@ -419,7 +389,8 @@ class Process:
         try:
             if self.exit is None:
                 self._entry.sharing.check_ours()
-                self._entry.last_task.kill_now(self._entry.main, self._exec_id)
+                with self._entry.in_our_words():
+                    self._entry.last_task.kill_now(self._entry.main, self._exec_id)
                 await self._entry.cleaning.run(self.wait, seconds=CLEANING_SECONDS)
         finally:
             self._close_ends()
@@ -464,7 +435,12 @@ class Process:
 
     def _close_ends(self) -> None:
         self._pipes.close()
-        self._entry.streams.closing.discard(self._close_ends)
+        self._entry.streams.drop(self._exec_id, self)
+
+    def is_written_to(self) -> bool:
+        """Whether somebody in the sandbox has the other end of an output."""
+        pipes = self._pipes
+        return any(end is not None and end.is_written_to() for end in (pipes.stdout, pipes.stderr, pipes.terminal))
 
 
 async def _any_readable(fds: Sequence[int]) -> None:
@@ -477,13 +453,6 @@ async def _any_readable(fds: Sequence[int]) -> None:
             stack.callback(os.close, copy)
             poll.register(copy, select.EPOLLIN)
         await anyio.wait_readable(poll.fileno())
-
-
-def _ended_pipe() -> int:
-    """The reading end of a pipe that nobody writes to: a stream that has ended."""
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    os.close(writer)
-    return reader
 
 
 def _type_end(master: Descriptor) -> None:

@@ -23,10 +23,11 @@ from unisandbox.api import (
     ProcessSpec,
     SandboxError,
 )
+from unisandbox.api.checks import is_number
 from unisandbox.engine.entry import Entry
-from unisandbox.host.readiness import Descriptor
-from unisandbox.sandbox.pipes import Pipes
-from unisandbox.sandbox.process import CLEANING_SECONDS, start
+from unisandbox.sandbox.pipes import End, Pipes
+from unisandbox.sandbox.starting import CLEANING_SECONDS, start
+from unisandbox.sandbox.streams import bytes_of
 
 _CHUNK: Final = 1 << 16
 
@@ -34,7 +35,7 @@ _CHUNK: Final = 1 << 16
 class _Collector:
     """One output stream, kept up to a limit; what comes beyond it is read and thrown away."""
 
-    def __init__(self, source: Descriptor, limit: int) -> None:
+    def __init__(self, source: End, limit: int) -> None:
         self.source = source
         self.data = bytearray()
         self.truncated = False
@@ -62,24 +63,16 @@ class _Collector:
         while left > 0 and (got := self.take(min(left, _CHUNK))):
             left -= got
 
-    def writer_left(self) -> bool:
-        """Whether somebody in the background still holds the other end."""
-        if self.ended:
-            return False
-        poll = select.poll()
-        poll.register(self.source.fileno(), select.POLLIN)
-        return not any(event & select.POLLHUP for _, event in poll.poll(0))
-
 
 class _Exchange:
     """Feeds the input and collects the output of one process until it is cancelled."""
 
-    def __init__(self, pipes: Pipes, data: bytes, limit: int) -> None:
+    def __init__(self, pipes: Pipes, data: memoryview, limit: int) -> None:
         assert pipes.stdout is not None and pipes.stderr is not None  # noqa: S101, PT018 (run always makes both)
         self.stdout = _Collector(pipes.stdout, limit)
         self.stderr = _Collector(pipes.stderr, limit)
         self._stdin = pipes.stdin
-        self._rest = memoryview(data)
+        self._rest = data
 
     async def pump(self) -> None:
         """Move bytes until every stream has ended."""
@@ -143,17 +136,15 @@ async def run(
     max_output: int,
 ) -> Completed:
     """See `Sandbox.run`."""
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+    if timeout is not None and not (is_number(timeout) and timeout > 0):
         raise InvalidArgumentError(f"timeout must be > 0 seconds, got {timeout!r}")
     if isinstance(max_output, bool) or not isinstance(max_output, int) or max_output < 0:
         raise InvalidArgumentError(f"max_output must be >= 0 bytes, got {max_output!r}")
     if not isinstance(check, bool):
         raise InvalidArgumentError(f"check must be True or False, got {check!r}")
-    if not isinstance(input, str | bytes | bytearray | memoryview | None):
-        raise InvalidArgumentError(f"input must be bytes or text, got {type(input).__name__}")
     spec = ProcessSpec(argv=argv, env=env, cwd=cwd, user=user)
     try:
-        data = input.encode() if isinstance(input, str) else (input or b"")
+        data = bytes_of(input.encode() if isinstance(input, str) else b"" if input is None else input, "input")
     except UnicodeEncodeError as error:
         raise InvalidArgumentError(f"input cannot be written as UTF-8: {error.reason}", hint="Give bytes.") from error
     begun = time.monotonic()
@@ -166,22 +157,26 @@ async def run(
         try:
             exit = await _end_of(entry, exec_id, exchange)
             for collector in (exchange.stdout, exchange.stderr):
-                if collector.writer_left():
+                if not collector.ended and collector.source.is_written_to():
                     # A background process goes on, and goes on writing: somebody has to take it.
                     await entry.programs.take_over_output(collector.source.fileno())
             await entry.last_task.delete(entry.main, exec_id)
         except BaseException:
             task = entry.last_task
-            task.kill_now(entry.main, exec_id)
+            with contextlib.suppress(OSError):  # no file descriptor is left, say: `finish` does it
+                task.kill_now(entry.main, exec_id)
 
             async def finish() -> None:
                 nonlocal exit
-                exit = exit or await task.wait(entry.main, exec_id)
+                if exit is None:
+                    task.kill_now(entry.main, exec_id)
+                    exit = await task.wait(entry.main, exec_id)
                 with contextlib.suppress(anyio.ClosedResourceError):  # it was cut, and nobody reads any more
                     exchange.drain()
                 await task.delete(entry.main, exec_id)
 
-            await entry.cleaning.run(finish, seconds=CLEANING_SECONDS)
+            with entry.in_our_words():
+                await entry.cleaning.run(finish, seconds=CLEANING_SECONDS)
             raise
         finally:
             pipes.close()
@@ -214,7 +209,8 @@ async def _end_of(entry: Entry, exec_id: str, exchange: _Exchange) -> Exit:
     async with anyio.create_task_group() as group:
         group.start_soon(exchange.pump)
         try:
-            outcome = await entry.last_task.wait(entry.main, exec_id)
+            with entry.in_our_words():
+                outcome = await entry.last_task.wait(entry.main, exec_id)
         except SandboxError as error:
             outcome = error  # raised below: a task group would wrap it
         group.cancel_scope.cancel()

@@ -24,6 +24,7 @@ from unisandbox.api import (
     Security,
     Terminal,
 )
+from unisandbox.api.checks import is_number
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.containers import Container, Containers
 from unisandbox.sandbox.files import Files
@@ -80,8 +81,12 @@ def make_spec(
     ttl: float | None = None,
     labels: Mapping[str, str] = NOTHING,
     annotations: Mapping[str, str] = NOTHING,
+    **unknown: object,
 ) -> SandboxSpec:
     """A checked spec from the options as users write them."""
+    for option in unknown:
+        known = ", ".join(SandboxOptions.__annotations__)
+        raise TypeError(f"a sandbox has no option {option!r}; there are {known}")  # as Python does for any function
     return SandboxSpec(
         isolation=isolation,
         name=name,
@@ -200,6 +205,8 @@ class Sandbox:
 
         Raises:
             InvalidArgumentError: the program cannot be started; `exit_code` is the shell's 127 or 126.
+            FailedPreconditionError: there is no room for it now: a limit of processes or of memory is reached; or the
+                sandbox is stopped or paused.
             DeadlineExceededError: the timeout has passed; `completed` has what there was so far.
             ProcessFailedError: see `check`; `completed` has everything.
         """
@@ -253,6 +260,8 @@ class Sandbox:
         """Start a program and talk to it while it runs.
 
         Leaving the context ends it with all that it has started; `p = await sb.exec(...)` leaves it running.
+        One that nobody waits for is kept, with its exit and its open pipes, for `processes()`; after `wait` its streams
+        are closed when they are dropped, if not before.
 
         Args:
             argv, cwd, env, user: as for `run`.
@@ -330,7 +339,7 @@ class Sandbox:
 
         With a grace period what is paused goes on, to have the use of it.
         """
-        if isinstance(grace, bool) or not isinstance(grace, int | float) or not grace >= 0:
+        if not (is_number(grace) and grace >= 0):
             raise InvalidArgumentError(f"grace must be >= 0 seconds, got {grace!r}")
         await self._entry.stop(grace)
 
@@ -343,6 +352,7 @@ class Sandbox:
 
         Raises:
             UnsupportedError: a limit cannot be changed in a living sandbox.
+            FailedPreconditionError: more memory is in use; how much is said.
         """
         await self._entry.update(resources)
 

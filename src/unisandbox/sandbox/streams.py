@@ -10,8 +10,22 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from unisandbox.api import FailedPreconditionError
+from unisandbox.api import FailedPreconditionError, InvalidArgumentError
 from unisandbox.host.readiness import Descriptor
+from unisandbox.sandbox.pipes import End
+
+
+def bytes_of(data: object, what: str) -> memoryview:
+    """The bytes of anything that has some, one item each: pieces of it count bytes, whatever its own items are.
+
+    Raises:
+        InvalidArgumentError: it has none.
+    """
+    try:
+        view = memoryview(data)  # type: ignore[arg-type] # this asks
+    except TypeError as error:
+        raise InvalidArgumentError(f"{what} must be bytes, got {type(data).__name__}") from error
+    return view if view.format == "B" and view.c_contiguous and view.ndim == 1 else memoryview(view.tobytes())
 
 
 class ReceiveStream(anyio.abc.ByteReceiveStream):
@@ -21,30 +35,47 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
         kept: what was read before from it, and comes first.
     """
 
-    def __init__(self, source: Descriptor, kept: bytes = b"") -> None:
-        """Args: source: our end."""
+    def __init__(self, source: End, kept: bytes = b"", *, reopens: bool = False) -> None:
+        """See the class.
+
+        Args:
+            source: our end.
+            kept: what was read before.
+            reopens: more may come after its end, as when a slave of a terminal is opened again.
+        """
         self._source = source
         self.kept: bytes = kept
+        self._reopens = reopens
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
         """The next bytes, at least one.
 
         Raises:
             anyio.EndOfStream: everybody who could write has closed it.
+            InvalidArgumentError: `max_bytes` is not above 0.
         """
         await anyio.lowlevel.checkpoint()
         while (data := self.receive_nowait(max_bytes)) is None:
-            await self._source.readable()
+            try:
+                await self._source.readable()
+            except anyio.ClosedResourceError:
+                if not self._source.ended:  # by another task, which has read it to its end
+                    raise
         if not data:
             raise anyio.EndOfStream
         return data
 
     def receive_nowait(self, max_bytes: int = 65536) -> bytes | None:
         """What is there now; b"" at the end, None when nothing is there yet."""
+        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
+            raise InvalidArgumentError(f"max_bytes must be > 0, got {max_bytes!r}")
         if self.kept and not self._source.closed:
-            data, self.kept = self.kept[:max_bytes], self.kept[max_bytes:]
-            return data
-        return self._source.read(max_bytes)
+            kept, self.kept = self.kept[:max_bytes], self.kept[max_bytes:]
+            return kept
+        data = self._source.read(max_bytes)
+        if data == b"" and not self._reopens:
+            self._source.finish()
+        return data
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -62,24 +93,28 @@ class SendStream(anyio.abc.ByteSendStream):
     def __init__(self, sink: Descriptor, close: Callable[[], None] | None = None) -> None:
         self._sink = sink
         self._close = close or sink.close
+        self._turn = anyio.ResourceGuard("sending to")
 
     async def send(self, item: bytes) -> None:
         """Write all of it, waiting while the process does not read.
 
         Raises:
             anyio.BrokenResourceError: the process has closed its end.
+            anyio.BusyResourceError: another task is sending; nothing was written.
+            InvalidArgumentError: it is not bytes.
         """
-        await anyio.lowlevel.checkpoint()
-        view = memoryview(item)
-        while view:
-            try:
-                view = view[os.write(self._sink.fileno(), view) :]
-            except BlockingIOError:
-                await self._sink.writable()
-            except (BrokenPipeError, OSError) as error:
-                if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
-                    raise anyio.BrokenResourceError from error
-                raise
+        view = bytes_of(item, "what is sent")
+        with self._turn:
+            await anyio.lowlevel.checkpoint()
+            while view:
+                try:
+                    view = view[os.write(self._sink.fileno(), view) :]
+                except BlockingIOError:
+                    await self._sink.writable()
+                except (BrokenPipeError, OSError) as error:
+                    if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
+                        raise anyio.BrokenResourceError from error
+                    raise
 
     async def aclose(self) -> None:
         """Close our end; the process reads the end of the file."""

@@ -23,7 +23,7 @@ from unisandbox.backends.runc import RuncBackend
 from unisandbox.engine.closing import close
 from unisandbox.engine.core import EngineCore
 from unisandbox.engine.opening import open_engine
-from unisandbox.engine.state import runtime_directory
+from unisandbox.engine.runtime_directory import runtime_directory
 from unisandbox.host.readiness import readable
 from unisandbox.serve import systemd
 from unisandbox.serve.config import ServeConfig
@@ -33,8 +33,8 @@ from unisandbox.serve.publishing import Publisher
 from unisandbox.serve.streaming import Streaming
 from unisandbox.serve.tasks import OfPod, Tasks
 from unisandbox.serve.telling import Telling
-from unisandbox.wire import grpc
 from unisandbox.wire.accepting import accept
+from unisandbox.wire.grpc import GrpcServer
 from unisandbox.wire.services import Services
 from unisandbox.wire.ttrpc import Request, serve_alone
 
@@ -42,6 +42,9 @@ _logger: Final = logging.getLogger("unisandbox.serve")
 
 _BACKLOG: Final = 512
 _DRAIN_SECONDS: Final = 20.0
+_ADOPT_SECONDS: Final = 5.0
+"""How long one pod may hold up the first answer to the others."""
+
 _MOST_DESCRIPTORS: Final = 1 << 20
 _LONGEST_PATH: Final = 107
 _CREDENTIALS: Final = struct.Struct("=3i")  # pid, uid, gid; source: unix(7), SO_PEERCRED
@@ -87,6 +90,7 @@ class Server:
     def __init__(self, core: EngineCore, config: ServeConfig, group: anyio.abc.TaskGroup) -> None:
         self._group = group
         self._scopes: set[anyio.CancelScope] = set()
+        self._adopted = anyio.Event()
         self._controller = _Counted()
         self._tasks = _Counted()
         self._pods = Pods(core, config, os.path.dirname(config.socket), self._listen)
@@ -96,8 +100,7 @@ class Server:
         streaming = Streaming(self._pods, group)
         streaming.add_to(self._tasks)
         Tasks(self._pods, self._telling, streaming, group).add_to(self._tasks)
-        self._grpc = grpc.server(self._controller)
-        self._transports: list[asyncio.BaseTransport] = []
+        self._grpc = GrpcServer(self._controller)
 
     @property
     def pods(self) -> Pods:
@@ -107,15 +110,23 @@ class Server:
     async def begin(self, listener: socket.socket) -> None:
         """Take over the pods of a former server, then calls.
 
+        Who calls meanwhile waits: he would see a pod of which only a part is known. A pod that cannot be taken over
+        whole costs the others nothing.
+
         Args:
             listener: of the controller's socket; closed at the end.
         """
         pods = self._pods.adopt()
         _logger.info("serving %d pods at %s", len(pods), listener.getsockname())
         self._group.start_soon(self._publisher.run)
-        for entry in pods:
-            await self._telling.adopt(self._pods.place(entry))
         self._group.start_soon(self._accept, listener, "", self._take_grpc, anyio.CancelScope())
+        for entry in pods:
+            try:
+                with anyio.fail_after(_ADOPT_SECONDS):
+                    await self._telling.adopt(self._pods.place(entry))
+            except Exception as error:
+                _logger.error("what happens in pod %s from before is not told: %r", entry.sandbox_id, error)
+        self._adopted.set()
 
     async def drain(self) -> None:
         """Take no new connections, and wait until no call is at work; give up after a while."""
@@ -127,13 +138,7 @@ class Server:
 
     async def end(self) -> None:
         """Close every connection of the controller."""
-        handlers = list(self._grpc._handlers)
-        for handler in handlers:
-            handler.close()
-        for transport in self._transports:
-            transport.close()
-        for handler in handlers:
-            await handler.wait_closed()
+        await self._grpc.end()
 
     # --- sockets ---
 
@@ -168,6 +173,7 @@ class Server:
 
         try:
             with listener, scope:
+                await self._adopted.wait()
                 await accept(listener, checked)
         finally:
             self._scopes.discard(scope)
@@ -176,12 +182,11 @@ class Server:
         self._group.start_soon(self._connect_grpc, sock)
 
     async def _connect_grpc(self, sock: socket.socket) -> None:
-        # What grpclib's own `start` does with each connection that it accepts; the extra `serve` names the versions
-        # that were tested.
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(self._grpc._protocol_factory, sock)
-        self._transports = [known for known in self._transports if not known.is_closing()]
-        self._transports.append(transport)
+        try:
+            await asyncio.get_running_loop().connect_accepted_socket(self._grpc.connection, sock)
+        except Exception as error:
+            sock.close()
+            _logger.warning("a connection of the controller cannot be served: %r", error)
 
 
 def is_trusted(sock: socket.socket) -> bool:

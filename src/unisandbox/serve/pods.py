@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import time
@@ -19,7 +21,9 @@ from unisandbox.api import (
     Network,
     NotFoundError,
     Resources,
+    Rootfs,
     RootMount,
+    SandboxError,
     SandboxSpec,
     Security,
     TaskService,
@@ -34,6 +38,8 @@ from unisandbox.serve import cri
 from unisandbox.serve.config import ServeConfig
 from unisandbox.serve.stdio import HeldStreams
 from unisandbox.wire import codec
+
+_logger: Final = logging.getLogger("unisandbox.serve")
 
 LABEL: Final = "io.unisandbox.pod"
 """The label of a pod's sandbox that holds its facts."""
@@ -106,15 +112,22 @@ class Pods:
         self.on_removed: list[Callable[[str], None]] = []
 
     def adopt(self) -> list[Entry]:
-        """Listen for the pods of a former server, and remove the sockets of those that are gone; which there are."""
+        """Listen for the pods of a former server, and remove the sockets of those that are gone; which there are.
+
+        A pod for which that fails can still be ended and removed by the controller.
+        """
         pods = [entry for entry in self.core.entries() if LABEL in entry.spec.labels]
         alive = {self.path(entry.sandbox_id) for entry in pods}
         for name in os.listdir(self._directory):
             path = f"{self._directory}/{name}"
             if _TASK_SOCKET.fullmatch(name) and path not in alive:
-                os.unlink(path)
+                with contextlib.suppress(OSError):  # it is not ours then, and no pod is called so
+                    os.unlink(path)
         for entry in pods:
-            self._serve(entry.sandbox_id)
+            try:
+                self._serve(entry.sandbox_id)
+            except (SandboxError, OSError) as error:
+                _logger.error("the containers of pod %s cannot be reached: %s", entry.sandbox_id, error)
         return pods
 
     def place(self, entry: Entry) -> Place:
@@ -143,7 +156,8 @@ class Pods:
             raise AlreadyExistsError(f"a pod {sandbox_id!r} exists already")
         if len(self._asked) >= _MOST_WAITING:
             raise FailedPreconditionError(f"{_MOST_WAITING} pods wait to be started already")
-        self._asked[sandbox_id] = _Asked(namespace, self._spec(request, namespace), time.time())
+        spec = self._spec(request, namespace)
+        self._asked[sandbox_id] = _Asked(namespace, spec, time.time())
 
     async def start(self, sandbox_id: str, namespace: str) -> Entry:
         """Make it; when that fails nothing is left, and it is forgotten."""
@@ -227,6 +241,18 @@ class Pods:
         isolation = self._config.backend(
             _handler_of(request), request.sandboxer, {**config.annotations, **request.annotations}
         )
+        labels = {**config.labels, LABEL: json.dumps(facts._asdict())}
+        if not self._runs_programs(isolation):
+            _check_of_guests(security, facts)
+            return SandboxSpec(
+                isolation=isolation,
+                rootfs=Rootfs.dir(self._empty_directory()),
+                userns="host" if user_ids is None else "private",
+                user_ids=user_ids,
+                resources=Resources.unlimited(),
+                cgroup_parent=cgroup_path(linux.cgroup_parent),
+                labels=labels,
+            )
         return SandboxSpec(
             isolation=isolation,
             network=network,
@@ -238,8 +264,32 @@ class Pods:
             security=Security(devices="all" if security.privileged else "usual"),
             share_pid=modes.pid == cri.POD,
             cgroup_parent=cgroup_path(linux.cgroup_parent),
-            labels={**config.labels, LABEL: json.dumps(facts._asdict())},
+            labels=labels,
         )
+
+    def _runs_programs(self, isolation: str) -> bool:
+        """Whether a pod's containers are programs of this machine, and not guests that know of nothing but files.
+
+        Raises:
+            UnsupportedError: a backend that runs no bundles of engines.
+        """
+        if isolation == "auto":  # not known before it is chosen, among those that run programs
+            return True
+        capabilities = self.core.capabilities(isolation)
+        if not capabilities.bundles:
+            raise UnsupportedError(
+                "bundles",
+                isolation,
+                reason="it has no containers from what a container engine writes for its pods",
+                hint="Let this pod be of isolation 'runc', or of 'wasm+process' for WebAssembly modules.",
+            )
+        return capabilities.processes
+
+    def _empty_directory(self) -> str:
+        """What the sandbox of a pod has for its own files where only its containers have any."""
+        path = f"{self.core.host.state_dir}/empty"
+        os.makedirs(path, mode=0o755, exist_ok=True)
+        return path
 
 
 def cgroup_path(parent: str) -> str:
@@ -265,6 +315,15 @@ def _config_of(request: ControllerCreateRequest) -> cri.PodSandboxConfig:
         kind = "nothing" if options is None else repr(options.type_url)
         raise InvalidArgumentError(f"a pod's options must be a {cri.TYPE_URL}, got {kind}")
     return codec.decode(cri.PodSandboxConfig, options.value)
+
+
+def _check_of_guests(security: cri.SecurityContext, facts: PodFacts) -> None:
+    """Refuse what a pod of guests cannot have. Namespaces that it shares mean nothing to them: they see none."""
+    hint = "Leave it out, or let this pod be of isolation 'runc'."
+    if security.privileged:
+        raise UnsupportedError("a privileged pod of WebAssembly modules", "serve", hint=hint)
+    if facts.sysctls:
+        raise UnsupportedError("sysctls of a pod of WebAssembly modules", "serve", hint=hint)
 
 
 def _check(modes: cri.NamespaceOption) -> None:

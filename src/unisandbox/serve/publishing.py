@@ -1,4 +1,7 @@
-"""Events on their way to containerd: a bounded queue, sent in order, and sent again while containerd is away.
+"""Events on their way to containerd: kept up to a bound, sent in order, and sent again while containerd is away.
+
+Each pod has a bound of its own, and when there are too many of all it is the pod with the most that loses some: one in
+which a lot happens takes no other pod's place.
 
 Source: containerd, api/services/ttrpc/events/v1/events.proto, and pkg/shim/publisher.go for what shims do.
 """
@@ -7,7 +10,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections import deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
@@ -24,13 +27,15 @@ from unisandbox.wire.ttrpc import Client
 
 _logger: Final = logging.getLogger("unisandbox.serve")
 
-_MOST_WAITING: Final = 2048  # as many as a shim keeps
+_MOST_OF_POD: Final = 256
+_MOST_WAITING: Final = 2048  # of all pods: as many as one shim keeps
 _ANSWER_SECONDS: Final = 5.0
 _FIRST_PAUSE: Final = 0.05
 _LONGEST_PAUSE: Final = 4.0
 
 
 class _Waiting(NamedTuple):
+    pod: str
     envelope: Envelope
     then: Callable[[], None]
 
@@ -44,19 +49,26 @@ class Publisher:
 
     def __init__(self, address: str) -> None:
         self._address = address
-        self._waiting: deque[_Waiting] = deque()
+        # In order, by numbers that are never used again; and those of each pod that has some.
+        self._waiting: OrderedDict[int, _Waiting] = OrderedDict()
+        self._of_pods: dict[str, deque[int]] = {}
+        self._number = 0
+        self._sending: _Waiting | None = None
         self._some = anyio.Event()
-        self._lost = 0
+        self._lost: Counter[str] = Counter()
 
     @property
     def wanted(self) -> bool:
         """Whether somebody wants to know."""
         return bool(self._address)
 
-    def publish(self, namespace: str, topic: str, event: Message, then: Callable[[], None] = lambda: None) -> None:
-        """Let it be sent; never waits. When containerd is away for long the oldest ones are lost.
+    def publish(
+        self, pod: str, namespace: str, topic: str, event: Message, then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Let it be sent; never waits. When containerd is away for long the oldest ones of a pod are lost.
 
         Args:
+            pod: whose it is.
             namespace: containerd's; events of who says none (iSulad) are for nobody.
             topic: as "/tasks/exit".
             event: a message of `containerd.events`.
@@ -71,11 +83,27 @@ class Publisher:
             topic=topic,
             event=AnyMessage(type_url=kind, value=codec.encode(event)),
         )
-        self._waiting.append(_Waiting(envelope, then))
-        if len(self._waiting) > _MOST_WAITING:
-            self._waiting.popleft()
-            self._lost += 1
+        self._number += 1
+        self._waiting[self._number] = _Waiting(pod, envelope, then)
+        self._of_pods.setdefault(pod, deque()).append(self._number)
+        if len(self._of_pods[pod]) > _MOST_OF_POD:
+            self._lose(pod)
+        elif len(self._waiting) > _MOST_WAITING:
+            self._lose(max(self._of_pods, key=lambda name: len(self._of_pods[name])))
         self._some.set()
+
+    def _lose(self, pod: str) -> None:
+        self._take(self._of_pods[pod][0])
+        self._lost[pod] += 1
+
+    def _take(self, number: int) -> _Waiting:
+        """Take one out that is the first of its pod."""
+        taken = self._waiting.pop(number)
+        numbers = self._of_pods[taken.pod]
+        numbers.popleft()
+        if not numbers:
+            del self._of_pods[taken.pod]
+        return taken
 
     async def run(self) -> None:
         """Send what there is, until cancelled."""
@@ -83,7 +111,7 @@ class Publisher:
         pause = 0.0
         try:
             while True:
-                while not self._waiting:
+                while not self._waiting and self._sending is None:
                     self._some = anyio.Event()
                     await self._some.wait()
                 is_new = client is None
@@ -104,10 +132,12 @@ class Publisher:
         finally:
             if client is not None:
                 client.close()
+            self._tell_lost()
 
     async def _send(self, client: Client) -> None:
-        first = self._waiting[0]
-        envelope = first.envelope
+        if self._sending is None:
+            self._sending = self._take(next(iter(self._waiting)))
+        envelope = self._sending.envelope
         try:
             await remote.call(
                 client,
@@ -121,9 +151,11 @@ class Publisher:
         except SandboxError as error:
             _logger.error("containerd does not take an event of %s: %s", envelope.topic, error)
         else:
-            first.then()
-        if self._waiting and self._waiting[0] is first:  # else it was the oldest of too many
-            self._waiting.popleft()
-        if self._lost:
-            _logger.warning("%d events were lost while containerd was away", self._lost)
-            self._lost = 0
+            self._sending.then()
+        self._sending = None
+        self._tell_lost()
+
+    def _tell_lost(self) -> None:
+        for pod, count in self._lost.items():
+            _logger.warning("%d events of pod %s were lost while containerd was away", count, pod)
+        self._lost.clear()

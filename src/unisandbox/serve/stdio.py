@@ -17,6 +17,9 @@ import anyio
 from unisandbox.api import InvalidArgumentError, Stdio, UnsupportedError
 from unisandbox.host.keeper import Keeper
 
+LAST_OUTPUT_SECONDS: Final = 10.0
+"""How long somebody may still read what a process has written once it is freed."""
+
 _MAIN: Final = "-"
 _TOLD: Final = "told"
 _NAMES: Final = ("stdin", "stdout", "stderr")

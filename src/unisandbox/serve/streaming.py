@@ -18,13 +18,13 @@ import anyio.abc
 import attrs
 from betterproto2 import Message
 
-from unisandbox.api import InvalidArgumentError, SandboxError
+from unisandbox.api import InvalidArgumentError, NotFoundError, SandboxError
 from unisandbox.api.proto.containerd.services.streaming.v1 import StreamInit
 from unisandbox.api.proto.containerd.types.transfer import Data, WindowUpdate
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.methods import StreamingV1
 from unisandbox.serve.pods import POD_KEY, Pods
-from unisandbox.serve.stdio import End, Streams, ends_of
+from unisandbox.serve.stdio import LAST_OUTPUT_SECONDS, End, Streams, ends_of
 from unisandbox.wire import codec
 from unisandbox.wire.services import Call, Services, Stream
 
@@ -44,7 +44,7 @@ class _Known:
 
     Attributes:
         end: of which process; None until there is one.
-        made: set when there is.
+        made: set when there is, or never will be.
         asked: whoever has asked last.
         finishing: there while what came before he went away is still written.
     """
@@ -80,11 +80,21 @@ class Streaming:
             known.made.set()
 
     def forget(self, beginning: Sequence[str]) -> None:
-        """Processes are gone. What their pipes still hold is read to its end by whoever is at it."""
+        """Processes are gone. What their pipes still hold is read to its end by whoever is at it.
+
+        With a whole pod its streams end: those of processes that never came at once, and those that nobody reads soon.
+        """
         sandbox_id, *process = beginning
         for key, known in list(self._known.items()):
-            if key[0] == sandbox_id and known.end is not None and [*known.end[:2]][: len(process)] == process:
+            if key[0] != sandbox_id:
+                continue
+            if not process or (known.end is not None and [*known.end[:2]][: len(process)] == process):
                 del self._known[key]
+            if not process:
+                known.made.set()
+                if known.asked is not None and known.end is not None:
+                    seconds = 0 if known.end.number == 0 else LAST_OUTPUT_SECONDS
+                    known.asked.deadline = anyio.current_time() + seconds
 
     async def stream(self, stream: _Stream, call: Call) -> None:
         """Move bytes of one stream. It may be asked for before its process is there."""
@@ -106,7 +116,8 @@ class Streaming:
                 known.end = known.end or found
                 if known.end is None:
                     await known.made.wait()
-                assert known.end is not None  # noqa: S101 (set with the event)
+                if known.end is None:
+                    raise NotFoundError(f"pod {key[0]!r} was removed before there was a stream {name!r}")
                 try:
                     fd = await place.streams.take(known.end)
                 except FileNotFoundError:
@@ -143,8 +154,10 @@ class Streaming:
         except anyio.get_cancelled_exc_class():
             # An engine closes its connection right after its last word: what it has said before counts.
             with contextlib.suppress(SandboxError), anyio.move_on_after(0, shield=True):
-                while (message := await stream.receive()) is not None:
-                    data += _inside(Data, message).data
+                while window > 0 and (message := await stream.receive()) is not None:
+                    piece = _inside(Data, message).data
+                    window -= max(1, len(piece))  # empty ones have an end, too
+                    data += piece
             if data:
                 known.finishing = anyio.Event()
                 self._group.start_soon(self._finish, known, os.dup(fd), data)

@@ -42,7 +42,7 @@ from unisandbox.serve.bundles import adapted, changed_resources, owner_of, read_
 from unisandbox.serve.metrics import any_of
 from unisandbox.serve.moments import moment
 from unisandbox.serve.pods import POD_KEY, Place, Pods, facts_of
-from unisandbox.serve.stdio import Ends, Streams, copy_terminal
+from unisandbox.serve.stdio import LAST_OUTPUT_SECONDS, Ends, Streams, copy_terminal
 from unisandbox.serve.streaming import Streaming
 from unisandbox.serve.telling import Telling
 from unisandbox.wire import codec
@@ -61,8 +61,6 @@ _OPTIONS: Final = "containerd.runc.v1.Options"
 # What of containerd's options for its shim would change what is done; cgroups are ours, whatever their driver.
 _REFUSED_OPTIONS: Final = ("no_pivot_root", "no_new_keyring", "binary_name", "criu_image_path", "criu_work_path")
 _SIGKILL: Final = 9
-_LAST_OUTPUT_SECONDS: Final = 10.0
-"""How long somebody may still read what a terminal has shown once its process is freed."""
 
 
 class OfPod:
@@ -158,7 +156,9 @@ class Tasks:
             raise FailedPreconditionError(f"pod {place.entry.sandbox_id!r} has ended")
         streams = Streams(request.stdin, request.stdout, request.stderr, request.terminal, request.bundle)
         config = read_config(request.bundle)
-        rootfs = tuple(RootMount(mount.type, mount.source, tuple(mount.options)) for mount in request.rootfs)
+        rootfs = tuple(
+            RootMount(mount.type, mount.source, tuple(mount.options), mount.target) for mount in request.rootfs
+        )
         rootfs = rootfs or self._pods.announced.get(place.entry.sandbox_id, {}).get(request.id, ())
         ends = Ends.open(streams, self._pods.address(place.entry.sandbox_id))
         key = (place.entry.sandbox_id, request.id, "")
@@ -223,6 +223,7 @@ class Tasks:
             event = events.TaskExecStarted(container_id=request.id, exec_id=request.exec_id, pid=pid)
             self._telling.tell(place, event)
         else:
+            self._telling.started(place, request.id, pid)
             self._telling.tell(place, events.TaskStart(container_id=request.id, pid=pid))
         self._telling.watch(place, request.id, request.exec_id)
 
@@ -307,7 +308,7 @@ class Tasks:
             if key[: len(beginning)] == beginning:
                 if copy := self._copies.pop(key, None):
                     # By itself it would not end as long as nobody reads.
-                    copy.deadline = anyio.current_time() + _LAST_OUTPUT_SECONDS
+                    copy.deadline = anyio.current_time() + LAST_OUTPUT_SECONDS
                 self._has_started(key)
                 if ends := self._terminals.pop(key, None):
                     ends.close()

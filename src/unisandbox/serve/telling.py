@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import anyio
@@ -65,12 +65,17 @@ class Telling:
 
     def tell(self, place: Place, event: Message) -> None:
         """Tell of something; never waits."""
-        self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event)
+        self._publish(place, event)
 
     def expect(self, place: Place, container: str, exec_id: str, pid: int, told: Told = Told()) -> None:  # noqa: B008
         """A process is there whose end is to be told."""
         if self._publisher.wanted:
             self._lives[place.entry.sandbox_id, container, exec_id] = _Life(pid, told)
+
+    def started(self, place: Place, container: str, pid: int) -> None:
+        """The expected first process of a container runs: this is its id, if not before."""
+        if life := self._lives.get((place.entry.sandbox_id, container, "")):
+            life.pid = pid
 
     def watch(self, place: Place, container: str, exec_id: str) -> None:
         """An expected process runs: tell how it ends."""
@@ -84,22 +89,30 @@ class Telling:
             del self._lives[key]
 
     async def adopt(self, place: Place) -> None:
-        """Go on with what a former server has told of a pod."""
+        """Go on with what a former server has told of a pod; a process of which that is not known costs no other."""
         if not self._publisher.wanted:
             return
         for (container, exec_id), told in (await place.streams.told()).items():
-            with contextlib.suppress(NotFoundError):  # deleted meanwhile
-                state = await place.task.state(container, exec_id)
-                kills = told.oom_kills
-                if kills and not told.exit:
-                    # Those of processes that are gone are not counted any more.
-                    kills = min(kills, await _oom_kills(place, container))
-                key = (place.entry.sandbox_id, container, exec_id)
-                if key in self._lives or (state.state == "created" and exec_id):
-                    continue
-                self.expect(place, container, exec_id, state.pid or 0, told._replace(oom_kills=kills))
-                if state.state != "created":
-                    self.watch(place, container, exec_id)
+            try:
+                await self._adopt(place, container, exec_id, told)
+            except NotFoundError:
+                pass  # it is gone
+            except (SandboxError, OSError) as error:
+                _logger.error(
+                    "the end of %s in pod %s is not told: %r", exec_id or container, place.entry.sandbox_id, error
+                )
+
+    async def _adopt(self, place: Place, container: str, exec_id: str, told: Told) -> None:
+        state = await place.task.state(container, exec_id)
+        kills = told.oom_kills
+        if kills and not told.exit:
+            # Those of processes that are gone are not counted any more.
+            kills = min(kills, await _oom_kills(place, container))
+        if state.state == "created" and exec_id:
+            return
+        self.expect(place, container, exec_id, state.pid or 0, told._replace(oom_kills=kills))
+        if state.state != "created":
+            self.watch(place, container, exec_id)
 
     async def ended(self, place: Place, container: str, exec_id: str, exit: Exit) -> int:
         """Tell of an end unless that was done; the process id that it had, 0 when that is not known."""
@@ -175,7 +188,11 @@ class Telling:
             if self._lives.get(key) is life and not place.entry.removed:
                 place.streams.note_told(container, exec_id, told)
 
-        self._publisher.publish(facts_of(place.entry).namespace, _TOPICS[type(event)], event, note)
+        self._publish(place, event, note)
+
+    def _publish(self, place: Place, event: Message, then: Callable[[], None] = lambda: None) -> None:
+        namespace = facts_of(place.entry).namespace
+        self._publisher.publish(place.entry.sandbox_id, namespace, _TOPICS[type(event)], event, then)
 
 
 async def _oom_kills(place: Place, container: str) -> int:

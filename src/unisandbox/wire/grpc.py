@@ -1,23 +1,34 @@
 """The table of services over gRPC, by grpclib. So it runs on asyncio only; nothing else here does.
 
 grpclib is given bytes in and out, and the reading of messages is ours: its own ends cut and compressed ones with a
-traceback in the log, and takes any length.
+traceback in the log, and takes any length. Connections are accepted by us, who looks at their peers first. grpclib's
+documentation has neither, so this module alone uses what lies below it: nothing with an underscore, and nothing else
+than `tests/wire/test_grpclib.py` looks at. The extra `serve` names the versions that were tested.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, Final
 
 import attrs
+from grpclib.config import Configuration
 from grpclib.const import Cardinality, Handler
 from grpclib.const import Status as GrpcLibStatus
 from grpclib.encoding.base import CodecBase
 from grpclib.exceptions import GRPCError, StreamTerminatedError
-from grpclib.protocol import H2Protocol
+from grpclib.protocol import Connection, EventsProcessor, H2Protocol
+from grpclib.protocol import Stream as H2Stream
+from grpclib.server import Handler as CallHandler
 from grpclib.server import Server
 from grpclib.server import Stream as GrpcStream
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.settings import SettingCodes
 
 from unisandbox.api.errors import GrpcStatus, InvalidArgumentError
 from unisandbox.api.rpc import Method
@@ -34,41 +45,121 @@ _MAX_STATUS: Final = 4 << 10
 _MOST_CALLS: Final = 1 << 16
 """The most calls on one connection at a time: an engine waits for the end of each of its pods, by one connection."""
 
-_MAX_CONCURRENT_STREAMS: Final = 3  # source: RFC 9113, 6.5.2
 _PREFIX: Final = struct.Struct(">?I")  # compressed, length
 
+_logger: Final = logging.getLogger("unisandbox.wire")
 
-def server(services: Services) -> Server:
-    """A gRPC server of all methods that were added to `services` before."""
-    made = _Server([_Servable(services)], codec=_Bytes())
-    made._mapping = _Table(made._mapping)
-    return made
+_incoming: ContextVar[H2Stream] = ContextVar("_incoming")
+"""The stream of a call below grpclib's own, in the task that handles it."""
 
 
-class _Server(Server):
-    def _protocol_factory(self) -> H2Protocol:
-        made = super()._protocol_factory()
-        return _Connection(made.handler, made.config, made.h2_config)
+class GrpcServer:
+    """Serves all methods that were added to `services` before, on connections that others accept."""
+
+    def __init__(self, services: Services) -> None:
+        self._methods = _Table({f"/{method}": _handler(services, method) for method in services.methods})
+        # Who listens to its events, which is nobody, is all that is left to a server that does not listen itself.
+        self._server = Server([], codec=Bytes())
+        self._connections: set[_Connection] = set()
+
+    def connection(self) -> H2Protocol:
+        """One more connection, as asyncio's `connect_accepted_socket` wants it."""
+        calls = _Calls(self._methods, Bytes(), None, self._server.__dispatch__)
+        return _Connection(calls, self._connections)
+
+    async def end(self) -> None:
+        """Close every connection, and wait until no call is at work."""
+        connections = list(self._connections)
+        for connection in connections:
+            connection.end()
+        for connection in connections:
+            await connection.calls.wait_closed()
+
+
+class _Calls(CallHandler):
+    def accept(self, stream: H2Stream, headers: Any, release_stream: Callable[[], Any]) -> None:
+        token = _incoming.set(stream)
+        try:
+            super().accept(stream, headers, release_stream)  # in a task, which begins with this context
+        finally:
+            _incoming.reset(token)
+
+
+class _Events(EventsProcessor):
+    def process(self, event: Any) -> None:
+        # What nobody knows is passed over: RFC 9113, 5.5. grpclib would end the connection.
+        with contextlib.suppress(NotImplementedError):
+            super().process(event)
 
 
 class _Connection(H2Protocol):
-    """Lets its caller wait for more than the 100 things at a time that are h2's default."""
+    """Lets its caller wait for more than the 100 things at a time that are h2's default, and ends alone.
+
+    Args:
+        calls: what handles its calls.
+        all: where it is while it is there.
+    """
+
+    def __init__(self, calls: CallHandler, all: set[_Connection]) -> None:
+        config = Configuration().__for_server__()
+        # As grpclib's own server has it.
+        rules = H2Configuration(
+            client_side=False,
+            header_encoding="ascii",
+            validate_inbound_headers=False,
+            validate_outbound_headers=False,
+            normalize_inbound_headers=False,
+            normalize_outbound_headers=False,
+        )
+        super().__init__(calls, config, rules)
+        self.calls: CallHandler = calls
+        self._all = all
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.connection._connection.update_settings({_MAX_CONCURRENT_STREAMS: _MOST_CALLS})
+        """In grpclib's place, which keeps to itself what could be told of more calls."""
+        self._all.add(self)
+        sides = H2Connection(config=self.h2_config)
+        sides.initiate_connection()
+        window = sides.local_settings.initial_window_size
+        if more := self.config.http2_connection_window_size - window:
+            sides.increment_flow_control_window(more)
+        sides.update_settings(
+            {
+                SettingCodes.INITIAL_WINDOW_SIZE: self.config.http2_stream_window_size,
+                SettingCodes.MAX_CONCURRENT_STREAMS: _MOST_CALLS,
+            }
+        )
+        self.connection = Connection(sides, transport, config=self.config)
         self.connection.flush()
+        self.connection.initialize()
+        self.processor = _Events(self.handler, self.connection)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            super().data_received(data)
+        except Exception as error:  # what grpclib has not thought of: asyncio would tell it with a traceback
+            _logger.warning("a connection breaks the rules of HTTP/2: %r", error)
+            self.end()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._all.discard(self)
+
+    def end(self) -> None:
+        self.processor.close("the server ends")
 
 
-class _Bytes(CodecBase):
+class Bytes(CodecBase):
     """Hands on what is already bytes."""
 
     __content_subtype__ = "proto"
 
     def encode(self, message: bytes, message_type: type[bytes]) -> bytes:
+        """The same."""
         return message
 
     def decode(self, data: bytes, message_type: type[bytes]) -> bytes:
+        """The same."""
         return data
 
 
@@ -86,46 +177,43 @@ async def _unimplemented(stream: GrpcStream[bytes, bytes]) -> None:
     raise GRPCError(GrpcLibStatus.UNIMPLEMENTED, "no such method")
 
 
-class _Servable:
-    def __init__(self, services: Services) -> None:
-        self._services = services
+def _handler(services: Services, method: Method[Any, Any]) -> Handler:
+    async def handle(stream: GrpcStream[bytes, bytes]) -> None:
+        try:
+            await _serve(services, method, stream)
+        except (GRPCError, StreamTerminatedError):  # the second one: the caller is gone
+            raise
+        except Exception as error:
+            status = status_of(error, str(method))
+            message = status.message.encode(errors="replace")[:_MAX_STATUS].decode(errors="ignore")
+            raise GRPCError(_code(status.code), message) from None
 
-    def __mapping__(self) -> dict[str, Handler]:
-        return {f"/{method}": self._handler(method) for method in self._services.methods}
+    return Handler(handle, _cardinality(method), bytes, bytes)
 
-    def _handler(self, method: Method[Any, Any]) -> Handler:
-        return Handler(self._handle(method), _cardinality(method), bytes, bytes)
 
-    def _handle(self, method: Method[Any, Any]) -> Callable[[GrpcStream[bytes, bytes]], Coroutine[Any, Any, None]]:
-        async def handle(stream: GrpcStream[bytes, bytes]) -> None:
-            try:
-                await self._serve(method, stream)
-            except (GRPCError, StreamTerminatedError):  # the second one: the caller is gone
-                raise
-            except Exception as error:
-                status = status_of(error, str(method))
-                message = status.message.encode(errors="replace")[:_MAX_STATUS].decode(errors="ignore")
-                raise GRPCError(_code(status.code), message) from None
-
-        return handle
-
-    async def _serve(self, method: Method[Any, Any], stream: GrpcStream[bytes, bytes]) -> None:
-        request = Request(method.service, method.name, metadata=_metadata(stream))
-        messages = _Messages(stream)
-        if method.streams:
-            await self._services.converse(request, messages)
-            return
-        payload = await messages.receive()
-        if payload is None:
-            raise InvalidArgumentError("the request has no message")
-        await messages.send(await self._services.answer(attrs.evolve(request, payload=payload)))
+async def _serve(services: Services, method: Method[Any, Any], stream: GrpcStream[bytes, bytes]) -> None:
+    request = Request(method.service, method.name, metadata=_metadata(stream))
+    messages = _Messages(stream, _incoming.get())
+    if method.streams:
+        await services.converse(request, messages)
+        return
+    payload = await messages.receive()
+    if payload is None:
+        raise InvalidArgumentError("the request has no message")
+    await messages.send(await services.answer(attrs.evolve(request, payload=payload)))
 
 
 class _Messages:
-    """The messages of one call."""
+    """The messages of one call.
 
-    def __init__(self, stream: GrpcStream[bytes, bytes]) -> None:
+    Args:
+        stream: to answer by.
+        incoming: to read from.
+    """
+
+    def __init__(self, stream: GrpcStream[bytes, bytes], incoming: H2Stream) -> None:
         self._stream = stream
+        self._incoming = incoming
 
     async def receive(self) -> bytes | None:
         prefix = await self._read(_PREFIX.size)
@@ -143,9 +231,8 @@ class _Messages:
 
     async def _read(self, size: int) -> bytes:
         """So many bytes; b"" at the end."""
-        # Below grpclib's surface, for the reasons above; the extra `serve` names the versions that were tested.
         try:
-            return await self._stream._stream.recv_data(size)
+            return await self._incoming.recv_data(size)
         except AssertionError as error:  # how grpclib says that the stream ends within them
             raise InvalidArgumentError(f"a message is cut short: {error}") from error
 

@@ -79,7 +79,7 @@ class _Streaming:
 
 
 class Services:
-    """A table of methods. Serve it by `ttrpc.serve`, or by `grpc.server`, or both."""
+    """A table of methods. Serve it by `ttrpc.serve`, or by `grpc.GrpcServer`, or both."""
 
     def __init__(self) -> None:
         self._unary: dict[tuple[str, str], _Unary] = {}

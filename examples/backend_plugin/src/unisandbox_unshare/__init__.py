@@ -11,7 +11,7 @@ from typing import Final
 
 import anyio.lowlevel
 
-from unisandbox.api import Capabilities, Probe, Sandboxer
+from unisandbox.api import Capabilities, Probe, Sandboxer, UnavailableError
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.services import Host
 from unisandbox_unshare.sandboxer import CAPABILITIES, UnshareSandboxer
@@ -35,7 +35,10 @@ class UnshareBackend:
         """Whether it can run here, from cheap facts; nothing of it can fail that only a trial would show."""
         await anyio.lowlevel.checkpoint()
         facts = {"kernel": os.uname().release}
-        missing = Cgroups.detect("unisandbox-probe").reasons()
+        try:
+            missing = Cgroups.detect("unisandbox-probe").reasons()
+        except UnavailableError as error:  # no cgroup file system is mounted at all
+            missing = [error.message]
         why, hint = "", ""
         if os.geteuid() != 0:
             why, hint = "it needs root", "Run as root."

@@ -336,6 +336,7 @@ def _check(spec: SandboxSpec) -> None:
         "rootfs 'host' with /usr/local": spec.rootfs.local,
         f"network {spec.network.kind!r}": spec.network.kind != "none",
         "userns 'host'": spec.userns == "host",
+        "user_ids": spec.user_ids is not None,
         "share_pid": spec.share_pid,
         "mounts": bool(spec.mounts),
         "sysctls": bool(spec.sysctls),

@@ -1,16 +1,18 @@
 """Sandboxes from Linux namespaces and cgroups, with containers run by an OCI runtime (crun, runc, youki).
 
 `sandboxer` manages the sandboxes, `making` makes one, `pod` is what it holds, `planner` makes what its containers need,
-`rootfs` plans files, `checks` refuses, `probe` says whether it can run here. May know: oci/, host/, api/. Must not
-know: the engine, another backend.
+`rootfs` plans files, `checks` refuses, `users` tells what is left to users who are not root, `probe` says whether it
+can run here. May know: oci/, host/, api/. Must not know: the engine, another backend.
 """
 
 from __future__ import annotations
 
 from typing import Final
 
-from unisandbox.api import Capabilities, Probe, Sandboxer
-from unisandbox.backends.runc.capabilities import CAPABILITIES
+from unisandbox.api import Capabilities, Probe, Sandboxer, UnavailableError
+from unisandbox.backends.runc.capabilities import roots_capabilities
+from unisandbox.host import subordinate
+from unisandbox.host.keeper.protocol import LOG_NAME
 from unisandbox.host.services import Host
 
 
@@ -26,8 +28,12 @@ class RuncBackend:
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do where it runs."""
-        return CAPABILITIES
+        """What it can do where it runs; of what root can, a user who is not root has a part."""
+        if not subordinate.is_needed():
+            return roots_capabilities()
+        from unisandbox.backends.runc import users
+
+        return users.capabilities()
 
     async def probe(self, *, deep: bool = False) -> Probe:
         """Whether it can run here; see `probe.probe`."""
@@ -41,6 +47,16 @@ class RuncBackend:
         from unisandbox.oci.features import pick_runtime
         from unisandbox.oci.runtime import Runtime
 
+        if subordinate.is_needed() and host.keeper.ids is None:
+            from unisandbox.backends.runc import users
+            from unisandbox.host import confinement
+
+            reason, hint = users.obstacle(confinement.of_namespaces())
+            raise UnavailableError(
+                "backend 'runc' cannot be used: the keeper has no user namespace of its own: "
+                + (reason or f"this host forbids it, see {host.state_dir}/{LOG_NAME}"),
+                hint=hint or "Look for what confines this process (a container, a filter of system calls).",
+            )
         program = await pick_runtime(self._runtime)
         return RuncSandboxer(host, Runtime(program=program, root=f"{host.work_dir}/runtime", keeper=host.keeper))
 

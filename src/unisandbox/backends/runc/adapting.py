@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from unisandbox.api import InvalidArgumentError, UnsupportedError
 from unisandbox.api.task import SANDBOX_NAMESPACES, CreateTask, RootMount
 from unisandbox.backends.runc.pod import DEVICES, Pod
+from unisandbox.backends.runc.rootfs import Op
 from unisandbox.host import mounts
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import DeviceRule, Limits
@@ -74,14 +75,18 @@ class Adapted:
         self.config["ociVersion"] = program.oci_version
         self.config["process"]["terminal"] = request.terminal
         self.config["process"].pop("consoleSize", None)
-        self.ops: list[dict[str, object]] = [
+        self.ops: list[Op] = [
             {"op": "mkdir", "path": self._directory, "parents": True},
             {"op": "mkdir", "path": f"{self._directory}/root"},
         ]
         self.sources: list[int] = []
         try:
             self._mount_root(request.bundle, request.rootfs)
-            self._mount_sources(request.bundle)
+            for mount in foreign.binds(self.config):
+                mount["source"] = os.path.realpath(os.path.join(request.bundle, str(mount.get("source") or "")))
+            if pod.mapped and not program.features.whole_binds:
+                self._take_apart()
+            self._mount_sources()
         except BaseException:
             self.close()
             raise
@@ -126,76 +131,50 @@ class Adapted:
     def _mount_root(self, bundle: str, rootfs: Sequence[RootMount]) -> None:
         root = self.config["root"]
         path = f"{self._directory}/root"
-        if len(rootfs) > 1:
-            raise UnsupportedError("a root file system of several mounts", "runc")
-        if not rootfs:
-            self._bind(os.path.join(bundle, root["path"]), path, recursive=True, attributes=[])
-        elif rootfs[0].type == "overlay":
-            ids = (self._pod.first_id, self._pod.ids) if self._pod.mapped else None
-            self.ops.append({**foreign.overlay_op(rootfs[0], ids), "path": path})
-        elif rootfs[0].type == "bind" or {"bind", "rbind"} & set(rootfs[0].options):
-            options = set(rootfs[0].options)
-            if unknown := sorted(options - {"bind", "rbind", "ro", "rw"}):
-                raise UnsupportedError(f"option {unknown[0]!r} of a root file system's bind mount", "runc")
-            attributes = ["readonly"] if "ro" in options else []
-            self._bind(rootfs[0].source, path, recursive="rbind" in options, attributes=attributes)
-        else:
-            raise UnsupportedError(f"a root file system of type {rootfs[0].type!r}", "runc")
+        given = rootfs or (RootMount("bind", os.path.join(bundle, root["path"]), ("rbind",)),)
+        self.ops.append(root_op(given, path, self._pod, self.sources))
         self.config["root"] = {**root, "path": f"{self._pod.work}{path}"}
 
-    def _mount_sources(self, bundle: str) -> None:
+    def _take_apart(self) -> None:
+        """Name each mount below a source, for a runtime that would not show it."""
+        mounted: list[foreign.Config] = []
+        for mount in self.config.get("mounts") or []:
+            if not foreign.is_bind(mount) or "rbind" not in (mount.get("options") or []):
+                mounted.append(mount)
+                continue
+            mounted += foreign.taken_apart(mount, mounts.seen_below(mount["source"]))
+        self.config["mounts"] = mounted
+
+    def _mount_sources(self) -> None:
         for number, mount in enumerate(foreign.binds(self.config)):
             path = f"{self._directory}/m{number}"
-            source = os.path.join(bundle, str(mount.get("source") or ""))
             recursive = "rbind" in (mount.get("options") or [])
-            idmap = foreign.is_mapped(mount)
-            if idmap and not (self._pod.mapped and self._has_ids(mount)):
-                where = f"mount {mount.get('destination')!r}"
-                raise UnsupportedError(f"{where} with other ids than the sandbox's", "runc")
+            idmap = foreign.idmap(mount)
+            if idmap:
+                self._check_ids(mount)
             propagation = foreign.propagation(mount)
-            self._bind(source, path, recursive=recursive, attributes=[], propagation=propagation, idmap=idmap)
+            op = bind_op(
+                mount["source"],
+                path,
+                self._pod,
+                self.sources,
+                recursive=recursive,
+                propagation=propagation,
+                idmap=idmap,
+            )
+            self.ops.append(op)
             # It has them already.
             for name in ("uidMappings", "gidMappings"):
                 mount.pop(name, None)
-            mount["options"] = [option for option in mount.get("options") or [] if option not in {"idmap", "ridmap"}]
+            mount["options"] = [option for option in mount.get("options") or [] if option not in foreign.IDMAP_OPTIONS]
             mount["source"] = f"{self._pod.work}{path}"
 
-    def _bind(
-        self,
-        source: str,
-        path: str,
-        *,
-        recursive: bool,
-        attributes: Sequence[str],
-        propagation: str = "private",
-        idmap: bool = False,
-    ) -> None:
-        if len(self.sources) >= _MOST_SOURCES:
-            raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
-        try:
-            self.sources.append(mounts.detached_tree(os.path.realpath(source), recursive=recursive))
-            passes_on = propagation == "private" or mounts.passes_on(os.path.realpath(source), propagation)
-        except OSError as error:
-            raise InvalidArgumentError(f"mount source {source!r} cannot be used: {error.strerror}") from error
-        if not passes_on:
-            raise InvalidArgumentError(
-                f"mount source {source!r} is on a mount that passes nothing on, and shall be {propagation}",
-                hint="mount --make-rshared it on the host.",
-            )
-        if propagation == "shared" and self._pod.mapped:
-            raise UnsupportedError("a shared mount in a user namespace", "runc", reason="the kernel passes nothing out")
-        self.ops.append(
-            {
-                "op": "bind",
-                "source": {"fd": len(self.sources) - 1},
-                "path": path,
-                "create": True,
-                "detached": True,
-                "propagation": propagation,
-                "idmap": idmap,
-                "attributes": list(attributes),
-            }
-        )
+    def _check_ids(self, mount: foreign.Config) -> None:
+        where = f"mount {mount.get('destination')!r}"
+        if not self._pod.mapped:
+            raise UnsupportedError(f"{where} with mapped ids", "runc", reason="its sandbox has no user namespace")
+        if foreign.names_ids(mount) and not self._has_ids(mount):
+            raise UnsupportedError(f"{where} with other ids than the sandbox's", "runc")
 
     def _add_own(self) -> None:
         """What is the sandbox's: names, and shared memory where it would be private."""
@@ -231,6 +210,72 @@ class Adapted:
         if user is not None:
             steps.append({"do": "given", "fd": user, "name": "user"})
         return [*steps, {"do": "mounts", "root": self._pod.work, "ops": self.ops}]
+
+
+def root_op(rootfs: Sequence[RootMount], path: str, pod: Pod, sources: list[int], attributes: Sequence[str] = ()) -> Op:
+    """The operation that mounts what an engine says is a root file system.
+
+    Args:
+        rootfs: what it says: one mount.
+        path: where, below the sandbox's directory.
+        pod: the sandbox.
+        sources: the request's descriptors, to which it adds those that it opens.
+        attributes: of the mount, beside what is said.
+    """
+    if len(rootfs) != 1 or rootfs[0].target:
+        raise UnsupportedError("a root file system of several mounts", "runc")
+    mount = rootfs[0]
+    if mount.type == "overlay":
+        ids = (pod.first_id, pod.ids) if pod.mapped else None
+        return {**foreign.overlay_op(mount, ids, attributes), "path": path}
+    options = set(mount.options)
+    if mount.type != "bind" and not {"bind", "rbind"} & options:
+        raise UnsupportedError(f"a root file system of type {mount.type!r}", "runc")
+    if unknown := sorted(options - {"bind", "rbind", "ro", "rw"}):
+        raise UnsupportedError(f"option {unknown[0]!r} of a root file system's bind mount", "runc")
+    attributes = [*attributes, *["readonly"] * ("ro" in options)]
+    source = os.path.realpath(mount.source)
+    return bind_op(source, path, pod, sources, recursive="rbind" in options, attributes=attributes)
+
+
+def bind_op(
+    source: str,
+    path: str,
+    pod: Pod,
+    sources: list[int],
+    *,
+    recursive: bool,
+    attributes: Sequence[str] = (),
+    propagation: str = "private",
+    idmap: Literal["", "mount", "tree"] = "",
+) -> Op:
+    """The operation that mounts a source, a path without links, which is added to `sources`."""
+    if len(sources) >= _MOST_SOURCES:
+        raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
+    # Links were followed before: in a volume others may make some meanwhile, and then it is refused.
+    try:
+        sources.append(mounts.detached_tree(source, recursive=recursive))
+        passes_on = propagation == "private" or mounts.passes_on(source, propagation)
+    except OSError as error:
+        raise InvalidArgumentError(f"mount source {source!r} cannot be used: {error.strerror}") from error
+    if not passes_on:
+        raise InvalidArgumentError(
+            f"mount source {source!r} is on a mount that passes nothing on, and shall be {propagation}",
+            hint="mount --make-rshared it on the host.",
+        )
+    if propagation == "shared" and pod.mapped:
+        raise UnsupportedError("a shared mount in a user namespace", "runc", reason="the kernel passes nothing out")
+    return {
+        "op": "bind",
+        "source": {"fd": len(sources) - 1},
+        "path": path,
+        "create": True,
+        "detached": True,
+        "propagation": propagation,
+        "idmap": bool(idmap),
+        "idmap_below": idmap == "tree",
+        "attributes": list(attributes),
+    }
 
 
 def _devices(resources: Mapping[str, Any], pod: Pod) -> Sequence[DeviceRule] | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Final
 
+import attrs
+
 from unisandbox.api import Capabilities
+from unisandbox.network.pasta import obstacle
 
 CAPABILITIES: Final = Capabilities(
     isolation="namespaces",
     rootfs=frozenset({"host", "dir"}),
     networks=frozenset({"none", "host", "namespace"}),
     containers=True,
+    bundles=True,
     exec=True,
     tty=True,
     files=True,
@@ -27,3 +32,14 @@ CAPABILITIES: Final = Capabilities(
     survives_host_crash=True,
     start_seconds=0.015,
 )
+
+
+@functools.cache
+def roots_capabilities() -> Capabilities:
+    """What root can have here."""
+    return attrs.evolve(CAPABILITIES, networks=CAPABILITIES.networks | user_network())
+
+
+def user_network() -> frozenset[str]:
+    """The network "user", on a host that has what it takes."""
+    return frozenset() if obstacle()[0] else frozenset({"user"})

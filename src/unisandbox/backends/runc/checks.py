@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 from typing import Final
 
-from unisandbox.api import ContainerSpec, InvalidArgumentError, Resources, SandboxSpec, UnsupportedError
+from unisandbox.api import (
+    ContainerSpec,
+    InvalidArgumentError,
+    Resources,
+    SandboxSpec,
+    UnavailableError,
+    UnsupportedError,
+)
 from unisandbox.backends.runc.capabilities import CAPABILITIES
+from unisandbox.backends.runc.pod import LEASED_IDS
 from unisandbox.backends.runc.sysctls import checked_sysctls
+from unisandbox.host import confinement
+from unisandbox.network.pasta import obstacle
 from unisandbox.oci.features import RuntimeProgram
 
+# With less the kernel refuses cgroups below, or kills crun while it makes a container; measured.
+_LEAST_MEMORY: Final = 1 << 20
 _LEAST_PIDS: Final = 3
 
 
@@ -21,7 +34,9 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
             "runc",
             hint="Use 'host', or unpack the image and give the directory's path (with a '/' in it).",
         )
-    if spec.network.kind not in CAPABILITIES.networks:
+    if spec.network.kind == "user":
+        _check_user_network(spec)
+    elif spec.network.kind not in CAPABILITIES.networks:
         raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
     if spec.annotations:
         raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
@@ -29,6 +44,14 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
         raise UnsupportedError(
             "a user namespace of its own", "runc", reason=why, hint="Use userns='host' if you trust what runs in it."
         )
+    if spec.userns == "private" and (hidden := _masked()):
+        remedy = confinement.remedy(one.what for one in hidden)
+        raise UnavailableError(
+            f"a user namespace of its own cannot be had: {hidden[0].reason}",
+            hint=f"{remedy}, or use userns='host' if you trust what runs in it.",
+        )
+    if spec.user_ids is not None:
+        _check_ids(*spec.user_ids)
     if spec.security.devices == "all" and spec.userns == "private":
         raise UnsupportedError(
             "devices of the host in a user namespace of its own",
@@ -46,6 +69,34 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
     checked_sysctls(spec.sysctls, spec.network)
 
 
+def _check_user_network(spec: SandboxSpec) -> None:
+    why, remedy = obstacle()
+    if why:
+        raise UnsupportedError("network 'user'", "runc", reason=why, hint=remedy)
+    if spec.userns == "host":
+        raise UnsupportedError(
+            "network 'user' with userns='host'",
+            "runc",
+            reason="its helper has its rights from the sandbox's own user namespace",
+            hint="Leave userns= out, or use network='host'.",
+        )
+
+
+def _check_ids(first: int, count: int) -> None:
+    if first < LEASED_IDS.stop and LEASED_IDS.start < first + count:
+        raise InvalidArgumentError(
+            f"user_ids {first} to {first + count - 1} may be another sandbox's: engines lease the ids from"
+            f" {LEASED_IDS.start} to {LEASED_IDS.stop - 1} to sandboxes that are given none",
+            hint="Give others, or none.",
+        )
+
+
+@functools.cache
+def _masked() -> list[confinement.Confined]:
+    """What is mounted is looked at once."""
+    return confinement.masked()
+
+
 def _no_user_namespaces() -> str:
     """Why this host makes no user namespaces; empty when nothing forbids it."""
     try:
@@ -58,6 +109,7 @@ def _no_user_namespaces() -> str:
 def check_resources(resources: Resources) -> None:
     if resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use run(..., timeout=), or isolation='wasm'.")
+    _check_memory(resources)
     if resources.pids is not None and resources.pids < _LEAST_PIDS:
         raise InvalidArgumentError(
             f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
@@ -69,9 +121,22 @@ def check_resources(resources: Resources) -> None:
         )
 
 
+def _check_memory(resources: Resources) -> None:
+    if resources.memory is None and resources.swap:
+        raise InvalidArgumentError(
+            "swap is counted beyond memory, which is not limited here", hint="Give memory= too, or leave swap= out."
+        )
+    if resources.memory is not None and resources.memory < _LEAST_MEMORY:
+        raise InvalidArgumentError(
+            f"memory must be at least {_LEAST_MEMORY} bytes (init, the runtime and a program), got {resources.memory}"
+        )
+
+
 def check_container(container: ContainerSpec) -> None:
     """Refuse what a container cannot have, before anything is done."""
     resources = container.resources
+    if resources is not None:
+        _check_memory(resources)
     if resources is not None and resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use isolation='wasm'.")
     if resources is not None and resources.disk not in {None, 0}:

@@ -16,17 +16,16 @@ import anyio
 
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, Rootfs, UnavailableError
 from unisandbox.backends.runc.pidns import EMPTY_ROOT
-from unisandbox.backends.runc.pod import HELD, IDS, Pod, ids_of, translate_job
+from unisandbox.backends.runc.pod import DEVICES, HELD, IDS, LEASED_IDS, TUN, Pod, ids_of, translate_job
 from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, host_tree, mount_ops, root_ops
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
-from unisandbox.host.keeper import JobFailed
+from unisandbox.host.keeper import JobFailed, Keeper
 from unisandbox.host.services import Host
+from unisandbox.network.pasta import NAME_SERVER
 
-# Ranges of 65,536 user ids, above what systemd-nspawn takes (to 0x6FFF_FFFF) and below 2**31.
-# Source: systemd's UIDS-GIDS.md.
-_FIRST_RANGE: Final = 0x7000_0000 // IDS
-_RANGES: Final = (0x7FFF_0000 - 0x7000_0000) // IDS
+_FIRST_RANGE: Final = LEASED_IDS.start // IDS
+_RANGES: Final = len(LEASED_IDS) // IDS
 _SHM_BYTES: Final = 64 << 20
 _JOB_SECONDS: Final = 60.0
 
@@ -75,26 +74,49 @@ class Maker:
             keeper.locks.unlock(name)
 
     async def make(self, pod: Pod) -> None:
-        """Namespaces and root file system, in one job of the keeper; verified."""
+        """Namespaces and root file system, in one job of the keeper; verified. And what connects it."""
         with contextlib.ExitStack() as opened:
             await self._make(pod, _given(pod, opened))
+        if pod.spec.network.kind == "user":
+            await self._connect(pod)
+
+    async def _connect(self, pod: Pod) -> None:
+        """Start the helper of its network. That alone may open the device for it, and nothing else runs yet."""
+        from unisandbox.network.user import Ends, UserNetwork  # most sandboxes have none
+
+        dns = pod.spec.dns
+        ends = Ends(
+            pod.label,
+            f"{pod.short}/",
+            pod.pins["user"],
+            pod.pins["net"],
+            pod.id_maps,
+            pod.cgroup,
+            asks_helper=dns is None or NAME_SERVER in dns.servers,
+        )
+        limited = pod.spec.security.devices == "usual" and pod.keeper_ids is None
+        if limited:
+            pod.cgroup.allow_devices((*DEVICES, TUN))
+        pod.network = await UserNetwork.connect(self._host, ends)
+        if limited:
+            pod.cgroup.allow_devices(DEVICES)
 
     async def _make(self, pod: Pod, given: Mapping[str, int]) -> None:
         spec = pod.spec
         keeper = self._host.keeper
         # A mount namespace of its own: mounts of one sandbox cost no other anything, and they end with it.
         steps: list[Mapping[str, object]] = [{"do": "mount_namespace"}]
-        kinds = ["ipc", "uts"] + (["net"] if spec.network.kind == "none" else [])
+        kinds = ["ipc", "uts"] + (["net"] if spec.network.kind in {"none", "user"} else [])
         maps: dict[str, object] = {}
         hold: dict[str, str] = {what: pod.held(what) for what in HELD}
         fds = list(pod.sources)
         if pod.mapped:
             if spec.user_ids is not None:
                 pod.first_id = spec.user_ids[0]
-            else:
+            elif pod.keeper_ids is None:
                 pod.lease = self._free_ranges.popleft() if self._free_ranges else await self._lease(pod)
                 pod.first_id = pod.lease * IDS
-            maps = {"uid_map": pod.id_map, "gid_map": pod.id_map}
+            maps = dict(zip(("uid_map", "gid_map"), pod.id_maps, strict=True))
             if "user" in given:
                 maps["user"] = len(fds) + list(given).index("user")
             else:
@@ -141,7 +163,9 @@ class Maker:
             steps.append({"do": "given", "fd": len(fds), "name": "net"})
         hold |= {kind: f"{pod.short}/{kind}" for kind in given}
         fds += given.values()
-        result = await self._job(steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts)
+        result = await self._job(
+            steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts, rootfs=spec.rootfs
+        )
         pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         for kind, number in pod.pins.items():
@@ -181,11 +205,28 @@ class Maker:
         fds: Sequence[int] = (),
         label: str = "engine",
         mounts: Sequence[Mount] = (),
+        rootfs: Rootfs | None = None,
     ) -> dict[str, int]:
         try:
             return dict((await self._host.keeper.job(steps, hold=hold, fds=fds, timeout=_JOB_SECONDS)).held)
         except JobFailed as error:
-            raise translate_job(error, label, mounts) from error
+            raise translate_job(error, label, mounts, rootfs) from error
+
+
+async def restore_network(pod: Pod, host: Host) -> None:
+    """Take over the helper of its network, which another process has started."""
+    if pod.spec.network.kind == "user" and pod.network is None:
+        from unisandbox.network.user import UserNetwork
+
+        pod.network = await UserNetwork.restore(host, f"{pod.short}/", pod.cgroup)
+
+
+async def clear_network(pod: Pod, keeper: Keeper) -> None:
+    """End the helper of its network where only the names are known."""
+    if pod.spec.network.kind == "user":
+        from unisandbox.network.user import UserNetwork
+
+        await UserNetwork.clear(keeper, f"{pod.short}/")
 
 
 def _given(pod: Pod, opened: contextlib.ExitStack) -> dict[str, int]:

@@ -22,13 +22,13 @@ from unisandbox.host import namespaces
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.init.protocol import STEPS
-from unisandbox.host.keeper import Keeper
+from unisandbox.host.keeper import Guard, Keeper
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.services import Host
 from unisandbox.oci import calls
 from unisandbox.oci.ends import wait_end_of_init
 from unisandbox.oci.made import Created, child_of
-from unisandbox.oci.processes import streams
+from unisandbox.oci.processes import end_init, streams
 from unisandbox.oci.starting import START_SECONDS
 
 EMPTY_ROOT: Final = "/empty"
@@ -70,13 +70,15 @@ class SharedPids:
             try:
                 pod.pins["pid"] = await host.keeper.hold(f"{pod.short}/pid", fd)
                 pod.inodes["pid"] = namespaces.namespace_inode(fd)
+                if not cgroup.holds_processes:
+                    await host.keeper.guard([_guard(pod, created)])
                 if host.shared:
                     await host.keeper.spools.hold_now({f"{pod.short}/{_FIRST}": created.pidfd})
                     await host.keeper.note(f"{pod.short}/{_FIRST}", json.dumps([created.pid, created.start_time]))
             finally:
                 os.close(fd)
         except BaseException as error:
-            cgroup.kill()
+            end_init(cgroup, created)
             with anyio.CancelScope(shield=True):
                 await patience.remove(cgroup.dirs, _END_SECONDS)  # or every later start would meet it
             if created is not None:
@@ -147,13 +149,18 @@ class SharedPids:
     async def end(self, host: Host, pod: Pod) -> None:
         """End it: with it everything that is still in the namespace ends. May be repeated until it has returned."""
         self.ending = True
-        self.cgroup.kill()
+        end_init(self.cgroup, self.created)
         await wait_end_of_init(host.keeper, self.created)
         await host.keeper.drop([f"{pod.short}/pid", f"{pod.short}/{_FIRST}"])
         pod.pins.pop("pid", None)
         pod.inodes.pop("pid", None)
         await patience.remove(self.cgroup.dirs, _END_SECONDS)
         self.close()
+
+
+def _guard(pod: Pod, created: Created) -> Guard:
+    """How to end it where no cgroup does."""
+    return Guard(f"{pod.short}/process", "kill_process", (f"/{created.pid}/{created.start_time}",))
 
 
 async def _start(keeper: Keeper, pod: Pod, cgroup: Cgroup, init_fd: int) -> Created:
@@ -168,7 +175,7 @@ async def _start(keeper: Keeper, pod: Pod, cgroup: Cgroup, init_fd: int) -> Crea
         null, said, errors = opened.enter_context(streams((-1, writer, -1)))
         call = calls.Call(
             label=what,
-            argv=["/proc/self/fd/3", "first", f"{pod.work}{EMPTY_ROOT}"],
+            argv=["/proc/self/fd/3", "first", f"{pod.work}{EMPTY_ROOT}", *["groups"] * pod.is_single],
             log="",
             fds=(null, said, errors, init_fd, *spaces),
             cgroup_procs=cgroup.entry,

@@ -6,40 +6,54 @@ import contextlib
 import functools
 import os
 import resource
+import stat
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Final
+
+import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
     ContainerSpec,
     CreateTask,
+    InvalidArgumentError,
+    Mount,
     ProcessSpec,
     Resources,
     Rootfs,
+    RootMount,
+    UnsupportedError,
 )
-from unisandbox.backends.runc.adapting import Adapted
+from unisandbox.backends.runc import users
+from unisandbox.backends.runc.adapting import Adapted, bind_op, root_op
 from unisandbox.backends.runc.checks import check_container
 from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
-from unisandbox.backends.runc.rootfs import Op, mount_ops, root_attributes, root_ops
+from unisandbox.backends.runc.rootfs import Op, mount_ops, not_shown, root_attributes, root_ops
 from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.host import seccomp
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.identity import CALLER, Identity
 from unisandbox.host.init import SpawnRequest
 from unisandbox.host.keeper import Guard, JobFailed
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
+from unisandbox.oci import foreign
 from unisandbox.oci.bundle import Bundle, NamespaceKind, OciMount, OciNamespace
 from unisandbox.oci.calls import NOWHERE
+from unisandbox.oci.interpreters import interpreter_of
 from unisandbox.oci.plan import Plan, limits_of
 from unisandbox.oci.runtime import Runtime
-from unisandbox.oci.users import ROOT, Credentials, resolve_user
+from unisandbox.oci.users import ROOT, Credentials, Inside, resolve_user
 
 _UNLIMITED: Final = Resources.unlimited()
 _STACK: Final = 8 << 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What our init needs to become the user that a process asks for; processes do not get more than the spec says.
 _INIT_CAPABILITIES: Final = frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"})
+# With these whoever executes init might read it, so that it could be reached until it has seen to that itself. Where it
+# belongs to root inside they are not effective then; it has them again when it begins.
+_READING: Final = frozenset({"CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH"})
 # The first to be killed when the host runs out of memory are processes in sandboxes, and init last of them.
 _INIT_OOM_SCORE: Final = 100
 _JOINED: Final[tuple[tuple[str, NamespaceKind], ...]] = (
@@ -74,17 +88,22 @@ class PodPlanner:
         self._own_roots: set[str] = set()
         self._cgroups: dict[str, Cgroup] = {}
 
-    async def prepare(self, container: ContainerSpec) -> Plan:
+    async def prepare(self, request: CreateTask) -> Plan:
         """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
-        pod = self._pod
+        pod, container = self._pod, request.container
+        assert container is not None  # noqa: S101 (the task service has looked)
         check_container(container)
+        if pod.keeper_ids is not None and container.rootfs is not None:
+            users.check_rootfs(container.rootfs)
+        if pod.is_single:
+            users.check_user(container.user)
         cgroup = pod.cgroup.child(f"c-{container.name}", limits=limits_of(container.resources or _UNLIMITED))
         self._cgroups[container.name] = cgroup
         plan = self._plan(container, cgroup)
         place = pod.place()
         if container.rootfs is not None:
             place = pod.place(container.name)
-            await self._make_root(container, container.rootfs)
+            await self._make_root(container, container.rootfs, request)
         await self._guard_own_cgroups(plan.oci_id)
         self._bundle(f"{pod.work}{place.root}").write(self._host.keeper.outside(plan.bundle))
         if plan.admitted is not None:
@@ -102,13 +121,13 @@ class PodPlanner:
             bundle=self._bundle_of(container.name),
             cgroup=cgroup,
             request=lambda process: self._request(container, process, root),
-            admitted=pod.first_id if quick else None,
+            admitted=self._init_id if quick else None,
             entered=self.entered,
             mounts=pod.held("mnt"),
             extra_fds=(self._init_fd,),
             verify=lambda pid: self._verifier.verify(container.name, pid, root_attributes(rootfs)),
             verify_process=lambda pid: self._verifier.verify_filter(container.name, pid),
-            explain=lambda process: _explain(process, rootfs, self._environment(container, process)["PATH"]),
+            explain=lambda process: self._explain(container, process, rootfs, root),
         )
 
     async def adopt(self, container_id: str, bundle: str) -> Plan:
@@ -119,6 +138,8 @@ class PodPlanner:
     async def adapt(self, request: CreateTask) -> Plan:
         """A bundle of our own from an engine's config, with the sandbox's namespaces; see `adapting`."""
         pod, name = self._pod, request.container_id
+        if pod.keeper_ids is not None:
+            raise UnsupportedError("a container from an engine's bundle", "runc", reason=users.who())
         bundle = self._bundle_of(name)
         adapted = Adapted(request, pod, self._runtime.program, pin=self.pin, entered=self.entered)
         try:
@@ -227,7 +248,7 @@ class PodPlanner:
     def _own_cgroups_guard(self, oci_id: str) -> str:
         return f"{self._pod.short}/{oci_id}/own-cgroups"
 
-    async def _make_root(self, container: ContainerSpec, rootfs: Rootfs) -> None:
+    async def _make_root(self, container: ContainerSpec, rootfs: Rootfs, request: CreateTask) -> None:
         pod = self._pod
         mounts = container.mounts if container.own_mounts_only else (*pod.spec.mounts, *container.mounts)
         place = pod.place(container.name)
@@ -239,7 +260,15 @@ class PodPlanner:
             seen = pod.spec.rootfs.kind == "host" and pod.spec.rootfs.local == rootfs.local
             shared = await self._host_tree(rootfs) if rootfs.kind == "host" and seen else ""
             ops += root_ops(place, rootfs, pod.identity, mounts, shared)
+            later: list[Op] = []
+            if request.rootfs:
+                first, later = self._engine_root(request, f"{place.root}{request.rootfs_at}", sources)
+                ops += first
             ops += mount_ops(place, mounts, first_fd=int(rootfs.kind == "dir"))
+            ops += [
+                self._engine_bind(mount, f"{place.root}{request.rootfs_at}", sources) for mount in request.rootfs[1:]
+            ]
+            ops += later
             self._own_roots.add(container.name)
             steps: list[Mapping[str, object]] = [{"do": "enter", "fd": len(sources)}]
             sources.append(self._host.keeper.open_held(pod.fds["mnt"], os.O_RDONLY))
@@ -252,10 +281,55 @@ class PodPlanner:
             result = await self._host.keeper.job(steps, hold={"root": held}, fds=sources)
             pod.fds[f"root-{container.name}"] = result.held[held]
         except JobFailed as error:
-            raise translate_job(error, f"{pod.label}/{container.name}", mounts) from error
+            said = [Mount.bind(mount.source, request.rootfs_at + mount.target) for mount in request.rootfs[1:]]
+            raise translate_job(error, f"{pod.label}/{container.name}", (*mounts, *said), rootfs) from error
         finally:
             for fd in sources:
                 os.close(fd)
+
+    def _engine_root(self, request: CreateTask, path: str, sources: list[int]) -> tuple[list[Op], list[Op]]:
+        """What an engine says, at a place in a root: what mounts it, and what is done when all is mounted in it.
+
+        What is opened for it is added to `sources`.
+        """
+        pod, mounts, later = self._pod, request.rootfs[:1], list[Op]()
+        if mounts[0].type == "overlay" and "ro" in mounts[0].options:
+            # Not before the places of its mounts are made in it, as the runtimes do it.
+            mounts = (attrs.evolve(mounts[0], options=tuple(o for o in mounts[0].options if o != "ro")),)
+            later = [{"op": "restrict", "path": path, "attributes": ["readonly"], "recursive": False}]
+        made: Op = {"op": "mkdir", "path": path, "parents": True, "uid": pod.first_id, "gid": pod.first_id}
+        # As everything else that is mounted in a root of ours.
+        return [made, root_op(mounts, path, pod, sources, ("nosuid", "nodev"))], later
+
+    def _engine_bind(self, mount: RootMount, root: str, sources: list[int]) -> Op:
+        """What mounts a source in an engine's root file system; it is opened, and added to `sources`."""
+        pod, options = self._pod, set(mount.options)
+        where = f"mount {mount.target!r}"
+        if mount.type != "bind" or not mount.target:
+            raise UnsupportedError(f"{where} of type {mount.type!r} in a root file system", "runc")
+        if unknown := sorted(options - {"bind", "rbind", "ro", "rw", *foreign.IDMAP_OPTIONS}):
+            raise UnsupportedError(f"{where} with option {unknown[0]!r}", "runc")
+        idmap = foreign.idmap({"options": mount.options})
+        if idmap and not pod.mapped:
+            raise UnsupportedError(f"{where} with mapped ids", "runc", reason="its sandbox has no user namespace")
+        op = bind_op(
+            os.path.realpath(mount.source),
+            root + mount.target,
+            pod,
+            sources,
+            recursive="rbind" in options,
+            attributes=["nosuid", "nodev", *["readonly"] * ("ro" in options)],
+            idmap=idmap,
+        )
+        kind = os.fstat(sources[-1]).st_mode
+        if stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+            raise InvalidArgumentError(f"{where}: {mount.source} is a device, and mounts are always nodev")
+        return {**op, "uid": pod.first_id, "gid": pod.first_id}
+
+    @property
+    def _init_id(self) -> int:
+        """The host's user id of init."""
+        return self._pod.first_id if self._pod.keeper_ids is None else os.geteuid()
 
     @property
     def entered(self) -> dict[str, str]:
@@ -276,6 +350,16 @@ class PodPlanner:
             yield fd
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def _inside(self, root: str) -> Iterator[Inside]:
+        """A root directory of ours, as root inside sees it."""
+        pod = self._pod
+        # An ordinary user can act here as nobody but himself.
+        mine = pod.keeper_ids is not None
+        identity = CALLER if mine else Identity(*pod.host_ids, pod.spec.security.capabilities)
+        with self._open(root, os.O_PATH | os.O_DIRECTORY) as fd:
+            yield Inside(fd, identity)
 
     def pin(self, kind: str) -> str:
         """The path of a pinned namespace, for the keeper's children: they do not outlive it."""
@@ -299,13 +383,15 @@ class PodPlanner:
         return Bundle(
             oci_version=self._runtime.program.oci_version,
             args=("/proc/self/fd/4",),
-            # youki wants one, although the program's path is absolute; init's own environment reaches nobody.
-            env=("PATH=/usr/bin:/bin",),
+            # youki wants a PATH, although the program's path is absolute. Without HOME crun reads the container's
+            # /etc/passwd, however large that is. Init's own environment reaches nobody.
+            env=("PATH=/usr/bin:/bin", "HOME=/"),
             root=root,
             mounts=self._mounts(),
             namespaces=spaces,
-            ids=(pod.first_id, pod.ids) if pod.mapped else None,
+            ids=pod.id_maps if pod.mapped else None,
             capabilities=security.capabilities | _INIT_CAPABILITIES,
+            ineffective=_READING if pod.is_single else frozenset(),
             no_new_privileges=security.no_new_privileges,
             oom_score_adj=_INIT_OOM_SCORE,
             seccomp=None if profile is None or by_annotation else profile.to_oci(os.uname().machine),
@@ -321,7 +407,7 @@ class PodPlanner:
                 "/dev/pts",
                 "devpts",
                 "devpts",
-                ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"),
+                ("nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", *["gid=5"] * (not pod.is_single)),
             ),
             OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),
         ]
@@ -356,6 +442,7 @@ class PodPlanner:
             rlimits=limits,
             no_new_privs=spec.security.no_new_privileges,
             deny_clone3=spec.security.no_new_privileges and spec.security.seccomp == "default",
+            keep_groups=self._pod.is_single,
             tty=(process.terminal.rows, process.terminal.columns) if process.terminal else None,
             oom_score_adj=_PROCESS_OOM_SCORE,
         )
@@ -363,8 +450,20 @@ class PodPlanner:
     def _credentials(self, user: str | None, root: str) -> Credentials:
         if user is None:
             return ROOT
-        with self._open(root, os.O_PATH | os.O_DIRECTORY) as root_fd:
-            return resolve_user(root_fd, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
+        with self._inside(root) as inside:
+            if self._pod.is_single:
+                return users.root_as(inside, user)
+            return resolve_user(inside, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
+
+    def _explain(self, container: ContainerSpec, process: ProcessSpec, rootfs: Rootfs, root: str) -> str:
+        """Why a program could not be found."""
+        path = self._environment(container, process)["PATH"]
+        cwd = process.cwd or container.cwd or self._pod.spec.cwd
+        with self._inside(root) as inside:
+            interpreter = interpreter_of(inside, process.argv[0], path, cwd)
+        if interpreter:
+            return f"It is a script for {interpreter!r}, which is missing. {not_shown(interpreter, rootfs)}".strip()
+        return not_shown(process.argv[0], rootfs) or ("" if "/" in process.argv[0] else f"Its PATH is {path!r}.")
 
     def _environment(self, container: ContainerSpec, process: ProcessSpec) -> dict[str, str]:
         env = {"PATH": _PATH, "LANG": "C.UTF-8"}
@@ -396,21 +495,3 @@ def plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
     hard = resource.prlimit(keeper_pid, resource.RLIMIT_STACK)[1]
     soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
     return limits | {"RLIMIT_STACK": (soft, hard)}
-
-
-def _explain(process: ProcessSpec, rootfs: Rootfs, path: str) -> str:
-    """Why a program of this machine is not inside."""
-    if rootfs.kind != "host":
-        return ""
-    program = process.argv[0]
-    import shutil  # heavy, and only for the words of an error
-
-    where = shutil.which(program) or ""
-    shown = os.path.realpath(where).startswith("/usr/") and (rootfs.local or not where.startswith("/usr/local/"))
-    if not where or shown:
-        return "" if "/" in program else f"Its PATH is {path!r}."
-    return (
-        f"{where} exists on this machine, but rootfs 'host' shows only programs below /usr"
-        + (" without /usr/local: use Rootfs.host(local=True)." if where.startswith("/usr/local/") else ".")
-        + ("" if where.startswith("/usr/local/") else " Install it there, or mount its directory with Mount.bind().")
-    )

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
@@ -15,17 +15,29 @@ from unisandbox.api import (
     BackendError,
     InvalidArgumentError,
     Mount,
+    NotFoundError,
     Rootfs,
     SandboxSpec,
     UnavailableError,
     UnsupportedError,
 )
 from unisandbox.backends.runc.rootfs import Identity, Layer, Place
+from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroup, DeviceRule
-from unisandbox.host.keeper import JobFailed
+from unisandbox.host.keeper import JobFailed, Keeper
+from unisandbox.host.subordinate import Rows
+
+if TYPE_CHECKING:
+    from unisandbox.network.user import UserNetwork
 
 IDS: Final = 65536
 """How many user ids a sandbox has unless it is said, as every image may use 0 to 65535."""
+
+LEASED_IDS: Final = range(0x7000_0000, 0x7FFF_0000)
+"""The host's ids that engines lease to such sandboxes: above what systemd-nspawn takes (to 0x6FFF_FFFF), below 2**31.
+
+Source: systemd's UIDS-GIDS.md.
+"""
 
 HELD: Final = ("root", "rw", "mnt")
 """What the keeper holds of every sandbox beside its namespaces; see `Pod.fds`."""
@@ -59,6 +71,9 @@ DEVICES: Final = (
     DeviceRule("c", 136, None, "rwm"),  # pts
 )
 
+TUN: Final = DeviceRule("c", 10, 200, "rw")
+"""What the helper of a network opens, and nobody else. Source: Documentation/admin-guide/devices.txt."""
+
 
 def ids_of(short: str) -> str:
     """The name of a sandbox's lease; it is not given back before everything that has these ids is gone."""
@@ -77,12 +92,14 @@ class Pod:
         layer: the bounded place for its writes.
         image: path of the disk image of its layer, when it is not in memory.
         first_id: the host's id of root inside.
-        lease: number of its range of ids; None without a user namespace.
+        lease: number of its range of ids; None without a user namespace, and where all sandboxes have the same ids.
+        keeper_ids: the user and group ids of a keeper that is root of a user namespace only; the sandbox has the same.
         pins: number in the keeper of each namespace, by kind.
         inodes: inode number of each pinned namespace.
         fds: numbers in the keeper of what is held beside the namespaces: "root", its root directory, "rw", that of its
             writable layer, "mnt", the mount namespace in which all its mounts are, "root-NAME" of a container's own.
         sources: descriptors of the sources of `spec.mounts`, opened once; of the root directory first, for kind "dir".
+        network: the helper of a network of kind "user", from the start on.
     """
 
     sandbox_id: str
@@ -94,10 +111,18 @@ class Pod:
     cgroup: Cgroup = attrs.field(init=False)
     first_id: int = 0
     lease: int | None = None
+    keeper_ids: tuple[Rows, Rows] | None = None
     pins: dict[str, int] = attrs.field(factory=dict)
     inodes: dict[str, int] = attrs.field(factory=dict)
     fds: dict[str, int] = attrs.field(factory=dict)
     sources: list[int] = attrs.field(factory=list)
+    network: UserNetwork | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """See `SandboxStatus.warnings`."""
+        said = "" if self.network is None else self.network.warning
+        return (said,) if said else ()
 
     @property
     def label(self) -> str:
@@ -140,14 +165,30 @@ class Pod:
         return self.spec.userns == "private"
 
     @property
+    def is_single(self) -> bool:
+        """It has one id only, that of the user: no other user inside, and nobody changes groups."""
+        return self.keeper_ids is not None and subordinate.are_single(self.keeper_ids)
+
+    @property
     def ids(self) -> int:
         """How many user ids it has, with a user namespace of its own."""
+        if self.keeper_ids is not None:
+            return min(subordinate.count(subordinate.below(rows)) for rows in self.keeper_ids)
         return IDS if self.spec.user_ids is None else self.spec.user_ids[1]
 
     @property
-    def id_map(self) -> list[list[int]]:
-        """The one row of its user and group map: inside, outside, count."""
-        return [[0, self.first_id, self.ids]]
+    def host_ids(self) -> tuple[int, int]:
+        """See `Sandboxer.host_ids`."""
+        if self.keeper_ids is not None:
+            return self.keeper_ids[0][0][1], self.keeper_ids[0][0][2]
+        return (self.first_id, self.ids) if self.mapped else (0, 2**32 - 1)
+
+    @property
+    def id_maps(self) -> tuple[Rows, Rows]:
+        """Its user map and its group map: rows of inside, outside (as the keeper sees it), count."""
+        if self.keeper_ids is not None:
+            return subordinate.below(self.keeper_ids[0]), subordinate.below(self.keeper_ids[1])
+        return [[0, self.first_id, self.ids]], [[0, self.first_id, self.ids]]
 
     @property
     def identity(self) -> Identity:
@@ -173,11 +214,31 @@ class Pod:
             layer=f"/rw/c/{container}" if container else "/rw",
             base=f"/c/{container}/base" if container else "/base",
             first_id=self.first_id,
-            mapped=self.mapped,
+            mapped=self.mapped and self.keeper_ids is None,
+            others=not self.is_single,
         )
 
+    def root_fd(self, keeper: Keeper, container: str = "") -> int:
+        """An O_PATH descriptor of its root directory, or of that of one container, the caller's to close.
+
+        Raises:
+            NotFoundError: there is none, or it is gone.
+        """
+        name = f"root-{container}" if container else "root"
+        what = f"container {container!r} of sandbox {self.label!r}" if container else f"sandbox {self.label!r}"
+        if name not in self.fds:
+            raise NotFoundError(f"{what} has no files{'' if container else ' before it is started'}")
+        fd = keeper.open_held(self.fds[name], os.O_PATH | os.O_DIRECTORY)
+        # Another process (or its ttl) may have removed the sandbox, and the keeper hold another one's root as this one.
+        if f"/{self.short}/" not in os.readlink(f"/proc/self/fd/{fd}"):
+            os.close(fd)
+            raise NotFoundError(f"{what} was removed")
+        return fd
+
     def close(self) -> None:
-        """Close the sources."""
+        """Close what is open here for it."""
+        if self.network is not None:
+            self.network.close()
         for fd in self.sources:
             os.close(fd)
         self.sources.clear()
@@ -213,14 +274,30 @@ def _open_source(path: str, flags: int, what: str) -> int:
     return fd
 
 
-def translate_job(error: JobFailed, label: str, mounts: Sequence[Mount] = ()) -> Exception:
+def translate_job(
+    error: JobFailed, label: str, mounts: Sequence[Mount] = (), rootfs: Rootfs | None = None
+) -> Exception:
     """A job's failure in the words of whoever asked for the sandbox."""
     text = error.strerror or str(error)
     if "mapping the ids" in text:
+        by_target = {mount.target: mount.source for mount in mounts if f"/root{mount.target} (operation" in text}
+        target = max(by_target, key=len, default="")
+        what = f"mount source {by_target[target]!r}" if target else "a mount"
+        if not target and rootfs is not None and rootfs.kind == "dir":
+            what = f"rootfs {rootfs.path!r}"
         return UnavailableError(
-            f"cannot make sandbox {label!r}: {text}",
+            f"cannot make sandbox {label!r}: the ids of {what} cannot be mapped: its file system cannot do that, or "
+            "they are mapped already",
             hint="Keep the directory on ext4, xfs, btrfs or tmpfs, or use userns='host' or Mount(idmap=False).",
         )
+    if rootfs is not None and rootfs.kind == "dir" and error.errno in {errno.ELOOP, errno.ENOTDIR}:
+        for name in ("dev", "proc", "sys", "tmp", "run"):
+            if text.startswith("mkdir ") and f"/{name} (operation" in text:
+                what = "a symbolic link" if error.errno == errno.ELOOP else "not a directory"
+                return InvalidArgumentError(
+                    f"rootfs {rootfs.path!r} of {label!r} cannot be used: its /{name} is {what}",
+                    hint="Make it a directory, or take it read-only, with Rootfs.dir(path, readonly=True).",
+                )
     for mount in mounts:
         # Operations say their path; a mount point's ends with the target, or with the directory that it needs.
         targets = {mount.target, os.path.dirname(mount.target)} - {"/"}

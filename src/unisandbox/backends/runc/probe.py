@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -20,8 +21,12 @@ import anyio
 import anyio.lowlevel
 
 from unisandbox.api import Probe, SandboxError
+from unisandbox.backends.runc import users
+from unisandbox.host import confinement, subordinate
 from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.confinement import Confined
 from unisandbox.host.pidfd import has_ended
+from unisandbox.network import pasta
 from unisandbox.oci.features import RuntimeProgram, pick_runtime
 
 DEEP_SECONDS: Final = 30.0
@@ -34,16 +39,28 @@ _TRIAL: Final = """
 import anyio, json, sys
 async def main():
     import unisandbox
+    from unisandbox.host import syscalls
+    # Else its keeper is left to our parent, and nobody reaps it where that is no PID 1 that does.
+    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     try:
         from unisandbox.backends.runc import RuncBackend
         async with unisandbox.Engine.open(backends={"runc": RuncBackend(sys.argv[1] or None)}) as engine:
-            async with engine.create(rootfs="host", isolation="runc") as sandbox:
+            limited = {"memory", "pids"} <= RuncBackend().capabilities.limits
+            resources = unisandbox.Resources() if limited else unisandbox.Resources(memory=None, pids=None)
+            async with engine.create(rootfs="host", isolation="runc", resources=resources) as sandbox:
                 done = await sandbox.run(["/bin/true"])
         answer = {"ok": done.exit_code == 0, "reason": f"a sandbox ran /bin/true: exit code {done.exit_code}"}
     except unisandbox.SandboxError as error:
         answer = {"ok": False, "reason": error.message, "hint": error.hint}
     print(json.dumps(answer))
 anyio.run(main)
+"""
+# What a filter forbids in a user namespace is only seen there, and who goes there does not come back.
+_FILTER_TRIAL: Final = """
+import sys
+sys.path[:0] = sys.argv[1:]
+from unisandbox.host.confinement import forbidden_inside
+sys.stdout.write(forbidden_inside())
 """
 
 
@@ -94,8 +111,28 @@ async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | 
     version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
     if version < _OLDEST_KERNEL:
         yield _Obstacle(f"it needs Linux 5.12, this is {os.uname().release}", "Use a newer kernel.")
-    if os.geteuid() != 0:
-        yield _Obstacle(f"it needs root, this is user id {os.geteuid()}", "Run it as root.")
+    forbidden = await _forbidden()
+    if subordinate.is_needed():
+        reason, remedy = users.obstacle(forbidden)
+        if reason:
+            yield _Obstacle(f"as {_who()}: {reason}", remedy)
+        else:
+            facts["without root"] = "; ".join(users.capabilities().notes)
+            scarcity, remedy = subordinate.scarcity()
+            if scarcity:
+                facts["user ids"] = "1: this user's own"
+                warnings.append(
+                    f"one user id only, so no users but root inside, who keeps this user's groups: {scarcity}."
+                    f" Remedy: {remedy}"
+                )
+            else:
+                uids, _ = subordinate.maps()
+                facts["user ids"] = f"{subordinate.count(uids)}: this user's own and subordinate ones"
+    elif forbidden:
+        yield _Obstacle("; ".join(one.reason for one in forbidden), confinement.remedy(one.what for one in forbidden))
+    elif hidden := confinement.masked():
+        remedy = confinement.remedy(one.what for one in hidden)
+        warnings.append(f"only userns='host' works: {hidden[0].reason}. Remedy: {remedy}")
     try:
         program = await pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
@@ -109,6 +146,8 @@ async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | 
         warnings.append(
             "user namespaces are off: only userns='host' works. Remedy: sysctl -w user.max_user_namespaces=15000"
         )
+    why, remedy = pasta.obstacle()
+    facts["network 'user'"] = f"not here: {why}. {remedy}" if why else f"by pasta ({pasta.program()})"
     try:
         cgroups = Cgroups.detect("unisandbox-probe")
     except SandboxError as error:
@@ -118,12 +157,35 @@ async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | 
     warnings.extend(cgroups.reasons())
 
 
+def _who() -> str:
+    lacking = subordinate.lacking()
+    return lacking if os.geteuid() == 0 else f"user id {os.geteuid()}"
+
+
 def _read(path: str) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             return file.read().strip()
     except OSError:
         return ""
+
+
+async def _forbidden() -> list[Confined]:
+    """What of namespaces is forbidden; what can only be tried in them is not tried where nothing is filtered."""
+    found = confinement.of_namespaces()
+    if confinement.is_filtered() and all(one.what != "seccomp" for one in found) and (call := await _forbidden_call()):
+        why = f"a filter of system calls (seccomp) forbids {call}, also to root of a user namespace"
+        return [Confined("seccomp", why), *found]
+    return found
+
+
+async def _forbidden_call() -> str:
+    """See `confinement.forbidden_inside`. Without an answer nothing is known."""
+    argv = [sys.executable, "-P", "-S", "-c", _FILTER_TRIAL, *(path for path in sys.path if path)]
+    with anyio.move_on_after(DEEP_SECONDS), contextlib.suppress(OSError):
+        done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
+    return ""
 
 
 async def _try(runtime: str | None) -> dict[str, object]:

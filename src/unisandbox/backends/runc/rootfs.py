@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from unisandbox.api import Dns, Mount, Resources, Rootfs, SandboxSpec
-from unisandbox.api.spec import LEAST_DISK
+from unisandbox.api.resources import LEAST_DISK
 from unisandbox.api.units import GIB
+from unisandbox.network.pasta import NAME_SERVER
 
 Op = dict[str, object]
 
@@ -118,6 +119,8 @@ def _resolv_conf(spec: SandboxSpec) -> str:
         if spec.network.kind == "host":
             return _text("/etc/resolv.conf") or ""
         dns = Dns()
+        if spec.network.kind == "user":
+            dns = Dns(servers=(NAME_SERVER,))
     lines = [f"nameserver {server}" for server in dns.servers]
     if dns.search:
         lines.append(f"search {' '.join(dns.search)}")
@@ -198,12 +201,34 @@ def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode()
 
 
+def not_shown(program: str, rootfs: Rootfs) -> str:
+    """Why a program of this machine is not inside; "" when it is, or is none."""
+    if rootfs.kind != "host" or ("/" in program and not os.path.isabs(program)):
+        return ""
+    import shutil  # heavy, and only for the words of an error
+
+    where = shutil.which(program)
+    if where is None:
+        return ""
+    directory, name = os.path.split(where)
+    # Both the place and what is there must be inside: either may be a link from /usr to elsewhere, or the other way.
+    ways = [os.path.join(os.path.realpath(directory), name), os.path.realpath(where)]
+    said = f"{where} exists on this machine, but rootfs 'host' shows only programs below /usr"
+    if not all(way.startswith("/usr/") for way in ways):
+        leads = "" if ways[1] == where else f", and it is a link to {ways[1]}"
+        return f"{said}{leads}. Install it there, or mount its directory with Mount.bind()."
+    if not rootfs.local and any(way.startswith("/usr/local/") for way in ways):
+        return f"{said} without /usr/local: use Rootfs.host(local=True)."
+    return ""
+
+
 def _bind(source: str, path: str) -> Op:
     return {"op": "bind", "source": source, "path": path, "attributes": SAFE_READONLY}
 
 
-def _writable(layer: str, first_id: int, identity: Identity) -> list[Op]:
-    """The directories that can be written, below `layer` in the bounded layer."""
+def _writable(place: Place, identity: Identity) -> list[Op]:
+    """The directories that can be written, below the layer of `place`."""
+    layer, first_id = place.layer, place.first_id
     owner = {"uid": first_id, "gid": first_id}
     user = {"uid": first_id + 1000, "gid": first_id + 1000}
     ops: list[Op] = [
@@ -212,8 +237,9 @@ def _writable(layer: str, first_id: int, identity: Identity) -> list[Op]:
         {"op": "mkdir", "path": f"{layer}/run/etc", **owner},
         {"op": "mkdir", "path": f"{layer}/home", **owner},
         {"op": "mkdir", "path": f"{layer}/home/root", "mode": 0o700, **owner},
-        {"op": "mkdir", "path": f"{layer}/home/user", "mode": 0o700, **user},
     ]
+    if place.others:
+        ops.append({"op": "mkdir", "path": f"{layer}/home/user", "mode": 0o700, **user})
     return ops + [
         {"op": "file", "path": f"{layer}/run/etc/{name}", "content": text, **owner}
         for name, text in identity.files().items()
@@ -243,7 +269,8 @@ class Place(NamedTuple):
         layer: the directory in the bounded layer that takes its writes, below `work`.
         base: a directory of its own outside of the layer, below `work`.
         first_id: the host's id of root inside.
-        mapped: it has a user namespace of its own.
+        mapped: it has a user namespace of its own, to whose ids those of files of the host are mapped.
+        others: there are more users than root.
     """
 
     work: str
@@ -252,6 +279,7 @@ class Place(NamedTuple):
     base: str
     first_id: int
     mapped: bool
+    others: bool = True
 
 
 def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[Mount], shared_host: str) -> list[Op]:
@@ -276,9 +304,9 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
             ops += host_tree(place.base, local=rootfs.local)
             for mount in mounts:
                 if mount.target in outside:
-                    ops += _mount_point(f"{place.base}{mount.target}", mount)
+                    ops += _mount_point(f"{place.base}{mount.target}", mount, place.first_id)
             source = f"{place.work}{place.base}"
-        ops += _writable(place.layer, place.first_id, identity)
+        ops += _writable(place, identity)
         ops.append({"op": "bind", "source": source, "path": place.root, "attributes": SAFE_READONLY})
         return ops + _shadow_writable(place.work, place.layer, place.root)
     if rootfs.readonly:
@@ -290,8 +318,8 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
             for name, text in identity.files().items()
         ]
         for mount in mounts:
-            ops += _mount_point(f"{place.base}{mount.target}", mount)
-        ops += _writable(place.layer, place.first_id, identity)
+            ops += _mount_point(f"{place.base}{mount.target}", mount, place.first_id)
+        ops += _writable(place, identity)
         ops.append(
             {
                 "op": "overlay",
@@ -332,12 +360,13 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
     ]
 
 
-def _mount_point(path: str, mount: Mount) -> list[Op]:
+def _mount_point(path: str, mount: Mount, first_id: int) -> list[Op]:
     """What a mount is mounted on; a directory for a directory, a file for a file."""
+    owner = {"uid": first_id, "gid": first_id}
     if mount.source and not os.path.isdir(mount.source):
         parent = os.path.dirname(path)
-        return [{"op": "mkdir", "path": parent, "parents": True}, {"op": "file", "path": path}]
-    return [{"op": "mkdir", "path": path, "parents": True}]
+        return [{"op": "mkdir", "path": parent, "parents": True, **owner}, {"op": "file", "path": path, **owner}]
+    return [{"op": "mkdir", "path": path, "parents": True, **owner}]
 
 
 def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
@@ -367,6 +396,8 @@ def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
                 "source": {"fd": fd},
                 "path": path,
                 "create": True,
+                "uid": place.first_id,
+                "gid": place.first_id,
                 "idmap": mount.idmap and place.mapped,
                 "attributes": SAFE_READONLY if mount.readonly else _SAFE,
             }

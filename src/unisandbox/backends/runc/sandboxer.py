@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -31,18 +30,22 @@ from unisandbox.api import (
     UnsupportedError,
     short_name,
 )
+from unisandbox.backends.runc import users
+from unisandbox.backends.runc.asking import ask_to_end
 from unisandbox.backends.runc.checks import check_resources, check_sandbox
-from unisandbox.backends.runc.making import Maker
+from unisandbox.backends.runc.making import Maker, clear_network, restore_network
 from unisandbox.backends.runc.pidns import SharedPids
 from unisandbox.backends.runc.planner import PodPlanner, plain_limits
 from unisandbox.backends.runc.pod import DEVICES, Pod, ids_of, open_sources
 from unisandbox.backends.runc.rootfs import Layer
+from unisandbox.host import subordinate
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, Cgroups, Limits, patience
 from unisandbox.host.init import open_binary
 from unisandbox.host.keeper import Guard
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
+from unisandbox.oci.changing import refusal
 from unisandbox.oci.ledger import Ledger
 from unisandbox.oci.plan import limits_of, metrics_of
 from unisandbox.oci.runtime import Runtime
@@ -89,6 +92,8 @@ class RuncSandboxer:
             raise AlreadyExistsError(f"sandbox {request.sandbox_id!r} exists already")
         check_sandbox(spec, self._runtime.program)
         host = self._host
+        if host.keeper.ids is not None:
+            users.check_sandbox(spec, host.cgroups, host.keeper.ids)
         short = short_name(host.engine_id, request.sandbox_id)
         cgroups = host.cgroups.below(spec.cgroup_parent)
         dirs = cgroups.dirs_of(short)
@@ -113,7 +118,8 @@ class RuncSandboxer:
         pod = self._pod_of(request.sandbox_id, spec)
         pod.cgroup, pod.sources = cgroup, sources
         self._sandboxes[request.sandbox_id] = _Sandbox(pod, time.time())
-        if spec.security.devices == "usual":
+        # Root of a user namespace cannot make devices, and nothing is mounted for him in which one could be opened.
+        if spec.security.devices == "usual" and host.keeper.ids is None:
             cgroup.allow_devices(DEVICES)
 
     def _make_cgroup(self, cgroups: Cgroups, short: str, limits: Limits) -> Cgroup:
@@ -122,13 +128,23 @@ class RuncSandboxer:
         if self._root is not None:
             with contextlib.suppress(FileNotFoundError):  # another process of the engine has closed, and removed it
                 return self._root.child(short, limits=limits)
+        if self._host.keeper.ids is not None and not cgroups.places:
+            return cgroups.nowhere().child(short, limits=limits)
         self._root = self._host.cgroups.root()
         return self._root.child(short, limits=limits)
 
     def _pod_of(self, sandbox_id: str, spec: SandboxSpec) -> Pod:
         host = self._host
         short = short_name(host.engine_id, sandbox_id)
-        return Pod(sandbox_id, spec, short, f"{host.work_dir}/{short}", Layer.of(spec.resources), self._image(short))
+        return Pod(
+            sandbox_id,
+            spec,
+            short,
+            f"{host.work_dir}/{short}",
+            Layer.of(spec.resources),
+            self._image(short),
+            keeper_ids=host.keeper.ids,
+        )
 
     def _image(self, short: str) -> str:
         return os.path.join(self._host.disk_dir, f"unisandbox-{self._host.engine_id}-{short}.img")
@@ -139,24 +155,37 @@ class RuncSandboxer:
         pod = sandbox.pod
         if sandbox.task is None:
             await self._maker.make(pod)
-            sandbox.planner = self._planner_of(pod)
+            sandbox.planner = await self._planner_of(pod)
             sandbox.task = self._task_of(pod, sandbox.planner)
             sandbox.started_at = time.time()
             if self._host.shared:
                 await self._host.keeper.note(f"{pod.short}/pod", pod.facts(sandbox.created_at, sandbox.started_at))
         if pod.spec.share_pid and sandbox.pids is None:
-            sandbox.pids = await SharedPids.make(self._host, pod, self._init())
+            sandbox.pids = await SharedPids.make(self._host, pod, await self._init())
         if sandbox.stopped_at is not None:
             sandbox.started_at, sandbox.stopped_at, sandbox.lost_at = time.time(), None, None
         sandbox.ended = anyio.Event()
         return StartedSandbox(sandbox.task)
 
-    def _init(self) -> int:
+    async def _init(self) -> int:
         if self._init_fd < 0:
-            self._init_fd = open_binary()
+            fd = open_binary()
+            ids = self._host.keeper.ids
+            try:
+                if ids is not None and not subordinate.are_single(ids):
+                    # This user is root inside; what is nobody's there cannot be reached there. See `open_binary`.
+                    uid, gid = (subordinate.reserved(rows) for rows in ids)
+                    await self._host.keeper.job([{"do": "give", "fd": 0, "uid": uid, "gid": gid}], fds=[fd])
+            except BaseException:
+                os.close(fd)
+                raise
+            if self._init_fd >= 0:  # another task was quicker
+                os.close(fd)
+            else:
+                self._init_fd = fd
         return self._init_fd
 
-    def _planner_of(self, pod: Pod) -> PodPlanner:
+    async def _planner_of(self, pod: Pod) -> PodPlanner:
         # Nobody changes those of the keeper, which all go by.
         self._plain_limits = self._plain_limits or plain_limits(self._host.keeper.pid)
         return PodPlanner(
@@ -164,7 +193,7 @@ class RuncSandboxer:
             self._runtime,
             pod,
             host_tree=self._maker.host_tree,
-            init_fd=self._init(),
+            init_fd=await self._init(),
             plain_limits=self._plain_limits,
         )
 
@@ -199,9 +228,10 @@ class RuncSandboxer:
             return None
         sandbox.stopped_at = None if request.started else sandbox.stopped_at or time.time()
         if sandbox.planner is None:
-            sandbox.planner = self._planner_of(pod)
+            sandbox.planner = await self._planner_of(pod)
         if sandbox.task is None:
             sandbox.task = self._task_of(pod, sandbox.planner)
+        await restore_network(pod, self._host)
         if pod.spec.share_pid:
             found = await SharedPids.restore(self._host, pod)
             # Not before: others look at it meanwhile.
@@ -214,7 +244,7 @@ class RuncSandboxer:
                 sandbox.pids = None
             await SharedPids.clear(self._host, pod)
             if request.started:
-                sandbox.pids = await SharedPids.make(self._host, pod, self._init())
+                sandbox.pids = await SharedPids.make(self._host, pod, await self._init())
         if request.started and (sandbox.pids is None or not sandbox.pids.has_ended):
             sandbox.lost_at = None
             if sandbox.ended.is_set():
@@ -228,7 +258,7 @@ class RuncSandboxer:
         task = sandbox.task
         if task is not None:
             if grace > 0:
-                await _ask_to_end(task, grace)
+                await ask_to_end(task, grace)
             for container_id in task.container_ids:
                 task.kill_now(container_id)
         try:
@@ -247,7 +277,7 @@ class RuncSandboxer:
         """See `SupportsGrace.ask_to_end`."""
         task = self._get(sandbox_id).task
         if task is not None:
-            await _ask_to_end(task, grace)
+            await ask_to_end(task, grace)
 
     def kill_now(self, sandbox_id: str) -> None:
         """See `Sandboxer.kill_now`."""
@@ -303,6 +333,7 @@ class RuncSandboxer:
             annotations=pod.spec.annotations,
             namespaces=dict(pod.inodes),
             netns_path=self._netns_path(pod),
+            warnings=pod.warnings,
         )
 
     def _netns_path(self, pod: Pod) -> str:
@@ -319,7 +350,12 @@ class RuncSandboxer:
                 "a change of the disk limit of a living sandbox", "runc", hint="Leave disk= out: it stays as it is."
             )
         check_resources(resources)
-        pod.cgroup.set_limits(limits_of(resources))
+        if pod.keeper_ids is not None:
+            users.check_resources(resources, self._host.cgroups.missing)
+        try:
+            pod.cgroup.set_limits(limits_of(resources))
+        except OSError as error:
+            raise refusal(error, f"sandbox {pod.spec.name or sandbox_id!r}") from error
         pod.spec = attrs.evolve(pod.spec, resources=attrs.evolve(resources, disk=pod.layer.size))
         await anyio.lowlevel.checkpoint()
 
@@ -360,6 +396,8 @@ class RuncSandboxer:
             await self._end_without_keeper(sandbox)
             self._sandboxes.pop(sandbox_id, None)
             return
+        if pod.network is not None:
+            await pod.network.end()
         if not pod.cgroup.remove():  # somebody is in there, or about to be gone
             pod.cgroup.kill()
             if not await patience.remove(pod.cgroup.dirs, _END_SECONDS):
@@ -381,6 +419,7 @@ class RuncSandboxer:
         dirs = cgroups.dirs_of(pod.short)
         await patience.kill(dirs, 1.0)
         if keeper.alive:
+            await clear_network(pod, keeper)
             await keeper.drop(prefix=f"{pod.short}/")
             remove_tree(self._host.keeper.outside(pod.work))
         if not await patience.remove(dirs, _END_SECONDS):
@@ -422,20 +461,15 @@ class RuncSandboxer:
 
     def root_fd(self, sandbox_id: str) -> int:
         """See `Sandboxer.root_fd`."""
-        pod = self._get(sandbox_id).pod
-        if "root" not in pod.fds:
-            raise NotFoundError(f"sandbox {pod.label!r} has no files before it is started")
-        fd = self._host.keeper.open_held(pod.fds["root"], os.O_PATH | os.O_DIRECTORY)
-        # Another process (or its ttl) may have removed the sandbox, and the keeper hold another one's root as this one.
-        if f"/{pod.short}/" not in os.readlink(f"/proc/self/fd/{fd}"):
-            os.close(fd)
-            raise NotFoundError(f"sandbox {pod.label!r} was removed")
-        return fd
+        return self._get(sandbox_id).pod.root_fd(self._host.keeper)
+
+    def container_root_fd(self, sandbox_id: str, container_id: str) -> int:
+        """See `SupportsContainerRoots.container_root_fd`."""
+        return self._get(sandbox_id).pod.root_fd(self._host.keeper, container_id)
 
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""
-        pod = self._get(sandbox_id).pod
-        return (pod.first_id, pod.ids) if pod.mapped else (0, 2**32 - 1)
+        return self._get(sandbox_id).pod.host_ids
 
     def abandon(self) -> None:
         """See `Sandboxer.abandon`."""
@@ -456,19 +490,3 @@ class RuncSandboxer:
 def _own_parents(cgroups: Cgroups, spec: SandboxSpec) -> tuple[str, ...]:
     """The engine's cgroup below a parent that the sandbox has chosen, which nobody else would remove."""
     return tuple(f"{place.parent}/{cgroups.name}" for place in cgroups.places) if spec.cgroup_parent else ()
-
-
-async def _ask_to_end(task: OciTaskService, grace: float) -> None:
-    """SIGTERM to every process that was asked for, and wait a while for their ends."""
-    running = await task.running()
-    for container_id, exec_id in running:
-        with contextlib.suppress(NotFoundError):  # it has ended, and whoever waited for it has deleted it
-            await task.kill(container_id, exec_id, signal=signal.SIGTERM)
-    for container_id in task.container_ids:
-        with contextlib.suppress(NotFoundError):
-            if (await task.state(container_id)).state == "paused":
-                await task.resume(container_id)  # what is paused takes no signal
-    with anyio.move_on_after(grace):
-        for container_id, exec_id in running:
-            with contextlib.suppress(NotFoundError):
-                await task.wait(container_id, exec_id)

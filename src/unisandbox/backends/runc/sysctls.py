@@ -36,7 +36,7 @@ def checked_sysctls(sysctls: Mapping[str, str], network: Network) -> dict[str, s
     for name, value in sysctls.items():
         dotted = name.replace("/", ".")
         if dotted.startswith(_NET):
-            if network.kind != "none":
+            if network.kind not in {"none", "user"}:
                 raise UnsupportedError(
                     f"sysctl {dotted!r} with network {network.kind!r}",
                     "runc",

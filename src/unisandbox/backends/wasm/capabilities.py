@@ -29,6 +29,7 @@ CAPABILITIES: Final = Capabilities(
     update=True,
     cpu_seconds=True,
     processes=False,
+    users=False,
     attach=False,
     # A thread can only be ended by its own process, which the keeper is not.
     ttl=False,

@@ -29,8 +29,14 @@ NOT_EXECUTABLE: Final = 126
 """A shell's exit code for a program that is there and cannot be started."""
 
 
-def check_spec(spec: SandboxSpec, backend: str) -> None:
-    """Refuse what cannot be done, before anything is: nothing is accepted and ignored."""
+def check_spec(spec: SandboxSpec, backend: str, *, is_process: bool = False) -> None:
+    """Refuse what cannot be done, before anything is: nothing is accepted and ignored.
+
+    Args:
+        spec: of a sandbox.
+        backend: its name, for messages.
+        is_process: its guests are processes, whose user namespace can be chosen.
+    """
     if spec.rootfs.kind != "dir":
         raise UnsupportedError(
             f"rootfs kind {spec.rootfs.kind!r}",
@@ -40,8 +46,8 @@ def check_spec(spec: SandboxSpec, backend: str) -> None:
         )
     lacking: Mapping[str, bool] = {
         f"network {spec.network.kind!r}": spec.network.kind != "none",
-        "userns='host'": spec.userns != "private",
-        "user_ids": spec.user_ids is not None,
+        "userns='host'": spec.userns != "private" and not is_process,
+        "user_ids": spec.user_ids is not None and not is_process,
         "share_pid": spec.share_pid,
         "hostname": spec.hostname is not None,
         "sysctls": bool(spec.sysctls),

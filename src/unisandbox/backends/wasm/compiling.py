@@ -123,7 +123,8 @@ class Compiler:
             os.ftruncate(fd, 0)
             os.lseek(fd, 0, os.SEEK_SET)
         host = self._host
-        root = host.cgroups.root()
+        # Where there is none, it still ends with the keeper, as every program of the keeper's does.
+        root = host.cgroups.root() if host.cgroups.places else host.cgroups.nowhere()
         bounded = "memory" in host.cgroups.controllers
         limits = Limits(memory=self._limits.memory, pids=_PIDS if "pids" in host.cgroups.controllers else None)
         limits = limits if bounded else attrs.evolve(limits, memory=None)

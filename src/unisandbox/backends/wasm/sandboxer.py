@@ -240,6 +240,10 @@ class WasmSandboxer:
         sandbox.stopped_at = time.time()
         sandbox.ended.set()
 
+    # The next three read like those of "runc", since both answer the contract from a task service. They are not one
+    # thing: here a sandbox ends by `stop` alone, there by the death of its first process, too, with namespaces and pids
+    # to tell of; and what is below the backends knows containers, but no sandboxes.
+
     def kill_now(self, sandbox_id: str) -> None:
         """See `Sandboxer.kill_now`."""
         sandbox = self._sandboxes.get(sandbox_id)

@@ -20,7 +20,7 @@ from typing import Final
 import attrs
 
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, Resources
-from unisandbox.api.spec import LEAST_DISK
+from unisandbox.api.resources import LEAST_DISK
 from unisandbox.api.units import GIB
 from unisandbox.host import jobs
 from unisandbox.host.keeper import JobFailed

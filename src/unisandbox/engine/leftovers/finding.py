@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 import attrs
 
 from unisandbox.api import short_name
-from unisandbox.engine.leftovers.traces import HostTraces, Traces, is_private, short_of, subdirectories
+from unisandbox.engine.leftovers.traces import HostTraces, Traces, homeless, is_private, short_of, subdirectories
 from unisandbox.engine.leftovers.verdicts import Verdict, holder_of, verdict_of, verdict_of_directory
 from unisandbox.engine.records import RecordStore
-from unisandbox.engine.state import SANDBOXES, has_records
+from unisandbox.engine.runtime_directory import has_unused_leases
+from unisandbox.engine.state_files import SANDBOXES, has_records
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import leases
 
-Kind = Literal["keeper", "state", "process", "cgroup", "loop", "mount", "image", "directory", "file", "link"]
+Kind = Literal[
+    "keeper", "state", "record", "stray", "process", "cgroup", "loop", "mount", "image", "directory", "file", "link"
+]
 
 _SHORT: Final = re.compile(r"[a-z2-7]{10}")
 
@@ -29,8 +31,10 @@ class Leftover:
     """One thing with our mark that no living engine has.
 
     Attributes:
-        kind: "keeper": one that waits for an owner and has no sandboxes; "state": a state directory with records, whose
-            keeper is gone. All else is a thing of an engine that has ended.
+        kind: "keeper": one that waits for an owner and has no sandboxes, or one whose state directory is gone; "state":
+            a state directory with records, whose keeper is gone; "record": one that cannot be used, of an engine that
+            lives; "stray": a cgroup or disk image of such a one, of which no record speaks. All else is a thing of an
+            engine that has ended.
         what: which one: a path, or a process's number and name.
         engine_id: whose it was; "" when that is not known, or it was shared.
         why: why it is left over, and if it cannot be removed here, why not and what to do.
@@ -60,11 +64,15 @@ def find() -> list[Leftover]:
 
 
 def _of_engine(host: HostTraces, engine_id: str) -> list[Leftover]:
-    """What one engine has left; nothing while it lives, but for a keeper that nobody needs."""
+    """What one engine has left; while it lives a keeper that nobody needs or reaches, and what no record speaks of."""
     engine = host.of(engine_id)
+    unreachable = homeless(host.keepers.get(engine_id, ()))
+    if unreachable is not None:
+        why = "its state directory was removed: nobody can reach it any more. What runs under it ends with it"
+        return [Leftover("keeper", str(unreachable[0]), engine_id, why, process=unreachable)]
     verdict = verdict_of(host, engine_id)
     if verdict.state == "living":
-        return _idle_keeper(host, engine_id, engine)
+        return [*_idle_keeper(host, engine_id, engine), *_of_living(engine_id, engine)]
     if verdict.state == "dead" and not engine.temporary and engine.state_dir and has_records(engine.state_dir):
         return [
             *_things(engine_id, _unrecorded(engine_id, engine), verdict),
@@ -91,6 +99,25 @@ def _idle_keeper(host: HostTraces, engine_id: str, engine: Traces) -> list[Lefto
     return [Leftover("keeper", str(holder.keeper), engine_id, why, removable=False, state_dir=engine.state_dir)]
 
 
+def _of_living(engine_id: str, engine: Traces) -> list[Leftover]:
+    """What no record of a living engine speaks of. Who makes a sandbox has written its record before all else."""
+    if engine.temporary or not engine.state_dir:
+        return []
+    records = RecordStore(os.path.join(engine.state_dir, SANDBOXES), durable=False).read_all(repair=False)
+    if records.damaged:
+        found = [
+            (bad.path, f"it cannot be used: {bad.reason}. What it described is freed with it")
+            for bad in records.damaged
+        ]
+        kind: Kind = "record"
+    else:
+        kind, unrecorded = "stray", _unrecorded(engine_id, engine)
+        why = "its engine lives, and no record speaks of it"
+        # Looked at again: the record of a sandbox that is removed is the last that goes.
+        found = [(path, why) for path in (*unrecorded.cgroups, *unrecorded.images) if os.path.lexists(path)]
+    return [Leftover(kind, what, engine_id, why, removable=False, state_dir=engine.state_dir) for what, why in found]
+
+
 def _without_engine(host: HostTraces) -> list[Leftover]:
     """Temporary state directories that never came to an engine."""
     found = []
@@ -104,10 +131,9 @@ def _without_engine(host: HostTraces) -> list[Leftover]:
 
 def _shared(host: HostTraces) -> list[Leftover]:
     """The file of leased numbers, when nobody leases any."""
-    path = os.path.join(host.runtime, leases.NAME)
-    if not is_private(host.runtime) or not _is_unlocked(path):
+    if not is_private(host.runtime) or not has_unused_leases(host.runtime):
         return []
-    return [Leftover("file", path, "", "no engine leases numbers in it")]
+    return [Leftover("file", os.path.join(host.runtime, leases.NAME), "", "no engine leases numbers in it")]
 
 
 def _things(engine_id: str, engine: Traces, verdict: Verdict) -> list[Leftover]:
@@ -143,18 +169,15 @@ def _things(engine_id: str, engine: Traces, verdict: Verdict) -> list[Leftover]:
 
 def _unrecorded(engine_id: str, engine: Traces) -> Traces:
     """What an engine with records has, and none of them speaks of."""
+    # Before the records: of an engine that lives sandboxes come, and these have a record first.
+    below = [(name, f"{cgroup}/{name}") for cgroup in engine.cgroups for name in subdirectories(cgroup)]
     found = RecordStore(os.path.join(engine.state_dir, SANDBOXES), durable=False).read_all(repair=False)
     if found.damaged:
         return Traces(engine.state_dir)  # any of it may be what a damaged one spoke of
     recorded = {short_name(engine_id, record.sandbox_id) for record in found.records}
     return Traces(
         engine.state_dir,
-        cgroups=[
-            f"{cgroup}/{name}"
-            for cgroup in engine.cgroups
-            for name in subdirectories(cgroup)
-            if _SHORT.fullmatch(name) and name not in recorded
-        ],
+        cgroups=[path for name, path in below if _SHORT.fullmatch(name) and name not in recorded],
         images=[path for path in engine.images if short_of(path) not in recorded],
         loops=[(number, path) for number, path in engine.loops if short_of(path) not in recorded],
     )
@@ -168,16 +191,3 @@ def _members(cgroups: Sequence[str]) -> Iterator[tuple[int, int, str]]:
                 yield pid, pidfds.start_time(pid), file.read().rstrip("\n")
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
-
-
-def _is_unlocked(path: str) -> bool:
-    """Whether it is a file of ours that nobody has locked a part of."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:  # missing, a link, not for our eyes
-        return False
-    try:
-        status = os.fstat(fd)
-        return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and not leases.any_held(fd)
-    finally:
-        os.close(fd)

@@ -11,15 +11,19 @@ from typing import Final
 
 from unisandbox.api import BackendError, FailedPreconditionError
 from unisandbox.engine.leftovers.finding import Kind, Leftover
-from unisandbox.engine.leftovers.traces import HostTraces, Traces
+from unisandbox.engine.leftovers.traces import HostTraces, Traces, homeless
 from unisandbox.engine.leftovers.verdicts import verdict_of
-from unisandbox.engine.state import end_leases, known_id, remove_if_empty, runtime_directory, unlocked
+from unisandbox.engine.runtime_directory import end_leases, remove_if_empty, runtime_directory
+from unisandbox.engine.state import unlocked
+from unisandbox.engine.state_files import known_id
 from unisandbox.host import loop, syscalls
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.cgroups import ending
 from unisandbox.host.removal import remove_tree
 
 _KILL_TIME: Final = 5.0
+# A keeper undoes what was done (10 s) and waits for deaths (2 s).
+_END_TIME: Final = 15.0
 
 
 def remove(leftover: Leftover) -> None:
@@ -58,6 +62,11 @@ def _without_engine(leftover: Leftover) -> Iterator[None]:
     in_use = FailedPreconditionError(
         f"{leftover.kind} {leftover.what} is not removed: its engine has begun to live, or may have", hint="Look again."
     )
+    if leftover.kind == "keeper":
+        if homeless(host.keepers.get(leftover.engine_id, ())) not in {None, leftover.process}:
+            raise in_use
+        yield  # nobody can come to it
+        return
     if leftover.engine_id:
         state_dir = host.engines.get(leftover.engine_id, Traces()).state_dir
         # Without a state directory nothing but the keeper's absence has told that it is dead, and then it was old.
@@ -78,6 +87,19 @@ def _without_engine(leftover: Leftover) -> Iterator[None]:
         if not unused:
             raise in_use
         yield
+
+
+def _end_keeper(leftover: Leftover) -> None:
+    try:
+        fd = pidfds.open_verified(*leftover.process)
+    except ProcessLookupError:
+        return
+    try:
+        pidfds.send_signal(fd, signal.SIGTERM)  # it frees everything that it has
+        if not pidfds.has_ended(fd, _END_TIME):
+            raise OSError(errno.ETIMEDOUT, f"it did not end within {_END_TIME:g} s")
+    finally:
+        os.close(fd)
 
 
 def _end_process(leftover: Leftover) -> None:
@@ -124,6 +146,7 @@ def _unlink(leftover: Leftover) -> None:
 
 
 _REMOVE: Final[Mapping[Kind, Callable[[Leftover], None]]] = {
+    "keeper": _end_keeper,
     "process": _end_process,
     "cgroup": _end_cgroup,
     "loop": _detach_loop,

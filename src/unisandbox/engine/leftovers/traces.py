@@ -9,26 +9,25 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
-from unisandbox.engine.state import (
-    LARGE_FILES,
-    POINTER,
-    TEMPORARY_PREFIX,
-    is_engine_id,
-    known_id,
-    runtime_directory,
-)
+from unisandbox.engine import temporary
+from unisandbox.engine.runtime_directory import POINTER, runtime_directory
+from unisandbox.engine.state import LARGE_FILES
+from unisandbox.engine.state_files import is_engine_id, known_id
 from unisandbox.host import loop
+from unisandbox.host import pidfd as pidfds
 from unisandbox.host.cgroups.hierarchy import read_mounts
+from unisandbox.host.keeper.starting import LOCK_BYTES, holder_in
 
 _MARK: Final = "unisandbox-"
 _KEEPER: Final = b"unisandbox-keep"
 # The second form is a node of a loop device's that lives for the time of one open (host/loop.py).
 _IMAGE: Final = re.compile(r"unisandbox-([a-z2-7]{10})-([a-z2-7]{10})\.img(\.loop\d+)?")
-_TEMPORARY: Final = re.compile(re.escape(TEMPORARY_PREFIX) + r"[a-z0-9_]{8}")  # tempfile's alphabet
+# What is below an engine's cgroup: its sandboxes, by their short names, and what a backend has beside them.
+_BELOW: Final = re.compile(r"[a-z2-7]{10}|[a-z]+-[0-9a-f]{8}")
 # Gone, or not for our eyes. Anything else, such as a full table of descriptors, must not look like "nothing is there".
 _NOT_HERE: Final = frozenset({errno.ENOENT, errno.ENODEV, errno.ENOTDIR, errno.EACCES, errno.EPERM})
 
@@ -80,8 +79,13 @@ class HostTraces:
         host._look_at_runtime()
         if not only_engines:
             host._look_at_files()
-            for engine_id, path in engine_cgroups():
-                host.of(engine_id).cgroups.append(path)
+            cgroups = list(engine_cgroups())
+            # Where a pointer has the same name, there was such an engine.
+            unproven = [(engine_id, path) for engine_id, path in cgroups if not host.of(engine_id).pointer]
+            others = {engine_id for engine_id, path in unproven if _is_anothers(path)}
+            for engine_id, path in cgroups:
+                if engine_id not in others:
+                    host.of(engine_id).cgroups.append(path)
             for engine_id, path in _mounts_below(host.runtime):
                 host.of(engine_id).mounts.append(path)
         return host
@@ -108,17 +112,21 @@ class HostTraces:
                 if os.path.isabs(target) and is_private(target) and known_id(target) == engine_id:
                     engine.state_dir = target
                     engine.temporary = self._is_temporary(target)
-            elif _TEMPORARY.fullmatch(name) and entry.is_dir(follow_symlinks=False):
+            elif temporary.NAME.fullmatch(name) and entry.is_dir(follow_symlinks=False):
                 engine_id = known_id(path)
                 if engine_id:
                     engine = self.of(engine_id)
                     engine.state_dir, engine.temporary = path, True
                 else:
                     self.unnamed.append(path)
+        for engine in self.engines.values():
+            # In our view it is empty, but where a keeper could have no mount namespace; then the pointer is there, too.
+            if engine.work_dir and not engine.pointer and _has_entries(engine.work_dir):
+                engine.work_dir = ""
 
     def _is_temporary(self, path: str) -> bool:
         runtime = os.path.realpath(self.runtime)  # as pointers have it
-        return os.path.dirname(path) == runtime and _TEMPORARY.fullmatch(os.path.basename(path)) is not None
+        return os.path.dirname(path) == runtime and temporary.NAME.fullmatch(os.path.basename(path)) is not None
 
     def _look_at_files(self) -> None:
         places = {LARGE_FILES, *(engine.state_dir for engine in self.engines.values() if engine.state_dir)}
@@ -149,15 +157,58 @@ def _keepers() -> dict[str, list[int]]:
             with open(f"/proc/{pid}/comm", "rb", buffering=0) as file:
                 if file.read(64).rstrip(b"\n") != _KEEPER or os.stat(f"/proc/{pid}").st_uid != os.geteuid():
                     continue
-            with open(f"/proc/{pid}/cmdline", "rb") as file:
-                argument = file.read().rstrip(b"\0").rpartition(b"\0")[2]
-            engine_id = os.path.basename(json.loads(argument)["workdir"])
+            engine_id = os.path.basename(_argument(int(pid))["workdir"])
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
         except (ValueError, KeyError, TypeError):
             continue  # it has only the name of one
         found.setdefault(engine_id, []).append(int(pid))
     return found
+
+
+def _argument(pid: int) -> Any:
+    """What a keeper was started with; see `host.keeper.server.main`."""
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return json.loads(file.read().rstrip(b"\0").rpartition(b"\0")[2])
+
+
+def homeless(keepers: Sequence[int]) -> tuple[int, int] | None:
+    """Pid and start time of a keeper that nobody uses, and nobody can reach: its state directory was removed. Or None.
+
+    Args:
+        keepers: of one engine, with what they have forked.
+    """
+    found: list[tuple[int, int]] = []
+    for pid in keepers:
+        try:
+            _, lock, _, state_dir = _argument(pid)["fds"]
+            directory = os.stat(f"/proc/{pid}/fd/{state_dir}")
+            with open(f"/proc/{pid}/fd/{lock}", "rb", buffering=0) as file:
+                holder = holder_in(file.read(LOCK_BYTES))
+            if not stat.S_ISDIR(directory.st_mode) or directory.st_nlink or holder.keeper != pid:
+                continue  # it is there, or this is a fork of a keeper
+            # When the last one of these ends, so does it.
+            if not pidfds.lives(holder.owner, holder.start_time) and not _has_clients(pid):
+                found.append((pid, pidfds.start_time(pid)))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it has ended, or is not for our eyes
+    return found[0] if found else None
+
+
+def _has_clients(keeper: int) -> bool:
+    """Whether somebody is connected to a keeper. Source: proc_net(5), /proc/net/unix; 03 is SS_CONNECTED."""
+    fds = f"/proc/{keeper}/fd"
+    held: set[str] = set()
+    for fd in os.listdir(fds):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            held.add(os.readlink(f"{fds}/{fd}"))
+    with open(f"/proc/{keeper}/net/unix", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            # What has no name has no eighth field.
+            fields = line.split(None, 7)
+            if len(fields) == 8 and fields[5] == "03" and f"socket:[{fields[6]}]" in held:
+                return True
+    return False
 
 
 def engine_cgroups() -> Iterator[tuple[str, str]]:
@@ -174,6 +225,8 @@ def engine_cgroups() -> Iterator[tuple[str, str]]:
                 if engine_id == name or not is_engine_id(engine_id):
                     left.append(path)
                     continue
+                # Where it only has such a name there may be engines' below.
+                left += [f"{path}/{below}" for below in subdirectories(path) if not _BELOW.fullmatch(below)]
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                     status = os.lstat(path)
                     identity = (status.st_dev, status.st_ino)
@@ -181,6 +234,20 @@ def engine_cgroups() -> Iterator[tuple[str, str]]:
                     if status.st_uid == os.geteuid() and identity not in seen:
                         seen.add(identity)
                         yield engine_id, path
+
+
+def _is_anothers(cgroup: str) -> bool:
+    """Whether it only has the name of an engine's cgroup: in that no process is, and below it are sandboxes' alone.
+
+    The name alone says little: "unisandbox-containerd" is one.
+    """
+    if not all(map(_BELOW.fullmatch, subdirectories(cgroup))):
+        return True
+    try:
+        with open(f"{cgroup}/cgroup.procs", "rb", buffering=0) as file:
+            return bool(file.read(1))
+    except FileNotFoundError:  # removed meanwhile
+        return False
 
 
 def _mounts_below(runtime: str) -> Iterator[tuple[str, str]]:
@@ -209,6 +276,13 @@ def _scan(path: str) -> list[os.DirEntry[str]]:
         if error.errno not in _NOT_HERE:
             raise
     return found
+
+
+def _has_entries(path: str) -> bool:
+    try:
+        return bool(os.listdir(path))
+    except FileNotFoundError:  # removed meanwhile
+        return False
 
 
 def subdirectories(cgroup: str) -> list[str]:

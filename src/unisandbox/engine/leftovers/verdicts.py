@@ -8,10 +8,10 @@ from typing import Final, Literal
 
 import attrs
 
-from unisandbox.engine import durable
 from unisandbox.engine.leftovers.traces import HostTraces
 from unisandbox.engine.state import unlocked
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host import small_files
 from unisandbox.host.keeper.protocol import LOCK_NAME
 from unisandbox.host.keeper.starting import LOCK_BYTES, LockHolder, holder_in
 
@@ -69,8 +69,8 @@ def verdict_of_directory(path: str) -> Verdict:
 def holder_of(state_dir: str) -> LockHolder | None:
     """Who had the lock last; None when nobody ever had."""
     try:
-        holder = holder_in(durable.read(os.path.join(state_dir, LOCK_NAME), LOCK_BYTES)[0])
-    except (FileNotFoundError, durable.NotARegularFileError, durable.TooLargeError):
+        holder = holder_in(small_files.read(os.path.join(state_dir, LOCK_NAME), LOCK_BYTES)[0])
+    except (FileNotFoundError, small_files.NotARegularFileError, small_files.TooLargeError):
         return None
     return holder if holder.keeper else None  # killed before it was written: there was no keeper
 

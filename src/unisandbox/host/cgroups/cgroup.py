@@ -60,6 +60,11 @@ class Cgroup:
         return tuple(self._own.values())
 
     @property
+    def holds_processes(self) -> bool:
+        """Whether it is a real one, by which processes can be found and ended; see `Cgroups.nowhere`."""
+        return bool(self._own)
+
+    @property
     def procs(self) -> tuple[str, ...]:
         """The cgroup.procs files into which a process's pid must be written for it to be wholly in here.
 
@@ -267,10 +272,19 @@ class Cgroup:
                 raise
             raise FileNotFoundError(errno.ENOENT, f"cgroup {self._at['memory']} does not exist") from None
 
-    def watch_oom(self) -> tuple[int, float]:
-        """A descriptor, the caller's to close, that becomes readable when memory runs out in here or below.
+    def oom_kills_below(self) -> int | None:
+        """How many in here and below the kernel has killed for memory, also in cgroups that are gone: one look.
 
-        And how many seconds after that a kill may be counted: v1 gives notice before it looks for a victim.
+        None: it does not add them up (v1), or the cgroup is gone.
+        """
+        return v2.oom_kills_below(self._at) if self._tree.version == "v2" and "memory" in self._at else None
+
+    def watch_oom(self) -> tuple[int, float]:
+        """A descriptor, the caller's to close, that becomes readable when what is in here may be killed for memory.
+
+        With v2 that is when memory has run out in here or below, with v1 when it runs out in here or above, and perhaps
+        for somebody else. And how many seconds after that a kill may be counted: v1 gives notice before it looks for a
+        victim.
 
         Raises:
             UnavailableError: the memory controller cannot be used on this host.
@@ -292,6 +306,10 @@ class Cgroup:
     def kill(self) -> None:
         """SIGKILL for every process in and below, at once; does not wait for their ends. None there is fine."""
         ending.kill(self.dirs, 0)
+
+    def let_die(self, pid: int) -> None:
+        """Let a member that has got a SIGKILL end although the cgroup is stopped; the others stay so."""
+        ending.let_die(self.dirs, pid)
 
     def freeze(self) -> bool:
         """Let every process in and below be stopped; whether all are. To be called until they are: see `patience`.

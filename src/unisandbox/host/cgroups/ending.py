@@ -23,9 +23,13 @@ if TYPE_CHECKING:
 # A kill is over in about 1 ms; what takes longer deserves fewer looks.
 _POLL_FIRST = 0.0002
 _POLL_LAST = 0.01
-# How long one round waits for the v1 freezer. A task in an uninterruptible sleep does not freeze: then we kill what is
-# there without it, round after round.
+# How long one round waits for the v1 freezer while somebody runs. A task in an uninterruptible sleep does not freeze,
+# and nobody waits for it: then we kill what is there without it, round after round.
 _FREEZE_WAIT = 0.1
+# Who sleeps in the kernel, stopped or dead cannot fork before he meets the freezer (proc_pid_stat(5); the flag of those
+# that exit is of include/linux/sched.h).
+_CANNOT_FORK = (b"D", b"T", b"t", b"Z", b"X")
+_PF_EXITING = 0x4
 # The directory (or its file) has gone meanwhile.
 _GONE = (errno.ENOENT, errno.ENODEV, errno.ENOTDIR)
 
@@ -36,8 +40,8 @@ def kill(dirs: Sequence[str], timeout: float = 2.0) -> None:
     Where `cgroup.kill` exists (Linux 5.14: cgroup v2, and the controller-less unified tree of a hybrid host) the kernel
     does it at once for the whole tree, however fast it forks. Processes that are found in v1 directories are ended one
     by one, held by the freezer if one of `dirs` has it. `timeout=0` makes one pass and does not wait for the deaths
-    (the freezer may take 0.1 s). A missing directory has no processes. What outlives the timeout sleeps in the kernel,
-    its SIGKILL pending: `remove` will say False.
+    (it holds its caller up until those that run have stopped, at most 0.1 s). A missing directory has no processes.
+    What outlives the timeout sleeps in the kernel, its SIGKILL pending: `remove` will say False.
 
     Raises:
         OSError: the processes of an existing directory cannot be ended (no permission).
@@ -160,22 +164,30 @@ def _kill_one_by_one(dirs: Sequence[str], freezers: Sequence[str]) -> int:
         for directory in freezers:
             for cgroup in tree(directory):
                 _write(f"{cgroup}/freezer.state", b"THAWED")
-    for directory in freezers:
-        _let_die(directory)
+    let_die(freezers)
     return len(found)
 
 
-def _let_die(directory: str) -> None:
-    """Move what was killed, and is held by a freezer further up, to where nothing holds it: there it takes its SIGKILL.
+def let_die(dirs: Sequence[str], only: int | None = None) -> None:
+    """Move what was killed, and is held by a freezer of v1, to where nothing holds it: there it takes its SIGKILL.
 
+    Where no freezer of v1 holds it there is nothing to do: that of v2 lets a SIGKILL pass.
     Source: freezer_attach(), kernel/cgroup/legacy_freezer.c.
+
+    Args:
+        dirs: of a cgroup; all in and below it were killed.
+        only: but this one alone.
     """
-    if not _is_held(directory):
-        return
+    for directory in dirs:
+        if _is_held(directory):
+            _move_out(directory, pids(directory) if only is None else pids(directory) & {only})
+
+
+def _move_out(directory: str, found: set[int]) -> None:
     above = os.path.dirname(directory)
     while _is_held(above):
         above = os.path.dirname(above)
-    for pid in pids(directory):
+    for pid in found:
         with contextlib.suppress(ProcessLookupError):  # it was let go meanwhile
             _write(f"{above}/cgroup.procs", str(pid).encode())
 
@@ -205,9 +217,21 @@ def _kill_member(pid: int, dirs: Sequence[str]) -> None:
 def _freeze(directory: str) -> None:
     deadline = time.monotonic() + _FREEZE_WAIT
     while _write(f"{directory}/freezer.state", b"FROZEN"):
-        if _read(f"{directory}/freezer.state").strip() == b"FROZEN" or time.monotonic() >= deadline:
+        if _read(f"{directory}/freezer.state").strip() == b"FROZEN" or not any(map(_may_fork, pids(directory))):
+            return
+        if time.monotonic() >= deadline:
             return
         time.sleep(_POLL_FIRST)
+
+
+def _may_fork(pid: int) -> bool:
+    """Whether a thread of this process runs, or does so before it is stopped."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            fields = _read(f"/proc/{pid}/task/{thread}/stat").rpartition(b")")[2].split()
+            if fields and fields[0] not in _CANNOT_FORK and not int(fields[6]) & _PF_EXITING:
+                return True
+    return False
 
 
 def _remove_tree(directory: str) -> bool:

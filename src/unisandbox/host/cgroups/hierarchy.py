@@ -14,6 +14,7 @@ from typing import Final, Literal, NamedTuple
 import attrs
 
 from unisandbox.api.errors import InvalidArgumentError, UnavailableError
+from unisandbox.host import confinement, subordinate
 from unisandbox.host.cgroups import devices, files
 
 Version = Literal["v1", "hybrid", "v2"]
@@ -28,6 +29,7 @@ SLICE: Final = "unisandbox.slice"
 HOST_LEAF: Final = "unisandbox-host"
 """Where the processes that stood in our way are moved, on word (v2, `make_room`)."""
 
+_TOP: Final = "/sys/fs/cgroup"
 _COMPONENT: Final = re.compile(r"[A-Za-z0-9_@:\\-][A-Za-z0-9_@:.\\-]{0,254}")
 _ESCAPE: Final = re.compile(r"\\([0-7]{3})")
 
@@ -229,6 +231,8 @@ def _detect_v2(mounts: Sequence[Mount], own: Mapping[str, str], parent: str | No
         )
         return Layout("v2", (), dict.fromkeys(CONTROLLERS, why))
     base = _existing(directory)
+    # All that are in the root of a container's cgroup namespace are the container's, and nobody else will move them.
+    make_room = make_room or (parent is None and base == mount.directory and _is_ours_alone(base))
     if not _writable(base):
         return Layout("v2", (), dict.fromkeys(CONTROLLERS, _not_writable("cgroup2", base)))
     missing: dict[str, str] = {}
@@ -302,6 +306,11 @@ def is_occupied(directory: str) -> bool:
     return not is_root(directory) and bool(files.read(directory, "cgroup.procs"))
 
 
+def _is_ours_alone(directory: str) -> bool:
+    """Whether this is not the root of all, and every process in it is one that we see by a number."""
+    return not is_root(directory) and "0" not in files.read(directory, "cgroup.procs").split()
+
+
 def _writable(directory: str) -> bool:
     return os.access(directory, os.W_OK | os.X_OK, effective_ids=True)
 
@@ -318,9 +327,15 @@ def _join(top: str, path: str) -> str:
 
 
 def _not_writable(name: str, directory: str) -> str:
+    # All that say the same are told once.
+    what = _TOP if confinement.no_cgroup_is_given() else f"{directory} ({name})"
     reason = "is mounted read-only" if _read_only(directory) else "is not ours to write"
+    # An ordinary user, whose container this may be, has none of v1 to give away.
+    if _read_only(directory) and (name == "cgroup2" or not subordinate.is_inside()):
+        return f"{what} {reason}; {confinement.lower_first(confinement.remedy(['cgroups']))}"
+    root = "root" if os.geteuid() else "root of the host"
     return (
-        f"{directory} ({name}) {reason}; run as root, give a cgroup parent that we may write, "
+        f"{what} {reason}; run as {root}, give a cgroup parent that we may write, "
         "or start the surrounding container with a writable cgroup file system"
     )
 

@@ -104,14 +104,26 @@ class Cgroups:
                 self._make_v1(directory, place)
         return self._cgroup("", {place: f"{place.parent}/{self.name}" for place in self.places})
 
+    def nowhere(self) -> Cgroup:
+        """What stands for the engine's own cgroup where no hierarchy can be used (`places` is empty).
+
+        It and all below it have no directories: they take no limit, count nothing, and end nobody
+        (`Cgroup.holds_processes`).
+        """
+        return self._cgroup("", {})
+
     def find(self, path: str) -> Cgroup:
         """The cgroup of this relative path ("s1/c1"; "" is the engine's), which may have been made by another process.
+
+        Where no hierarchy can be used it is one as `nowhere` gives.
 
         Raises:
             FileNotFoundError: it is in no hierarchy.
         """
         for part in path.split("/") if path else ():
             check_name(part, "cgroup name")
+        if not self.places:
+            return self._cgroup(path, {})
         relative = f"{self.name}/{path}".rstrip("/")
         there = {place: f"{place.parent}/{relative}" for place in self.places}
         return self._existing(path, there)

@@ -126,7 +126,10 @@ def oom_kills(at: Mapping[str, str]) -> int:
 
 
 def watch_oom(at: Mapping[str, str]) -> int:
-    """An eventfd that becomes readable when memory runs out. Source: cgroup-v1/memory.rst, section 10."""
+    """An eventfd that becomes readable when memory runs out in this cgroup, or in one above.
+
+    Source: cgroup-v1/memory.rst, section 10; mem_cgroup_oom_notify(), mm/memcontrol-v1.c, tells all below.
+    """
     notice = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     try:
         control = os.open(f"{at['memory']}/{OOM_FILE}", os.O_RDONLY | os.O_CLOEXEC)

@@ -15,6 +15,7 @@ from unisandbox.host.cgroups import devices, ending, files
 from unisandbox.host.cgroups.devices import DeviceRule
 from unisandbox.host.cgroups.limits import CPU_PERIOD_US, Limits, Stats
 
+_EVENTS = "memory.events"
 OOM_FILE = "memory.events.local"
 
 
@@ -123,9 +124,14 @@ def oom_kills(at: Mapping[str, str]) -> int:
     return kills
 
 
+def oom_kills_below(at: Mapping[str, str]) -> int | None:
+    """The same with all that is and was below; None when it is gone."""
+    return files.read_table(at["memory"], _EVENTS).get("oom_kill")
+
+
 def watch_oom(at: Mapping[str, str]) -> int:
     """An inotify that becomes readable when memory.events changes: it counts what is below, too."""
-    return syscalls.inotify(f"{at['memory']}/memory.events", syscalls.IN_MODIFY)
+    return syscalls.inotify(f"{at['memory']}/{_EVENTS}", syscalls.IN_MODIFY)
 
 
 def freeze(at: Mapping[str, str]) -> bool:

@@ -27,6 +27,7 @@ FLAG_AMBIENT: Final = 4
 FLAG_MAIN: Final = 8
 FLAG_CGROUP: Final = 16
 FLAG_DENY_CLONE3: Final = 32
+FLAG_KEEP_GROUPS: Final = 64
 
 STARTED: Final = 1
 ENDED: Final = 2
@@ -140,7 +141,8 @@ class SpawnRequest:
     `rlimits` are (soft, hard) by OCI name, -1 for unlimited; they can only lower what the container has. `tty` is
     (rows, columns) of a terminal of its own in place of three fds. Without a "/" in it `argv[0]` is looked up in the
     PATH of `env`. With `main` the end of the process ends the container. `deny_clone3` takes clone3 from the process
-    where the container's seccomp filter lets it through for init; it needs `no_new_privs`.
+    where the container's seccomp filter lets it through for init; it needs `no_new_privs`. With `keep_groups` it has
+    the groups of init, whatever they are: where nobody may change them.
 
     Raises:
         InvalidArgumentError: a value that no kernel could take.
@@ -161,6 +163,7 @@ class SpawnRequest:
     oom_score_adj: int | None = None
     main: bool = False
     deny_clone3: bool = False
+    keep_groups: bool = False
 
     def __attrs_post_init__(self) -> None:
         if not self.argv:
@@ -170,7 +173,7 @@ class SpawnRequest:
                 raise InvalidArgumentError(f"{what} contains a NUL byte")
         for what, number in (("uid", self.uid), ("gid", self.gid), *(("group", group) for group in self.groups)):
             _in_range(what, number, _NO_ID - 1)
-        _in_range("the number of groups", len(self.groups), MAX_GROUPS)
+        _in_range("the number of groups", len(self.groups), 0 if self.keep_groups else MAX_GROUPS)
         _in_range("umask", self.umask, 0o777)
         _in_range("capabilities", self.capabilities, 2**64 - 1)
         for size in self.tty or ():
@@ -209,7 +212,8 @@ def encode_request(request: SpawnRequest, spec_size: int, tasks: int | None = No
         | (FLAG_AMBIENT if request.ambient else 0)
         | (FLAG_MAIN if request.main else 0)
         | (FLAG_CGROUP if tasks is not None else 0)
-        | (FLAG_DENY_CLONE3 if request.deny_clone3 else 0),
+        | (FLAG_DENY_CLONE3 if request.deny_clone3 else 0)
+        | (FLAG_KEEP_GROUPS if request.keep_groups else 0),
         spec_size,
         len(request.groups),
         len(request.rlimits),

@@ -230,6 +230,8 @@ async def _receive(sock: socket.socket) -> tuple[bytes, list[int]]:
     while True:
         try:
             packet, ancillary, flags, _ = sock.recvmsg(protocol.ANSWER.size + 1, _FDS_SPACE, _RECEIVE)
+            if not packet and not ancillary:  # again: see `stamps.peek`
+                packet, ancillary, flags, _ = sock.recvmsg(protocol.ANSWER.size + 1, _FDS_SPACE, _RECEIVE)
         except BlockingIOError:
             await anyio.wait_readable(sock)
             continue

@@ -9,13 +9,15 @@ import os
 import resource
 import signal
 
-from unisandbox.host import syscalls
+from unisandbox.host import subordinate, syscalls
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from unisandbox.host.subordinate import Rows
 
 _LEAST_NOFILE = 4096
 NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
@@ -99,12 +101,60 @@ def hidden_fds() -> list[int]:
     return list(_hidden.values())
 
 
-def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:
-    """Move to a mount namespace of our own, with `hide` hidden and a private tmpfs on `workdir` ("" for none).
+class View:
+    """The mount namespace that we are in, and the way from there to what the host sees.
+
+    Args:
+        former: an fd of the host's mount namespace; -1 where we are in it, or may not go back to it.
+        covered: where we have mounted something over what is the host's, the last one last.
+    """
+
+    def __init__(self, former: int = -1, covered: Sequence[str] = ()) -> None:
+        self.is_private: bool = bool(covered) or former >= 0
+        #: What `leave` needs.
+        self.fds: list[int] = [former] if former >= 0 else []
+        self._covered = list(covered)
+
+    def leave(self) -> None:
+        """Let a child see what the host sees: cgroups may be hidden from us, and what it mounts may be covered."""
+        if self.fds:
+            syscalls.setns(self.fds[0], syscalls.CLONE_NEWNS)
+        elif self.is_private:
+            # Root of a user namespace may not go back to the host's mounts. In a copy of ours nothing need be covered.
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+            for path in reversed(self._covered):
+                syscalls.umount(path, syscalls.MNT_DETACH | syscalls.UMOUNT_NOFOLLOW)
+        os.chdir("/")
+
+
+def own_user_namespace(ids: tuple[Rows, Rows] | None) -> bool:
+    """Move to a user namespace with these user and group ids, for a user who is not root; None: root needs none.
 
     Returns:
-        An fd of the mount namespace that we came from, None where we may not make one of our own: then nothing is
-        hidden and `workdir` is an ordinary directory.
+        Whether we are in one. Why not is noted; such a keeper has no mounts of its own.
+    """
+    if ids is None:
+        return False
+    try:
+        subordinate.enter(*ids)
+    except subordinate.NotMappedError:
+        raise
+    except OSError as error:
+        note(f"no user namespace of our own: {error.strerror}")
+        return False
+    return True
+
+
+def own_mount_namespace(hide: Sequence[str], workdir: str, *, is_user: bool = False) -> View:
+    """Move to a mount namespace of our own, with `hide` hidden and a private tmpfs on `workdir` ("" for none).
+
+    Args:
+        hide, workdir: see there.
+        is_user: we are root of a user namespace only.
+
+    Returns:
+        What we see. Where we may not make a namespace of our own nothing is hidden and `workdir` is an ordinary
+        directory.
     """
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors < 2 * protocol.FDS_LIMIT:
@@ -117,7 +167,7 @@ def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:
         syscalls.unshare(syscalls.CLONE_NEWNS)
     except PermissionError:
         os.close(former)
-        return None
+        return View()
     # Slave: what the host mounts later is seen here, what we mount is seen by nobody else.
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)
     nosuid = syscalls.MS_NOSUID | syscalls.MS_NODEV
@@ -136,4 +186,7 @@ def own_mount_namespace(hide: Sequence[str], workdir: str) -> int | None:
         )
     if workdir:
         syscalls.mount("none", workdir, "tmpfs", nosuid, "mode=0711")
-    return former
+    if not is_user:
+        return View(former)
+    os.close(former)
+    return View(covered=[*hide, *([workdir] if workdir else [])])

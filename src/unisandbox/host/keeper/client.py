@@ -7,6 +7,7 @@ event loop, but to no task: it may be opened in one and closed in another.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,14 @@ from typing import cast
 
 import anyio
 
-from unisandbox.api.errors import BackendError, FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.api.errors import BackendError, FailedPreconditionError, UnavailableError
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import programs, protocol, starting
 from unisandbox.host.keeper.eventlog import EventLog
+from unisandbox.host.keeper.expirations import Expirations
 from unisandbox.host.keeper.heard import HeardExits
 from unisandbox.host.keeper.link import Link, checked
+from unisandbox.host.keeper.messages import close_report_in, guard_request, hello_in, note_request
 from unisandbox.host.keeper.process import Process
 from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import (
@@ -28,15 +31,15 @@ from unisandbox.host.keeper.records import (
     Guard,
     Hello,
     JobResult,
+    KeeperVersionError,
     Policy,
     Spawned,
 )
 from unisandbox.host.keeper.spools import Spools
 from unisandbox.host.keeper.turnstile import Turnstile
 from unisandbox.host.readiness import readable
+from unisandbox.host.subordinate import Rows
 
-# How many of the prefixes that have expired the client remembers; names are not used again.
-_EXPIRATIONS_KEPT = 16384
 _START_TIME = 30.0
 _CLOSE_TIME = 20.0
 
@@ -44,9 +47,10 @@ _CLOSE_TIME = 20.0
 class Keeper:
     """A connection to a keeper. Open it with `start` or `attach`; end it with `close` (owner) or `abandon`.
 
-    Every method raises `UnavailableError` once the keeper has ended (also while it waits), `FailedPreconditionError`
-    after `close` or `abandon`, and `InvalidArgumentError` for a request that is too large (200 KiB, 64 fds). Fds that
-    are passed stay the caller's; fds that come back are the caller's to close, and close-on-exec.
+    Every method raises `UnavailableError` once the keeper has ended (also while it waits), `DeadlineExceededError` when
+    it answers nothing for 30 s, `FailedPreconditionError` after `close` or `abandon`, and `InvalidArgumentError` for a
+    request that is too large (200 KiB, 64 fds). Fds that are passed stay the caller's; fds that come back are the
+    caller's to close, and close-on-exec.
     """
 
     def __init__(self, state_dir: str, identity: tuple[int, int], sock: socket.socket) -> None:
@@ -55,23 +59,33 @@ class Keeper:
         self.hello: Hello
         #: The keeper's process id; see `open_held` and `outside` for what is reached by it.
         self.pid: int = 0
-        self._identity = identity
+        #: Device and inode of the state directory, which the keeper holds open: no other one has them.
+        self.directory: tuple[int, int] = identity
         self._link = Link(sock, state_dir, self._pushed)
         self._process = Process(state_dir)
         self._exits = HeardExits(self._link)
-        self._expired: dict[str, None] = {}
         self._owns = False
         #: What outlives a client with what is written to it meanwhile.
         self.spools: Spools = Spools(self._link)
         #: What happened, in one order for all clients.
         self.events: EventLog = EventLog(self._link)
+        #: What the keeper undoes at a set time.
+        self.expirations: Expirations = Expirations(self._link)
         #: Who may do something now, of all clients.
         self.locks: Turnstile = Turnstile(self._link)
 
     # --- opening ---
 
     @classmethod
-    async def start(cls, state_dir: str, *, workdir: str, hide: Sequence[str] = (), policy: Policy = "stop") -> Keeper:
+    async def start(
+        cls,
+        state_dir: str,
+        *,
+        workdir: str,
+        hide: Sequence[str] = (),
+        policy: Policy = "stop",
+        guards: Sequence[Guard] = (),
+    ) -> Keeper:
         """Start a keeper for this state directory and become its owner.
 
         Args:
@@ -81,6 +95,7 @@ class Keeper:
             hide: existing directories that an empty read-only tmpfs covers in the keeper's mount namespace.
             policy: what happens when the owner is gone: "stop" undoes everything and ends, "keep" waits for another,
                 in no service of systemd's, with which it would end.
+            guards: see `guard`. It knows them when it begins, also when this process is killed meanwhile.
 
         Raises:
             FailedPreconditionError: another engine is open on this directory (it is named), or it is not ours alone; or
@@ -88,7 +103,9 @@ class Keeper:
             UnavailableError: the keeper could not begin; says why.
         """
         state_dir, workdir = starting.absolute(state_dir), starting.absolute(workdir)
-        identity, started = await starting.begin(state_dir, workdir=workdir, hide=hide, policy=policy)
+        identity, started = await starting.begin(
+            state_dir, workdir=workdir, hide=hide, policy=policy, guards=guard_request(guards)
+        )
         keeper = cls(state_dir, identity, started.sock)
         keeper._owns = True
         try:
@@ -112,11 +129,12 @@ class Keeper:
 
         Args:
             state_dir: as it was given to `start`.
-            own: become its owner, whose end its policy speaks of.
+            own: become its owner; see `own`.
             after: exits up to this number are known already; `wait_exit` asks for them when it needs one.
 
         Raises:
-            UnavailableError: none runs, or it speaks another version of the protocol.
+            UnavailableError: none runs.
+            KeeperVersionError: it speaks another version of the protocol.
             FailedPreconditionError: `own` was asked for and it has an owner, whose pid is named.
         """
         state_dir = starting.absolute(state_dir)
@@ -124,7 +142,7 @@ class Keeper:
         try:
             await keeper._greet(after)
             if own:
-                await keeper._own()
+                await keeper.own()
         except BaseException as error:
             refused = keeper._link.refused
             keeper.abandon()
@@ -141,7 +159,7 @@ class Keeper:
         message = packet.message
         if message.get("version") != protocol.VERSION:
             packet.close()
-            raise UnavailableError(
+            raise KeeperVersionError(
                 f"the keeper of {self.state_dir} speaks version {message.get('version')} of its protocol, "
                 f"this library version {protocol.VERSION}",
                 hint="Close it with the version of unisandbox that started it.",
@@ -149,32 +167,28 @@ class Keeper:
         self.pid = cast("int", message["pid"])
         self._link.pid = self.pid
         self._process.meet(self.pid, packet.claim())
-        self.hello = Hello(
-            pid=self.pid,
-            start_time=cast("int", message["start_time"]),
-            boot_id=cast("str", message["boot_id"]),
-            version=protocol.VERSION,
-            policy=cast("Policy", message["policy"]),
-            owner=cast("bool", message["owner"]),
-            private_mounts=cast("bool", message["private_mounts"]),
-            workdir=cast("str", message["workdir"]),
-            client=cast("int", message["client"]),
-            owner_pid=cast("int", message["owner_pid"]),
-        )
+        self.hello = hello_in(message)
 
-    async def _own(self) -> None:
+    async def own(self) -> None:
+        """Become its owner, whose end its policy speaks of.
+
+        Raises:
+            FailedPreconditionError: it has an owner, whose pid is named, or is ending.
+        """
         pidfd = os.pidfd_open(os.getpid())
         try:
-            await self._link.ask("own", [pidfd])
+            message = (await self._link.ask("own", [pidfd])).message
         except OSError as error:
             if error.errno in {errno.EBUSY, errno.ESHUTDOWN}:
                 raise FailedPreconditionError(f"cannot own the keeper of {self.state_dir}: {error.strerror}") from None
             raise
         finally:
             os.close(pidfd)
-        starting.note_owned(self._identity)
+        starting.note_owned(self.directory)
         self._owns = True
-        self.hello = self.hello._replace(owner=True, owner_pid=os.getpid())
+        # A former owner may have changed it since we came. A keeper of a former version does not say it.
+        policy = cast("Policy", message.get("policy", self.hello.policy))
+        self.hello = self.hello._replace(owner=True, owner_pid=os.getpid(), policy=policy)
 
     async def _check_outlives(self) -> None:
         """End a keeper that would not go on when the service stops that it is in."""
@@ -186,6 +200,17 @@ class Keeper:
         except FailedPreconditionError:
             await self.close()
             raise
+
+    @functools.cached_property
+    def ids(self) -> tuple[Rows, Rows] | None:
+        """The user ids and group ids that it has as root of a user namespace of its own, as the kernel maps them.
+
+        Rows of (first id there, first id here, count). None: it is not in one. As an ordinary user's it is, unless this
+        host forbids that; then it has no mounts of its own (`Hello.private_mounts`) and can make no namespaces.
+        """
+        if not self.hello.private_mounts or not self._process.is_in_another_user_namespace():
+            return None
+        return self._process.ids()
 
     # --- programs and jobs ---
 
@@ -342,13 +367,7 @@ class Keeper:
         Raises:
             InvalidArgumentError: `value` has more than 64 KiB, or NUL.
         """
-        checked(name)
-        size = len(value.encode("utf-8", "surrogatepass"))
-        if size > protocol.NOTE_LIMIT:
-            raise InvalidArgumentError(f"note {name!r} has {size} bytes; at most {protocol.NOTE_LIMIT}")
-        if "\0" in value:
-            raise InvalidArgumentError(f"note {name!r} has a NUL")
-        await self._link.tell({"op": "note", "name": name, "value": value})
+        await self._link.tell(note_request(name, value))
 
     def note_now(self, name: str, value: str) -> None:
         """As `note`, without an await; nothing happens once the keeper has ended."""
@@ -362,7 +381,7 @@ class Keeper:
         """The numbers (see `Hello.client`) of all that are connected now."""
         return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
 
-    # --- guards, expirations and leases ---
+    # --- guards and leases ---
 
     async def guard(self, guards: Sequence[Guard]) -> None:
         """Register how to undo what will be done next; run in reverse order of registration when the owner is gone.
@@ -373,52 +392,16 @@ class Keeper:
         Raises:
             InvalidArgumentError: a path is not absolute, is "/" or has "..": nothing was registered.
         """
-        entries: list[Message] = []
-        for guard in guards:
-            if guard.kind not in protocol.GUARD_KINDS:
-                raise InvalidArgumentError(f"guard {guard.name!r}: {guard.kind!r} is none of {protocol.GUARD_KINDS}")
-            for path in guard.paths:
-                try:
-                    protocol.path(path, f"guard {guard.name!r}: path")
-                except OSError as error:
-                    raise InvalidArgumentError(str(error.strerror)) from None
-            entries.append({"name": guard.name, "kind": guard.kind, "paths": list(guard.paths)})
-        await self._link.tell({"op": "guard", "guards": entries})
+        await self._link.tell(guard_request(guards))
 
     async def unguard(self, names: Sequence[str]) -> None:
         """Forget guards: what they would undo is undone. As cheap as `guard`; names that are not there are no error."""
         await self._link.tell({"op": "unguard", "names": list(names)})
 
-    async def expire(self, prefix: str, seconds: float | None, *, files: Sequence[str] = ()) -> None:
-        """Let the keeper undo, in so many seconds, all that has a name with this prefix, whoever is there then.
-
-        It runs the guards with the prefix (kills first, then the rest in reverse), drops fds, rings, notes and leases,
-        and tells all clients: see `expirations`. A guard that failed three times stays for the keeper's end, and so do
-        the leases. The time goes on while the machine sleeps (CLOCK_BOOTTIME). A message without an answer.
-
-        Args:
-            prefix: not empty.
-            seconds: from now on, in place of what was said for this prefix before; None: never.
-            files: that are of no use after it. Who is told of the expiry removes them; the keeper does when it ends
-                because nobody has come.
-        """
-        checked(prefix)
-        if seconds is not None and not 0 <= seconds <= protocol.EXPIRE_LIMIT:
-            raise InvalidArgumentError(f"seconds must be from 0 to {protocol.EXPIRE_LIMIT}, got {seconds}")
-        await self._link.tell({"op": "expire", "prefix": prefix, "seconds": seconds, "files": list(files)})
-
-    @property
-    def expirations(self) -> frozenset[str]:
-        """The prefixes that have expired, as far as this client was told: at its greeting, and with every answer since.
-
-        The keeper tells the last 4096 of before the greeting, too.
-        """
-        return frozenset(self._expired)
-
     async def lease(self, directory: str, first: int, count: int, *, name: str = "") -> int:
         """Lease a number from [first, first + count) that nobody else on this host has leased in this directory.
 
-        It is ours until its name is dropped (`drop`, `expire`) or the keeper's end, however that comes.
+        It is ours until its name is dropped (`drop`, `expirations`) or the keeper's end, however that comes.
 
         Args:
             directory: where all who share the numbers look.
@@ -446,7 +429,7 @@ class Keeper:
         return self._process.ends_within(seconds)
 
     async def set_policy(self, policy: Policy) -> None:
-        """What happens when the owner is gone from now on; owner only.
+        """What happens when the owner is gone from now on; owner only. On any failure it is what it was.
 
         Raises:
             FailedPreconditionError: "keep", and it is in a service of systemd's, with which it would end.
@@ -455,11 +438,18 @@ class Keeper:
         if policy == "keep":
             self._process.check()
             service.check_outlives(self.pid, "the keeper")
-        await self._link.ask("set_policy", policy=policy)
+        try:
+            await self._link.ask("set_policy", policy=policy)
+        except BaseException:
+            # It may have heard that, and will hear this before it hears of our end.
+            self._link.say({"op": "set_policy", "policy": self.hello.policy})
+            raise
         self.hello = self.hello._replace(policy=policy)
 
     async def retire(self) -> bool:
-        """End the keeper as `close` does, if nobody else is connected and nobody else owns it; else nothing happens.
+        """End the keeper as `close` does, if nobody needs it; else nothing happens.
+
+        Somebody does who is connected or owns it, or for whom it holds anything under a name outside of "engine/".
 
         Returns:
             Whether the keeper has ended; then this connection is closed. Who connects while it ends is turned away.
@@ -501,8 +491,7 @@ class Keeper:
         finally:
             # Also when cancelled: the keeper goes on with what it was told, or acts by its policy.
             self.abandon()
-        failed = cast("dict[str, str]", message["failed"])
-        return CloseReport(cast("int", message["done"]), cast("int", message["failures"]), failed)
+        return close_report_in(message)
 
     def abandon(self, wait: float = 0.0) -> bool:
         """Close the connection now; if it was the owner's, the keeper's policy acts. May be called again.
@@ -518,7 +507,7 @@ class Keeper:
         self._link.close()
         if self._owns:
             self._owns = False
-            starting.forget_owned(self._identity)
+            starting.forget_owned(self.directory)
         return self._process.leave(wait)
 
     def _pushed(self, message: Message) -> None:
@@ -526,8 +515,6 @@ class Keeper:
         if kind == "locked":
             self.locks.called(message)
         elif kind == "expired":
-            self._expired |= dict.fromkeys(cast("list[str]", message["prefixes"]))
-            while len(self._expired) > _EXPIRATIONS_KEPT:
-                del self._expired[next(iter(self._expired))]
+            self.expirations.told(message)
         elif kind == "exits":
             self._exits.told(message)

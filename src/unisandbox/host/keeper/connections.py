@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import os
 import select
 import socket
 import struct
 
+from unisandbox.host import pidfd as pidfds
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.loop import note
 
@@ -29,6 +31,7 @@ _REQUESTS_PER_TURN = 64
 _EXITS_PER_MESSAGE = 1000
 _EXPIRATIONS_KEPT = 4096
 _EXPIRATIONS_PER_MESSAGE = 200
+_SO_PEERPIDFD = 77  # Linux 6.5; source: include/uapi/asm-generic/socket.h
 
 
 class Client:
@@ -231,7 +234,7 @@ class Connections:
                 # It would stay in the queue and wake us for ever.
                 self._loop.with_spare(refuse)
                 return
-            is_ours = peer(sock)[1] in {0, os.geteuid()}
+            is_ours = self._loop.with_spare(functools.partial(_is_ours, sock))
             if is_ours and not self._refusing and len(self._clients) < protocol.CLIENTS_LIMIT:
                 self.add(sock)
                 continue
@@ -337,3 +340,36 @@ def peer(sock: socket.socket) -> tuple[int, int]:
     """Process and user at the other end, as they were when the connection was made."""
     pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return pid, uid
+
+
+def _is_ours(sock: socket.socket) -> bool:
+    """Whether root or our own user is at the other end, and no program of a sandbox, whose root may be one of the two.
+
+    Such a program reaches our socket by a bind mount, also by one that is read-only, and would command us. It is in a
+    pid namespace below ours, which no process can leave; see NSpid in proc_pid_status(5), which everybody may read.
+    Who has gone meanwhile is refused: his number may be another's by now, and his connection with a child of his.
+    """
+    pid, uid = peer(sock)
+    if uid not in {0, os.geteuid()}:
+        return False
+    pidfd = -1
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            if error.errno in {errno.EMFILE, errno.ENFILE}:
+                raise
+            return False
+    try:
+        return _depth(str(pid)) == _depth("self") and not (pidfd >= 0 and pidfds.has_ended(pidfd))
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    finally:
+        if pidfd >= 0:
+            os.close(pidfd)
+
+
+def _depth(process: str) -> int:
+    """In how many pid namespaces, from ours on, a process is."""
+    with open(f"/proc/{process}/status", "rb") as file:
+        return next((len(line.split()) - 1 for line in file if line.startswith(b"NSpid:")), 1)

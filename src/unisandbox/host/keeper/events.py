@@ -13,6 +13,8 @@ import json
 import os
 import time
 
+from unisandbox.host import small_files
+from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.loop import note
 
@@ -30,7 +32,11 @@ _TRY_EVERY = 1000
 _PAGE_BYTES = 128 * 1024
 _PAGE_EVENTS = 4096
 _WAIT_LIMIT = 3600.0
+# Bytes of a number and what follows it, and of a whole file at most.
 _LINE = 21
+_LIMIT = 64
+# So many events nobody publishes, and JSON has no larger whole numbers. A number above it is damaged.
+_LARGEST = 1 << 53
 
 
 class _Waiter:
@@ -164,39 +170,55 @@ class Events:
     def _former(self) -> int:
         """The last number that a former keeper of this directory may have given."""
         try:
-            fd = os.open(self._name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._dirfd)
+            line = small_files.read(self._name, _LIMIT, dir_fd=self._dirfd)[0]
+            number = int(line[: _LINE - 1])
+            # Version 1 was the number alone.
+            if line in {_line(number), b"%020d\n" % number} and number <= _LARGEST:
+                return number
         except FileNotFoundError:
             return 0
-        try:
-            line = os.read(fd, _LINE + 1)
-        finally:
-            os.close(fd)
-        if len(line) == _LINE and line[:-1].isdigit() and line.endswith(b"\n"):
-            return int(line)
+        except (ValueError, small_files.NotARegularFileError, small_files.TooLargeError):
+            pass
         # Damaged. Nobody publishes an event every microsecond: so many cannot have been given.
-        note(f"{self._name} is damaged: {line!r}")
+        note(f"{self._name} is damaged: numbers of events go on behind a gap")
         return int(time.time() * 1e6)
 
     def _write(self, number: int) -> None:
-        line = b"%020d\n" % number
+        line = _line(number)
+        reached("before numbers.write", self._name)
         temporary = self._name + ".new"
-        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            fd = os.open(temporary, flags | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=self._dirfd)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self._dirfd)  # of a keeper that was killed
+            flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL
+            fd = os.open(temporary, flags, 0o600, dir_fd=self._dirfd)
             try:
                 if os.write(fd, line) != len(line):
                     raise OSError(errno.ENOSPC, f"no space to write {temporary}")
             finally:
                 os.close(fd)
+            reached("before numbers.rename", self._name)
             os.rename(temporary, self._name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
+            reached("after numbers.rename", self._name)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary, dir_fd=self._dirfd)
             # A full disk has no room for a new file; the old one is as long. Whole or not at all: within one page.
-            fd = os.open(self._name, flags, dir_fd=self._dirfd)
+            try:
+                fd = small_files.opened(self._name, os.O_WRONLY, dir_fd=self._dirfd)
+            except (FileNotFoundError, small_files.NotARegularFileError):
+                raise error from None
             try:
                 os.pwrite(fd, line, 0)
             finally:
                 os.close(fd)
+
+
+def _line(number: int) -> bytes:
+    """What the file says: the number, the version of this form, and how much is missing to 10^20 - 1.
+
+    By the latter is seen that it is whole. A real checksum would cost each keeper the loading of a module.
+    """
+    return b"%020d 2 %020d\n" % (number, 10**20 - 1 - number)

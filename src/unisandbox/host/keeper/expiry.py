@@ -12,6 +12,7 @@ import os
 import time
 
 from unisandbox.host import syscalls
+from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import names, protocol
 from unisandbox.host.keeper.loop import note
 
@@ -93,8 +94,10 @@ class Expiry:
     def unlink(self) -> None:
         """Remove the files of what has expired: nobody has come who would do it, and tell of it."""
         for path in self._left_files:
+            reached("before expiry.unlink", path)
             with contextlib.suppress(OSError):  # somebody has come; or the next one tells of it
                 os.unlink(path)
+            reached("after expiry.unlink", path)
 
     def stop(self) -> None:
         """The keeper ends, and with it everything."""
@@ -128,11 +131,13 @@ class Expiry:
 
     def _kill(self, prefix: str) -> None:
         """First what runs: it may hold what is to be undone, and it may be the reason why somebody wants an end."""
-        kills = [guard for guard in self._guards.under(prefix) if guard[1] == "kill_cgroup"]
+        reached("before expiry.kill", prefix)
+        kills = [guard for guard in self._guards.under(prefix) if guard[1] in protocol.KILLS]
         self._run(kills, lambda _run: self._undo(prefix, 1), lambda: self._kill(prefix))
 
     def _undo(self, prefix: str, number: int) -> None:
         """Then all guards, the kills again: a program may have been started meanwhile."""
+        reached("before expiry.undo", prefix)
         self._drop_held(prefix)
         guards = self._guards.under(prefix)
         self._run(guards, lambda run: self._undone(prefix, number, run), lambda: self._undo(prefix, number))
@@ -149,8 +154,10 @@ class Expiry:
         files = self._files.pop(prefix, [])
         self._left_files += files if is_clean else []
         self._at_work.discard(prefix)
+        reached("before expiry.tell", prefix)
         self._drop_rest(prefix, is_clean)
         self._tell(prefix)
+        reached("after expiry.tell", prefix)
         self._next()
 
     def _run(self, guards: list[Guard], then: Callable[[Run | None], None], again: Callable[[], None]) -> None:

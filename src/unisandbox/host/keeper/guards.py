@@ -10,7 +10,6 @@ import json
 import os
 import signal
 
-from unisandbox.host import syscalls
 from unisandbox.host.keeper import children, names, protocol, undo
 from unisandbox.host.keeper.loop import note
 
@@ -18,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from unisandbox.host.keeper.birth import View
     from unisandbox.host.keeper.connections import Reply
     from unisandbox.host.keeper.loop import Loop, Timer
     from unisandbox.host.keeper.protocol import Message, Packet
@@ -58,15 +58,15 @@ class Guards:
     """What is registered.
 
     Args:
-        host_mounts: an fd of the mount namespace of the host, None when we are in it.
+        view: of the mounts, with the way back to the host's.
         keep: fds that a child which runs guards keeps open: it goes on when the keeper is killed.
         adopt: hears the pid of each such child.
     """
 
-    def __init__(self, loop: Loop, host_mounts: int | None, keep: Sequence[int], adopt: Callable[[int], None]) -> None:
+    def __init__(self, loop: Loop, view: View, keep: Sequence[int], adopt: Callable[[int], None]) -> None:
         self._loop = loop
-        self._host_mounts = host_mounts
-        self._keep = [*keep] if host_mounts is None else [*keep, host_mounts]
+        self._view = view
+        self._keep = [*keep, *view.fds]
         self._adopt = adopt
         self._guards: dict[str, Guard] = {}
 
@@ -144,10 +144,7 @@ class Guards:
         self._undo(guards, tell)
 
     def _undo(self, guards: Sequence[Guard], tell: Callable[[str, OSError | None], None]) -> None:
-        if self._host_mounts is not None:
-            # Out of our own view, where cgroups may be hidden and what the host mounts may be covered.
-            syscalls.setns(self._host_mounts, syscalls.CLONE_NEWNS)
-            os.chdir("/")
+        self._view.leave()
         undo.run(guards, tell)
 
     def _said(self, run: Run, pipe: int, finished: Callable[[Run], None]) -> None:

@@ -92,10 +92,9 @@ class Holdings:
         self._serials = itertools.count(1)
         self._ring_memory = rings.Memory()
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing is held."""
-        return not self._held
+    def all_under(self, prefix: str) -> bool:
+        """Whether nothing is held but under names that begin so."""
+        return all(name.startswith(prefix) for name in self._held)
 
     def free(self, name: str) -> str:
         """The name, if it may be given to something new."""

@@ -2,7 +2,8 @@
 
 The lock is a record lock of POSIX: it belongs to the keeper's process and to none of its forks, so it ends with the
 keeper however that dies, also while a fork has not yet closed the file. It ends, too, when the process closes any
-descriptor of the file: it has one, and no other code of it opens that. Source: fcntl_locking(2).
+descriptor of the file: a keeper has one, and nothing else in it opens the file. Other processes open it to see whether
+it is left over, one thread at a time (`engine.runtime_directory`). Source: fcntl_locking(2).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import stat
 import struct
 import time
 
+from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import names
 
 NAME = "ids"
@@ -136,7 +138,9 @@ class Leases:
         try:
             # Whoever opened the file before the unlink finds after his lock that it is not there, and begins anew.
             if _try_lock(fd, fcntl.F_WRLCK, 0, 0) and _is_at(fd, directory):
+                reached("before leases.unlink", directory)
                 os.unlink(f"{directory}/{NAME}")
+                reached("after leases.unlink", directory)
         except FileNotFoundError:
             pass  # the directory was removed: so was the file
         finally:

@@ -10,18 +10,30 @@ import errno
 import itertools
 import os
 import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import cast
 
 import anyio
 
-from unisandbox.api.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from unisandbox.api.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import protocol, starting
+from unisandbox.host.keeper.process import reap
 from unisandbox.host.keeper.protocol import Message, Packet
 from unisandbox.host.readiness import Descriptor
 from unisandbox.host.turns import Turns
 
+# The keeper answers in milliseconds, on a starved machine later: only one that is suspended or stuck says nothing for
+# so long (seconds). The second is for one that was found so, until it says something; and for one that was frozen
+# together with us, as a container may be: our time was over before it could run again.
+_ANSWER_SECONDS = 30.0
+_SILENT_SECONDS = 1.0
 # Enough to be quick, little enough that one who waits sees his own soon.
 _PACKETS_PER_TURN = 64
 
@@ -56,14 +68,21 @@ class Link:
         self._waited: set[int] = set()
         self._replies: dict[int, Packet] = {}
         self._dead = ""
+        #: It did not answer in time, and has said nothing since.
+        self._silent = False
 
     def number(self) -> int:
         """A number for a request."""
         return next(self._ids)
 
     async def ask(self, op: str, fds: Sequence[int] = (), **fields: object) -> Packet:
-        """Ask and wait for the answer. Raises OSError (of the class that belongs to its errno) for an error."""
-        packet = await self.request(op, fds, fields)
+        """Ask what is answered at once.
+
+        Raises:
+            OSError: the answer is an error; of the class that belongs to its errno.
+            DeadlineExceededError: there is none: the keeper is suspended or stuck.
+        """
+        packet = await self.request(op, fds, fields, late=False)
         error = error_of(packet)
         if error is not None:
             raise error
@@ -95,23 +114,75 @@ class Link:
             after = max(page, default="")
         return found
 
-    async def request(self, op: str, fds: Sequence[int], fields: Message, number: int = 0) -> Packet:
-        """Ask and wait for the answer, which may be an error."""
-        number = number or self.number()
+    async def request(
+        self, op: str, fds: Sequence[int], fields: Message, number: int = 0, *, late: bool = True
+    ) -> Packet:
+        """Ask and wait for the answer, which may be an error.
+
+        Args:
+            op, fds, fields, number: of the request.
+            late: the answer may come late: as long as the keeper answers other requests, it is waited for.
+
+        Raises:
+            DeadlineExceededError: the keeper answers nothing.
+        """
         async with self._in_flight:
-            self._waited.add(number)
-            try:
-                await self.tell({"op": op, "id": number, **fields}, fds)
-                await self._turns.until(lambda: self._answered(number), self._turn)
-                return self._replies.pop(number)
-            finally:
-                self._waited.discard(number)
-                late = self._replies.pop(number, None)
-                if late is not None:
-                    late.close()
+            return await self._answer(op, fds, fields, number or self.number(), late=late)
+
+    async def _answer(self, op: str, fds: Sequence[int], fields: Message, number: int, *, late: bool) -> Packet:
+        self._waited.add(number)
+        try:
+            await self.tell({"op": op, "id": number, **fields}, fds)
+            await self._until(lambda: self._answered(number), late=late)
+            return self._replies.pop(number)
+        finally:
+            self._waited.discard(number)
+            answer = self._replies.pop(number, None)
+            if answer is not None:
+                answer.close()
+
+    async def _until(self, ready: Callable[[], bool], *, late: bool) -> None:
+        """Wait for what the keeper says, as long as it says anything."""
+        patience = self._patience
+        while True:
+            with anyio.move_on_after(patience):
+                await self._turns.until(ready, self._turn)
+                return
+            if ready():
+                return
+            if late:
+                await self._answer("clients", (), {}, self.number(), late=False)
+            elif patience == _SILENT_SECONDS:
+                raise self._silence()
+            else:
+                patience = _SILENT_SECONDS
+
+    @property
+    def _patience(self) -> float:
+        return _SILENT_SECONDS if self._silent else _ANSWER_SECONDS
+
+    def _silence(self) -> DeadlineExceededError:
+        """What to raise when the keeper says nothing."""
+        self._silent = True
+        pid = self.pid or self._peer()
+        name = f"keeper {pid}" if pid else "the keeper"
+        return DeadlineExceededError(
+            f"{name} of {self._state_dir} has not answered for {_ANSWER_SECONDS:g} s",
+            hint=f"See what holds process {pid} up: it may be suspended (kill -CONT {pid})." if pid else "",
+        )
+
+    def _peer(self) -> int:
+        """The process that listens at the other end, as far as that can be seen. Source: unix(7), SO_PEERCRED."""
+        size = struct.calcsize("3i")
+        pid = int(struct.unpack("3i", self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))[0])
+        return 0 if pid == os.getpid() else pid  # of a pair of sockets, whoever made it
 
     async def tell(self, message: Message, fds: Sequence[int] = ()) -> None:
-        """Send; waits only while the keeper's queue is full. Cancelled, nothing was sent."""
+        """Send; waits only while the keeper's queue is full. Cancelled, nothing was sent.
+
+        Raises:
+            DeadlineExceededError: the keeper reads nothing: it is suspended or stuck.
+        """
         self.check()
         try:
             data = protocol.encode(message, fds)
@@ -124,15 +195,17 @@ class Link:
         if not self._sending.locked() and self._try_send(data, fds):
             reached("after keeper.*", op)
             return
-        async with self._sending:
-            while True:
-                self.check()
-                if self._try_send(data, fds):
-                    reached("after keeper.*", op)
-                    return
-                # Closed meanwhile: `check` says so.
-                with contextlib.suppress(anyio.ClosedResourceError):
-                    await self._descriptor.writable()
+        with anyio.move_on_after(self._patience):
+            async with self._sending:
+                while True:
+                    self.check()
+                    if self._try_send(data, fds):
+                        reached("after keeper.*", op)
+                        return
+                    # Closed meanwhile: `check` says so.
+                    with contextlib.suppress(anyio.ClosedResourceError):
+                        await self._descriptor.writable()
+        raise self._silence()
 
     def say(self, message: Message) -> None:
         """Send without an await and without an answer: now, or before what is sent next."""
@@ -144,7 +217,11 @@ class Link:
             reached("after keeper.*", op)
 
     async def until(self, happened: Callable[[], bool]) -> None:
-        """Wait until what was pushed makes `happened()` true."""
+        """Wait until what was pushed makes `happened()` true.
+
+        Raises:
+            DeadlineExceededError: the keeper is suspended or stuck.
+        """
 
         def ready() -> bool:
             if happened():
@@ -152,7 +229,7 @@ class Link:
             self.check()
             return False
 
-        await self._turns.until(ready, self._turn)
+        await self._until(ready, late=True)
 
     def check(self) -> None:
         """Raise what a request would meet now: closed, dead, or in a fork of the process that this belongs to."""
@@ -245,6 +322,7 @@ class Link:
                 self._die()
                 break
             taken += 1
+            self._silent = False
             self._dispatch(packet)
         return taken
 
@@ -256,6 +334,7 @@ class Link:
             else:
                 packet.close()  # whoever asked was cancelled
         elif packet.message.get("push") == "failed":
+            reap(packet.claim())
             self._die(f"could not begin: {packet.message['error']}")
         elif packet.message.get("push") == "refused":
             self.refused = cast("str", packet.message["error"])

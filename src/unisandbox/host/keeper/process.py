@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Final
 
 from unisandbox.api.errors import UnavailableError
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.subordinate import Rows
+
+# A keeper that could not begin has said so and ends: milliseconds.
+_LAST_BREATH: Final = 1.0
+
+
+def reap(pidfd: int) -> None:
+    """Wait for the end of a keeper that has said that it ends, and close its pidfd.
+
+    Nobody else reaps it if it became our child (we are PID 1, or a subreaper).
+    """
+    try:
+        if pidfds.has_ended(pidfd, _LAST_BREATH):
+            with contextlib.suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)
+    finally:
+        os.close(pidfd)
 
 
 class Process:
@@ -52,6 +70,22 @@ class Process:
             os.close(fd)
             raise
         return fd
+
+    def is_in_another_user_namespace(self) -> bool:
+        """Whether it is in another one than this process."""
+        fd = self.opened("ns/user", os.O_RDONLY)
+        try:
+            return not os.path.samestat(os.fstat(fd), os.stat("/proc/self/ns/user"))
+        finally:
+            os.close(fd)
+
+    def ids(self) -> tuple[Rows, Rows]:
+        """The rows of its user map and its group map, as this process sees them. Source: user_namespaces(7)."""
+        return self._rows("uid_map"), self._rows("gid_map")
+
+    def _rows(self, name: str) -> Rows:
+        with open(self.opened(name, os.O_RDONLY), encoding="ascii") as file:
+            return [[int(word) for word in line.split()] for line in file]
 
     def outside(self, path: str, workdir: str) -> str:
         """See `Keeper.outside`; its own file system is at `workdir`."""

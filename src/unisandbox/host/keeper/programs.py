@@ -8,6 +8,7 @@ from typing import cast
 
 import anyio
 
+from unisandbox.api.errors import DeadlineExceededError
 from unisandbox.host.keeper.heard import HeardExits
 from unisandbox.host.keeper.link import Link, error_of
 from unisandbox.host.keeper.protocol import Message
@@ -19,7 +20,7 @@ async def spawn(link: Link, exits: HeardExits, request: Message, fds: Sequence[i
     key, program = request["key"], cast("list[str]", request["argv"])[0]
     try:
         packet = await link.request("spawn", fds, request)
-    except anyio.get_cancelled_exc_class():
+    except (anyio.get_cancelled_exc_class(), DeadlineExceededError):
         link.say({"op": "cancel_spawn", "key": key})
         raise
     error = error_of(packet)
@@ -42,7 +43,7 @@ async def job(
     request: Message = {"steps": [dict(step) for step in steps], "hold": dict(hold), "timeout": timeout}
     try:
         packet = await link.request("job", fds, request, number)
-    except anyio.get_cancelled_exc_class():
+    except (anyio.get_cancelled_exc_class(), DeadlineExceededError):
         link.say({"op": "cancel_job", "job": number, "names": list(hold.values())})
         raise
     error = error_of(packet)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, object]
 
-VERSION = 5
+VERSION = 6
 # A unix packet is one skb: at most the send buffer, 212,992 bytes by default (net.core.wmem_default), less overhead.
 MESSAGE_LIMIT = 200 * 1024
 # The kernel takes 253 (SCM_MAX_FD) per packet.
@@ -42,7 +42,9 @@ LOCK_NAME = "lock"
 LOG_NAME = "keeper.log"
 EVENTS_NAME = "events"
 
-GUARD_KINDS = ("kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount")
+# Those that end processes: run before all others.
+KILLS = ("kill_cgroup", "kill_process")
+GUARD_KINDS = (*KILLS, "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount")
 
 _INT = struct.calcsize("i")
 # Numbers, since each operation on Python's enumerations of flags costs more than the system call.
@@ -130,6 +132,8 @@ def receive(sock: socket.socket, buffer: memoryview) -> Packet | None:
         ProtocolError: truncated or garbage. All fds that came with it are closed.
     """
     length, ancillary, flags, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(FDS_LIMIT * _INT), _RECEIVE)
+    if length == 0 and not ancillary:  # again: see `stamps.peek`
+        length, ancillary, flags, _ = sock.recvmsg_into([buffer], socket.CMSG_SPACE(FDS_LIMIT * _INT), _RECEIVE)
     fds: list[int] = []
     for level, kind, data in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

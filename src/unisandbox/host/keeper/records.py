@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from unisandbox.api.errors import FailedPreconditionError
+from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 
 Policy = Literal["stop", "keep"]
-GuardKind = Literal["kill_cgroup", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount"]
+GuardKind = Literal["kill_cgroup", "kill_process", "rmdir_cgroup", "remove_tree", "unlink", "rmdir", "umount"]
 SpawnStage = Literal["fork", "mounts", "fds", "cgroup", "cwd", "exec", "pidfd"]
 
 
@@ -66,6 +66,10 @@ class KeeperWaitsError(FailedPreconditionError):
     """A keeper holds the state directory and has no owner: attach to it."""
 
 
+class KeeperVersionError(UnavailableError):
+    """The keeper that runs was started by another version of this library, whose protocol it speaks."""
+
+
 class JobResult(NamedTuple):
     """What a job answered, and the numbers that its held fds have in the keeper, by held name."""
 
@@ -74,7 +78,10 @@ class JobResult(NamedTuple):
 
 
 class Guard(NamedTuple):
-    """How to undo something; see `Keeper.guard`. Paths are absolute, as the host (not the keeper) sees them."""
+    """How to undo something; see `Keeper.guard`. Paths are absolute, as the host (not the keeper) sees them.
+
+    Those of "kill_process" are no paths but processes, written as "/PID/START_TIME".
+    """
 
     name: str
     kind: GuardKind

@@ -16,6 +16,7 @@ import socket
 import sys
 
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.boundary import reached
 from unisandbox.host.keeper import birth, names, protocol
 from unisandbox.host.keeper.connections import Connections, Reply
 from unisandbox.host.keeper.ends import Ends
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 _DEATHS_TIME = 2.0
 # Seconds that a keeper waits for somebody to come when there is nothing that it would be needed for.
 _IDLE_TIME = 5.0
-# What the names of guards begin with that belong to the keeper's own engine: no reason to stay.
+# What the names of guards and of what is held begin with that belong to the engine itself: no reason to stay.
 _ENGINE = "engine/"
 _EXITS_PER_MESSAGE = 1000
 _REPORTED_LIMIT = 200
@@ -54,15 +55,15 @@ class Server:
         state_dir: an open directory for the socket and the numbers of events.
         lock: the open lock file of the state directory, locked; held for the keeper's life.
         policy: "stop" or "keep": what to do when the owner is gone.
-        host_mounts: an fd of the mount namespace of the host, None when we are in it.
+        view: of the mounts.
         workdir: where our own file system is mounted, if we have a mount namespace.
     """
 
-    def __init__(self, state_dir: int, lock: int, policy: str, host_mounts: int | None, workdir: str) -> None:
+    def __init__(self, state_dir: int, lock: int, policy: str, view: birth.View, workdir: str) -> None:
         self._state_dir = state_dir
         self._lock = lock
         self._policy = policy
-        self._host_mounts = host_mounts
+        self._view = view
         self._workdir = workdir
         self._boot = protocol.boot_id()
         self._start_time = pidfds.start_time(os.getpid())
@@ -76,7 +77,7 @@ class Server:
         self._notes = Notes()
         self._ends = Ends(self._loop, self._holdings, self._notes, self._events)
         self._locks = Locks(self._connections)
-        self._guards = Guards(self._loop, host_mounts, [lock], self._family.adopt)
+        self._guards = Guards(self._loop, view, [lock], self._family.adopt)
         self._expiry = Expiry(
             self._loop,
             self._guards,
@@ -126,28 +127,42 @@ class Server:
             "close": self._close,
         }
 
-    def serve(self, owner: socket.socket, owner_pidfd: int) -> None:
-        """Work until the end."""
+    def serve(self, listener: socket.socket, owner: socket.socket, owner_pidfd: int) -> None:
+        """Work until the end. `listener`: see `listen`."""
         self._loop.on_signal(signal.SIGCHLD, self._family.reap)
         # Whoever manages this machine wants everything of ours gone.
         self._loop.on_signal(signal.SIGTERM, lambda: self._begin_end(run_guards=True, reply=None))
-        listener = self._listen()
         self._connections.listen(listener)
-        self._set_owner(self._connections.add(owner), owner_pidfd)
+        client = self._connections.add(owner)
+        try:
+            self._set_owner(client, owner_pidfd)
+        except OSError:  # it was killed since it started us, and all that it has said is what to undo
+            os.close(owner_pidfd)
+            self._connections.drain(client)
+            self._connections.drop(client)
+            if self._policy == "stop":
+                self._begin_end(run_guards=True, reply=None)
         gc.collect()
         gc.freeze()  # a collection in a forked child would touch, and so copy, every page
         while not self._ended:
             self._loop.turn()
 
-    def _listen(self) -> socket.socket:
+    def listen(self) -> socket.socket:
+        """Where clients connect.
+
+        Raises:
+            OSError: it cannot be made: the disk is full, say.
+        """
         # By the open directory: a path may be longer than the 107 bytes that an address has room for.
         address = f"/proc/self/fd/{self._state_dir}/{protocol.SOCKET_NAME}"
+        reached("before socket.bind", address)
         with contextlib.suppress(FileNotFoundError):  # there only if a former keeper was killed
             os.unlink(address)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(address)
         os.chmod(address, 0o600)
         listener.listen(64)
+        reached("after socket.bind", address)
         return listener
 
     # --- requests ---
@@ -182,7 +197,7 @@ class Server:
             "boot_id": self._boot,
             "policy": self._policy,
             "owner": client is self._owner,
-            "private_mounts": self._host_mounts is not None,
+            "private_mounts": self._view.is_private,
             "workdir": self._workdir,
             "client": client.number,
             "owner_pid": self._owner.pid if self._owner is not None else 0,
@@ -210,7 +225,7 @@ class Server:
         except BaseException:
             os.close(pidfd)
             raise
-        reply({})
+        reply({"policy": self._policy})
 
     def _exits_after(self, packet: Packet, reply: Reply) -> None:
         """A page of exits."""
@@ -284,11 +299,12 @@ class Server:
         self._begin_end(protocol.flag(packet.message, "run_guards"), reply)
 
     def _retire(self, packet: Packet, reply: Reply) -> None:
-        """End, if nobody else is connected and nobody else owns us."""
+        """End, if nobody else is connected and nobody else owns us, and we hold nothing that somebody may come for."""
         client = reply.client
         # In this order: who is found dead there may be the owner, and then the policy acts.
         is_alone = self._connections.is_alone(client)
-        if not is_alone or self._owner not in {None, client} or self._ending is not None:
+        is_ours = self._owner in {None, client} and self._ending is None
+        if not is_alone or not is_ours or not self._holdings.all_under(_ENGINE):
             reply({"retired": False})
             return
         self._begin_end(run_guards=True, reply=reply)
@@ -335,7 +351,9 @@ class Server:
                 "ending": self._ending is not None,
             }
         )
+        reached("before lock.write")
         os.pwrite(self._lock, content.encode().ljust(200) + b"\n", 0)
+        reached("after lock.write")
 
     def _gone(self, client: Client) -> None:
         """A connection ended."""
@@ -362,22 +380,28 @@ class Server:
         self._owner_pidfd = -1
         self._owner = None
         if self._ending is None:
-            self._write_lock()
+            with contextlib.suppress(OSError):  # a full disk; then whoever finds the lock taken does not know why
+                self._write_lock()
         if self._policy == "stop":
             self._begin_end(run_guards=True, reply=None)
 
     def _end_if_idle(self) -> None:
         """A keeper that nobody uses, and that has nothing for anybody, need not wait for an owner.
 
-        Called some time after each event that may be the last one.
+        Nor one that nobody can come to: its state directory was removed. Called some time after each event that may be
+        the last one.
         """
-        has_nothing = self._family.is_idle and self._holdings.is_empty and self._expiry.is_idle
-        if self._ending is not None or self._owner is not None or not has_nothing:
+        if self._ending is not None or self._owner is not None or not self._connections.is_empty():
             return
-        if any(not guard[0].startswith(_ENGINE) for guard in self._guards.all()) or not self._connections.is_empty():
+        if os.fstat(self._state_dir).st_nlink and not self._has_nothing():
             return
         self._expiry.unlink()
         self._begin_end(run_guards=True, reply=None)
+
+    def _has_nothing(self) -> bool:
+        if not (self._family.is_idle and self._holdings.all_under(_ENGINE) and self._expiry.is_idle):
+            return False
+        return all(guard[0].startswith(_ENGINE) for guard in self._guards.all())
 
     # --- the end ---
 
@@ -386,11 +410,13 @@ class Server:
         if self._ending is not None:
             return
         self._ending = _Ending(reply)
+        reached("before ending.kill")
         self._family.kill_all()
         self._expiry.stop()
         self._connections.refuse()
         with contextlib.suppress(OSError):  # a full disk; then whoever finds the lock taken does not know why
             self._write_lock()
+        reached("before ending.guards")
         guards = self._guards.all() if run_guards else []
         if not guards:
             self._finish_end()
@@ -424,10 +450,12 @@ class Server:
         if self._ended:
             return
         self._ended = True
+        reached("before ending.leave")
         self._leases.release_all()
         self._events.end()
         with contextlib.suppress(FileNotFoundError):  # a guard may have removed the state directory
             os.unlink(protocol.SOCKET_NAME, dir_fd=self._state_dir)
+        reached("after ending.leave")
         if ending.reply is None:
             return
         run = ending.run
@@ -458,10 +486,15 @@ def main(argument: str) -> None:
     owner = socket.socket(fileno=owner_fd)
     birth.enter(arguments["enter"])
     try:
-        host_mounts = birth.own_mount_namespace(arguments["hide"], arguments["workdir"])
-        server = Server(state_dir, lock, arguments["policy"], host_mounts, arguments["workdir"])
+        is_user = birth.own_user_namespace(arguments["ids"])
+        view = birth.own_mount_namespace(arguments["hide"], arguments["workdir"], is_user=is_user)
+        server = Server(state_dir, lock, arguments["policy"], view, arguments["workdir"])
+        listener = server.listen()
     except OSError as error:
         text = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
-        protocol.send(owner, protocol.encode({"push": "failed", "error": text, "errno": error.errno or errno.EIO}))
+        # It may be the owner's to reap us.
+        fds = [os.pidfd_open(os.getpid())]
+        failed = {"push": "failed", "error": text, "errno": error.errno or errno.EIO}
+        protocol.send(owner, protocol.encode(failed, fds), fds)
         sys.exit(1)
-    server.serve(owner, pidfd)
+    server.serve(listener, owner, pidfd)

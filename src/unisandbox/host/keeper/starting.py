@@ -19,15 +19,18 @@ import anyio
 import unisandbox.host
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host import small_files, subordinate
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import KeeperWaitsError, Policy
 
 # A former keeper of the same directory may be running guards (10 s) and waiting for deaths (2 s).
 _LOCK_WAIT: Final = 15.0
 _LOCK_POLL: Final = 0.01
 _CONNECT_WAIT: Final = 5.0
+_OPEN_FIRST: Final = "Open an engine on this directory first."
 LOCK_BYTES: Final = 4096
 """More than a keeper writes into the lock file."""
 
@@ -121,11 +124,30 @@ def open_state_dir(path: str) -> int:
     return fd
 
 
-def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
-    """Try to lock the state directory: the locked fd, or who holds it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+def _lock_file(state_dir: int, path: str) -> int:
+    try:
+        return small_files.opened(protocol.LOCK_NAME, os.O_RDWR, dir_fd=state_dir)
+    except FileNotFoundError:
+        if is_answered(state_dir):
+            raise FailedPreconditionError(
+                f"state directory {path} is in use by a keeper that answers, though its file {protocol.LOCK_NAME!r} was"
+                " removed",
+                hint="Close the engine there.",
+            ) from None
+    return small_files.opened(protocol.LOCK_NAME, os.O_RDWR | os.O_CREAT, dir_fd=state_dir)
+
+
+def _try_state_lock(state_dir: int, path: str, policy: Policy) -> int | LockHolder:
+    """Try to lock the state directory: the locked fd, or who holds it.
+
+    Raises:
+        FailedPreconditionError: the lock file was removed while a keeper has it.
+    """
     reached("before state.lock")
-    fd = os.open(protocol.LOCK_NAME, flags, 0o600, dir_fd=state_dir)
+    try:
+        fd = _lock_file(state_dir, path)
+    except small_files.NotARegularFileError as error:
+        raise OSError(errno.EINVAL, "it is not a regular file", protocol.LOCK_NAME) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -140,8 +162,14 @@ def _try_state_lock(state_dir: int, policy: Policy) -> int | LockHolder:
     content = json.dumps(
         {"owner": me, "start_time": pidfds.start_time(me), "keeper": 0, "keeper_start_time": 0, "policy": policy}
     )
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, content.encode(), 0)
+    try:
+        # Over what is there, and cut after that: on a full disk there is no room for what was given back before.
+        data = content.encode()
+        os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
+    except BaseException:
+        os.close(fd)  # or nobody could open the directory any more as long as this process lives
+        raise
     reached("after state.lock")
     return fd
 
@@ -191,7 +219,7 @@ async def lock_state_dir(dirfd: int, state_dir: str, policy: Policy) -> int:
     """
     deadline = anyio.current_time() + _LOCK_WAIT
     while True:
-        got = _try_state_lock(dirfd, policy)
+        got = _try_state_lock(dirfd, state_dir, policy)
         if isinstance(got, int):
             note_owned(identity_of(dirfd))
             return got
@@ -219,8 +247,10 @@ def _locked(state_dir: str, holder: LockHolder) -> FailedPreconditionError:
     )
 
 
-async def begin(path: str, *, workdir: str, hide: Sequence[str], policy: Policy) -> tuple[tuple[int, int], Started]:
-    """Lock the state directory and start a keeper for it; see `Keeper.start`.
+async def begin(
+    path: str, *, workdir: str, hide: Sequence[str], policy: Policy, guards: Message
+) -> tuple[tuple[int, int], Started]:
+    """Lock the state directory and start a keeper for it; see `Keeper.start`. `guards` is its first request.
 
     Returns:
         Which directory it is (until `forget_owned` it counts as ours), and the process.
@@ -235,7 +265,9 @@ async def begin(path: str, *, workdir: str, hide: Sequence[str], policy: Policy)
             os.makedirs(workdir, 0o711, exist_ok=True)
             enter = service.ways_out() if policy == "keep" and service.service_of() else ()
             reached("before keeper process", path)
-            started = _spawn_keeper(path, dirfd, lock, workdir=workdir, hide=hide, policy=policy, enter=enter)
+            started = _spawn_keeper(
+                path, dirfd, lock, workdir=workdir, hide=hide, policy=policy, enter=enter, guards=guards
+            )
             reached("after keeper process", path)
         except BaseException:
             forget_owned(identity)
@@ -248,7 +280,15 @@ async def begin(path: str, *, workdir: str, hide: Sequence[str], policy: Policy)
 
 
 def _spawn_keeper(
-    path: str, state_dir: int, lock: int, *, workdir: str, hide: Sequence[str], policy: Policy, enter: Sequence[str]
+    path: str,
+    state_dir: int,
+    lock: int,
+    *,
+    workdir: str,
+    hide: Sequence[str],
+    policy: Policy,
+    enter: Sequence[str],
+    guards: Message,
 ) -> Started:
     """Start the process. The caller waits for `child` (it exits at once) and says hello.
 
@@ -256,6 +296,7 @@ def _spawn_keeper(
         path, state_dir, lock: of the state directory.
         workdir, hide, policy: see `Keeper.start`.
         enter: `cgroup.procs` files of cgroups to which it moves first, where it can.
+        guards: its first request, which it finds when it begins.
 
     Raises:
         UnavailableError: there is no Python interpreter to start.
@@ -267,29 +308,38 @@ def _spawn_keeper(
             hint="Set sys.executable to a Python 3.11 or newer.",
         )
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pidfd = -1
+    pidfd = log = -1
     try:
         near.setblocking(False)
+        near.send(protocol.encode(guards))
         pidfd = os.pidfd_open(os.getpid())
-        sources = [far.fileno(), lock, pidfd, state_dir]
+        log = _new_log(path)
+        sources = [far.fileno(), lock, pidfd, state_dir, log]
         # Numbers above all of them, so that no dup2 hits another one's source, also where 0-2 are among these.
         base = max(3, *sources) + 1
         numbers = list(range(base, base + len(sources)))
+        # Root needs no user namespace; where an ordinary user cannot have one, the keeper does without mounts.
+        ids = None if not subordinate.is_needed() or subordinate.obstacle()[0] else subordinate.maps()
         argument = json.dumps(
-            {"fds": numbers, "enter": list(enter), "hide": list(hide), "workdir": workdir, "policy": policy}
+            {
+                "fds": numbers[:-1],
+                "enter": list(enter),
+                "hide": list(hide),
+                "workdir": workdir,
+                "policy": policy,
+                "ids": ids,
+            }
         )
-        log = os.path.join(path, protocol.LOG_NAME)
         source_root = os.path.dirname(os.path.dirname(unisandbox.host.__path__[0]))
         argv = [executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, source_root, argument]
         # Nothing of the caller's environment: it may hold secrets. A Python outside of the system's directories may
         # need this one to find its own library.
         env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-        log_flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW
         actions: list[tuple[object, ...]] = [
             *((os.POSIX_SPAWN_DUP2, source, number) for source, number in zip(sources, numbers, strict=True)),
             (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, log, log_flags, 0o600),
-            (os.POSIX_SPAWN_DUP2, 1, 2),
+            (os.POSIX_SPAWN_DUP2, numbers[-1], 1),
+            (os.POSIX_SPAWN_DUP2, numbers[-1], 2),
         ]
         child = os.posix_spawn(
             executable,
@@ -307,13 +357,27 @@ def _spawn_keeper(
         raise
     finally:
         far.close()
-        if pidfd >= 0:
-            os.close(pidfd)
+        for fd in (pidfd, log):
+            if fd >= 0:
+                os.close(fd)
     try:
         child_pidfd = os.pidfd_open(child)
     except ProcessLookupError:
         child_pidfd = -1  # the host program reaps everything itself, and was quick
     return Started(near, child, child_pidfd)
+
+
+def _new_log(path: str) -> int:
+    """The keeper's log, empty, to be written to.
+
+    Raises:
+        OSError: it cannot be made, or something else is in its place.
+    """
+    log = os.path.join(path, protocol.LOG_NAME)
+    try:
+        return small_files.opened(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    except small_files.NotARegularFileError as error:
+        raise OSError(errno.EINVAL, "it is not a regular file", log) from error
 
 
 def finish_child(started: Started, *, kill: bool) -> None:
@@ -339,11 +403,26 @@ async def reach(path: str) -> tuple[tuple[int, int], socket.socket]:
     try:
         dirfd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
-        raise UnavailableError(f"cannot reach the keeper of {path}: there is no such directory") from None
+        raise UnavailableError(
+            f"cannot reach the keeper of {path}: there is no such directory", hint=_OPEN_FIRST
+        ) from None
     try:
         return identity_of(dirfd), await connect(dirfd, path)
     finally:
         os.close(dirfd)
+
+
+def is_answered(state_dir: int) -> bool:
+    """Whether a keeper listens at the socket of a state directory, with or without its lock file."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        sock.setblocking(False)
+        try:
+            sock.connect(f"/proc/self/fd/{state_dir}/{protocol.SOCKET_NAME}")
+        except BlockingIOError:
+            return True  # it has many to answer
+        except OSError:
+            return False
+        return True
 
 
 async def connect(state_dir: int, path: str) -> socket.socket:
@@ -367,11 +446,14 @@ async def connect(state_dir: int, path: str) -> socket.socket:
                 await anyio.sleep(_LOCK_POLL)
     except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
         sock.close()
-        why = "does not answer" if error.errno == errno.EAGAIN else "there is none"
-        raise UnavailableError(
-            f"cannot reach the keeper of {path}: {why}",
-            hint="Start one, if no engine is open on this directory.",
-        ) from error
+        if error.errno == errno.EAGAIN:
+            why, hint = (
+                f"it has not taken a connection for {_CONNECT_WAIT:g} s",
+                "See whether its process is suspended.",
+            )
+        else:
+            why, hint = "there is none", _OPEN_FIRST
+        raise UnavailableError(f"cannot reach the keeper of {path}: {why}", hint=hint) from error
     except BaseException:
         sock.close()
         raise
@@ -381,9 +463,9 @@ async def connect(state_dir: int, path: str) -> socket.socket:
 def log_tail(path: str) -> str:
     """The end of the keeper's log."""
     try:
-        with open(os.path.join(path, protocol.LOG_NAME), "rb") as file:
+        with open(small_files.opened(os.path.join(path, protocol.LOG_NAME)), "rb") as file:
             file.seek(0, os.SEEK_END)
             file.seek(max(0, file.tell() - 4096))
             return file.read().decode(errors="replace")
-    except OSError:
+    except (OSError, small_files.NotARegularFileError):
         return ""

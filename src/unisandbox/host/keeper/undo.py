@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 
+from unisandbox.host import pidfd as pidfds
 from unisandbox.host import syscalls
+from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import ending
+from unisandbox.host.keeper import protocol
 from unisandbox.host.removal import remove_tree
 
 TYPE_CHECKING = False
@@ -27,17 +31,24 @@ _CGROUP_WAIT = 2.0
 def run(guards: Iterable[Guard], tell: Callable[[str, OSError | None], None]) -> None:
     """Run guards (given in the order of their registration) in reverse; `tell(name, error)` hears of each one's end.
 
-    Every `kill_cgroup` comes first, as one: all sandboxes die at once, and nothing that runs disturbs the rest.
+    Every `kill_cgroup` comes first, as one: all sandboxes die at once, and nothing that runs disturbs the rest. So do
+    those of single processes, which are for hosts without cgroups.
     """
     backwards = list(guards)[::-1]
     kills = [guard for guard in backwards if guard[1] == "kill_cgroup"]
     if kills:
+        reached("before guard.*", "kill_cgroup")
         error = _attempt(lambda: ending.kill([path for guard in kills for path in guard[2]], _CGROUP_WAIT))
+        reached("after guard.*", "kill_cgroup")
         for name, _, _ in kills:
             tell(name, error)
-    for name, kind, paths in backwards:
-        if kind != "kill_cgroup":
-            tell(name, _attempt(lambda kind=kind, paths=paths: _undo(kind, paths)))  # type: ignore[misc]
+    rest = [guard for guard in backwards if guard[1] == "kill_process"]
+    rest += [guard for guard in backwards if guard[1] not in protocol.KILLS]
+    for name, kind, paths in rest:
+        reached("before guard.*", kind)
+        error = _attempt(lambda kind=kind, paths=paths: _undo(kind, paths))  # type: ignore[misc] # its defaults
+        reached("after guard.*", kind)
+        tell(name, error)
 
 
 def _attempt(action: Callable[[], None]) -> OSError | None:
@@ -52,6 +63,9 @@ def _undo(kind: str, paths: list[str]) -> None:
     if kind == "rmdir_cgroup":
         if not ending.remove(paths, _CGROUP_WAIT):
             raise OSError(errno.EBUSY, f"cgroup {paths[0]} is still in use")
+        return
+    if kind == "kill_process":
+        _kill(paths)
         return
     actions: dict[str, Callable[[str], None]] = {
         "remove_tree": remove_tree,
@@ -69,6 +83,20 @@ def _undo(kind: str, paths: list[str]) -> None:
             first = first or error
     if first is not None:
         raise first
+
+
+def _kill(processes: Iterable[str]) -> None:
+    for process in processes:
+        _, pid, start_time = process.split("/")
+        try:
+            pidfd = pidfds.open_verified(int(pid), int(start_time))
+        except ProcessLookupError:
+            continue
+        try:
+            if pidfds.send_signal(pidfd, signal.SIGKILL):
+                pidfds.has_ended(pidfd, _CGROUP_WAIT)
+        finally:
+            os.close(pidfd)
 
 
 def _umount(path: str) -> None:

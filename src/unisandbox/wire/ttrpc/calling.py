@@ -19,7 +19,7 @@ from unisandbox.host.turns import Turns
 from unisandbox.wire.status import Status, StatusError, error_of
 from unisandbox.wire.ttrpc.client import Call, ClientProtocol
 from unisandbox.wire.ttrpc.envelope import NO_METADATA, Metadata, Request
-from unisandbox.wire.ttrpc.link import MUCH, Link
+from unisandbox.wire.ttrpc.link import MUCH, Link, take
 from unisandbox.wire.ttrpc.shapes import LIMITS, UNARY, Limits, Shape
 
 _LONGEST: Final = 9e9
@@ -113,7 +113,7 @@ class Client:
                 await self._until(lambda: bool(call.inbox) or call.over)
             if not (call.inbox or call.over):
                 raise DeadlineExceededError(f"{service}/{method} has not answered within {timeout} s")
-            return _next(call) or b""
+            return await _next(call) or b""
 
     @asynccontextmanager
     async def stream(
@@ -223,7 +223,7 @@ class ClientStream:
             SandboxError: it ended with this error.
         """
         await self._until(lambda: bool(self._call.inbox) or self._call.over)
-        return _next(self._call)
+        return await _next(self._call)
 
     async def send(self, message: bytes) -> None:
         """Send a message; returns when no more than a little waits to be written.
@@ -248,9 +248,9 @@ class ClientStream:
         await self._drained()
 
 
-def _next(call: Call) -> bytes | None:
+async def _next(call: Call) -> bytes | None:
     if call.inbox:
-        return call.inbox.take()
+        return await take(call.inbox)
     if call.status is not None:
         raise error_of(call.status)
     return None

@@ -15,7 +15,7 @@ from unisandbox.api.errors import GrpcStatus
 from unisandbox.wire.accepting import accept
 from unisandbox.wire.status import Status, StatusError, status_of
 from unisandbox.wire.ttrpc.envelope import Request
-from unisandbox.wire.ttrpc.link import MUCH, Link
+from unisandbox.wire.ttrpc.link import MUCH, Link, take
 from unisandbox.wire.ttrpc.server import Broken, Called, Event, ServerProtocol
 from unisandbox.wire.ttrpc.shapes import LIMITS, Inbox, Limits, Messages, Shape
 
@@ -147,7 +147,7 @@ class _Connection:
             if inbox.closed:
                 return None
             await self._at_work[stream].arrived.wait()
-        return inbox.take()
+        return await take(inbox)
 
     async def send(self, stream: int, message: bytes) -> None:
         """Send one message of a call."""

@@ -66,9 +66,10 @@ class Inbox:
 
     Attributes:
         closed: no more will arrive.
+        taken: how many were taken.
     """
 
-    __slots__ = ("_budget", "_held", "_limit", "_messages", "closed")
+    __slots__ = ("_budget", "_held", "_limit", "_messages", "closed", "taken")
 
     def __init__(self, budget: Budget, limit: int) -> None:
         self._budget = budget
@@ -76,6 +77,7 @@ class Inbox:
         self._messages: deque[bytes] = deque()
         self._held = 0
         self.closed: bool = False
+        self.taken: int = 0
 
     def __bool__(self) -> bool:
         return bool(self._messages)
@@ -92,6 +94,7 @@ class Inbox:
     def take(self) -> bytes:
         """The oldest message; there must be one."""
         message = self._messages.popleft()
+        self.taken += 1
         cost = len(message) + OVERHEAD
         self._held -= cost
         self._budget.give(cost)

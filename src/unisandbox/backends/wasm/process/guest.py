@@ -29,12 +29,14 @@ class Guest:
         exec_id: ours.
         given: what was asked for.
         worker: the inner exec id of its process, once there is one.
+        pid: of its worker, asked for while that waits: a guest may have ended when its start is known.
         report: what its worker tells of its end.
         starting: set when a start that is under way is over.
         has_place: it counts as running, since it is about to.
         started: it runs or has run.
         killed: it was ended before it had a worker.
         exit: how it ended.
+        settled: set when it has started, or never will.
     """
 
     place: Workplace
@@ -42,12 +44,14 @@ class Guest:
     exec_id: str
     given: Given
     worker: str | None = None
+    pid: int | None = None
     report: int = -1
     starting: anyio.Event | None = None
     has_place: bool = False
     started: bool = False
     killed: bool = False
     exit: Exit | None = None
+    settled: anyio.Event = attrs.field(factory=anyio.Event)
 
     async def begin(self, worker: Worker, request: Mapping[str, object], image: int) -> None:
         """Have it run by a worker, which is closed.
@@ -67,6 +71,7 @@ class Guest:
         try:
             if self.killed:
                 raise ended_before_start(self.container, self.exec_id)
+            self.pid = (await self.place.inner.state(self.container, worker.exec_id)).pid
             self.report = new_report()
             note = GuestNote(self.container, self.exec_id, self.given.spec, worker.exec_id, notes.client)
             # Written before the guest can run: whoever comes after us finds it, whatever happens.
@@ -77,6 +82,7 @@ class Guest:
                 await self._check_gone(worker)
             await notes.guest(attrs.evolve(note, started=True))
             self.started = True
+            self.settled.set()
         except BaseException as error:
             if self.exec_id:
                 self.worker = None
@@ -114,6 +120,7 @@ class Guest:
 
     def close(self) -> None:
         """Close what this process holds of it. Repeating is harmless."""
+        self.settled.set()
         self.given.close()
         self._close_report()
 

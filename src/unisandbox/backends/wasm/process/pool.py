@@ -9,7 +9,7 @@ import os
 import select
 import socket
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal
 
 import anyio
@@ -18,6 +18,7 @@ import attrs
 from unisandbox.api import BackendError, ExecTask, InvalidArgumentError, ProcessSpec, SandboxError, Stdio, TaskService
 from unisandbox.backends.wasm.places import Turns, in_place
 from unisandbox.backends.wasm.process.worker import MOST_ANSWER
+from unisandbox.host.memory import in_memory
 from unisandbox.host.readiness import readable
 
 START_SECONDS: Final = 30.0
@@ -69,12 +70,14 @@ class Worker:
         """
         given = [fd for fd in streams if fd is not None]
         mask = sum(1 << number for number, fd in enumerate(streams) if fd is not None)
-        with _memory_file(json.dumps(request).encode("ascii")) as words:
+        words = in_memory(json.dumps(request).encode("ascii"), "request")
+        try:
             fds = array.array("i", [words, image, report, *given])
-            try:
-                self.channel.sendmsg([bytes([mask])], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
-            except (BrokenPipeError, ConnectionResetError):
-                return "gone"
+            self.channel.sendmsg([bytes([mask])], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
+        except (BrokenPipeError, ConnectionResetError):
+            return "gone"
+        finally:
+            os.close(words)
         with anyio.move_on_after(START_SECONDS):
             await readable(self.channel.fileno())
             return self._answer()
@@ -84,7 +87,10 @@ class Worker:
 
     def _answer(self) -> Answer:
         try:
-            words = self.channel.recv(MOST_ANSWER, socket.MSG_DONTWAIT)
+            # Twice: see `stamps.peek`.
+            words = self.channel.recv(MOST_ANSWER, socket.MSG_DONTWAIT) or self.channel.recv(
+                MOST_ANSWER, socket.MSG_DONTWAIT
+            )
         except (BlockingIOError, ConnectionResetError):
             words = b""
         if not words:
@@ -203,17 +209,3 @@ class IdleWorkers:
         """End them all: each reads the end of its channel."""
         while self._idle:
             self._idle.popitem()[1][0].close()
-
-
-@contextlib.contextmanager
-def _memory_file(data: bytes) -> Iterator[int]:
-    """A file with these bytes, at its beginning."""
-    fd = os.memfd_create("request", os.MFD_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-        os.lseek(fd, 0, os.SEEK_SET)
-        yield fd
-    finally:
-        os.close(fd)

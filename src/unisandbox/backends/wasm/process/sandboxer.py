@@ -7,6 +7,7 @@ engine expects of ours, and ends as the engine, the keeper and `doctor` end it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -28,7 +29,9 @@ from unisandbox.api import (
     SandboxStatus,
     Security,
     StartedSandbox,
+    SupportsContainerRoots,
     TaskService,
+    UnsupportedError,
 )
 from unisandbox.backends.wasm.artefacts import Images as Layouts
 from unisandbox.backends.wasm.artefacts import Root
@@ -91,7 +94,7 @@ class WasmProcessSandboxer:
     async def create(self, request: CreateSandbox) -> None:
         """See `Sandboxer.create`."""
         spec = request.spec
-        check_spec(spec, NAME)
+        check_spec(spec, NAME, is_process=True)
         root = await self._roots.take(spec.rootfs.path)
         sandbox = _Sandbox(spec, root, _open_directory(root.path))
         try:
@@ -118,7 +121,17 @@ class WasmProcessSandboxer:
             sandbox.inner = inner
             notes = Notes(self._host.keeper, self._host.prefix(sandbox_id), kept=self._host.shared)
             label = sandbox.spec.name or sandbox_id
-            place = Workplace(sandbox_id, label, inner, self._interior, self._idle, notes, self._fuel)
+            place = Workplace(
+                sandbox_id,
+                label,
+                inner,
+                self._interior,
+                self._idle,
+                notes,
+                self._fuel,
+                sandbox.spec.user_ids,
+                functools.partial(self._container_root, sandbox_id),
+            )
             sandbox.task = WasmProcessTasks(
                 sandbox.spec.resources,
                 place,
@@ -129,6 +142,11 @@ class WasmProcessSandboxer:
                 images=self._images,
             )
         return sandbox.task
+
+    def _container_root(self, sandbox_id: str, container_id: str) -> int:
+        if not isinstance(self._inner, SupportsContainerRoots):
+            raise UnsupportedError("a container with files of its own", NAME)
+        return self._inner.container_root_fd(sandbox_id, container_id)
 
     async def recover(self, request: RecoverSandbox) -> StartedSandbox | None:
         """See `Sandboxer.recover`."""

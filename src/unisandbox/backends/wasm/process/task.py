@@ -22,36 +22,36 @@ from unisandbox.api import (
     Exit,
     FailedPreconditionError,
     Metrics,
-    Mount,
     NotFoundError,
     Resources,
     SandboxError,
     StartedTask,
-    Stdio,
     SupportsPause,
     TaskState,
     Terminal,
     UnsupportedError,
 )
-from unisandbox.backends.wasm.checks import check_container, check_process, files_of
+from unisandbox.backends.wasm.checks import check_process, files_of
 from unisandbox.backends.wasm.containers import Containers
 from unisandbox.backends.wasm.given import (
     Given,
     Surroundings,
     check_room,
     check_signal,
-    container_of,
     found,
     is_deadly,
 )
+from unisandbox.backends.wasm.process.bundles import limits_text, process_of
 from unisandbox.backends.wasm.process.capabilities import NAME
 from unisandbox.backends.wasm.process.guest import Guest
 from unisandbox.backends.wasm.process.images import Images
 from unisandbox.backends.wasm.process.interior import GUEST
+from unisandbox.backends.wasm.process.making import asked_for, make_inner, set_limits
 from unisandbox.backends.wasm.process.notes import GuestNote
 from unisandbox.backends.wasm.process.pool import end_worker
 from unisandbox.backends.wasm.process.workers import Workers, Workplace
 from unisandbox.backends.wasm.programs import Programs
+from unisandbox.oci import foreign
 
 _SETTLED_SECONDS: Final = 10.0
 
@@ -65,6 +65,11 @@ class _Container:
     processes: dict[str, Guest] = attrs.field(factory=dict)
     made: bool = False
 
+    @property
+    def is_being_started(self) -> bool:
+        """Another process is starting its main process, or was when it ended."""
+        return self.made and self.spec.process is not None and "" not in self.processes
+
     def close(self) -> None:
         """Close what this process holds of it."""
         for guest in self.processes.values():
@@ -73,7 +78,7 @@ class _Container:
 
 
 class WasmProcessTasks:
-    """See `TaskService`, `SupportsPause`. One object per sandbox.
+    """See `TaskService`, `SupportsPause`, `SupportsUpdate`. One object per sandbox.
 
     Args:
         resources: as asked for.
@@ -116,46 +121,31 @@ class WasmProcessTasks:
 
     async def create(self, request: CreateTask) -> None:
         """See `TaskService.create`."""
-        container = container_of(request, NAME)
-        check_container(container, NAME)
-        if container.rootfs is not None or container.mounts:
-            raise UnsupportedError("a container with files of its own", NAME, hint="Use a sandbox for each.")
+        container, bundle = asked_for(request, self._place.user_ids)
         made = _Container(container, Workers(self._place, container.name))
         self._containers.add(made)
-        fds: list[int] = []
         try:
             await self._notes.container(container)
-            fds.append(self._root_fd())
-            own = Mount.bind(f"/proc/self/fd/{fds[0]}", GUEST, readonly=False, idmap=False)
-            process, stdio = None, Stdio()
+            stdio = None
             if container.process is not None:
                 made.processes[""] = Guest(self._place, container.name, "", Given.of(container.process, request.stdio))
-                stdin, stderr = made.workers.main()
-                fds.append(stdin)
-                process, stdio = self._place.spec, Stdio(stdin, None, stderr)
-            inner = ContainerSpec(
-                container.name,
-                process=process,
-                rootfs=self._place.interior.rootfs,
-                mounts=(own, *self._place.interior.mounts),
-                own_mounts_only=True,
-            )
-            await self._inner.create(CreateTask(container.name, container=inner, stdio=stdio))
+                stdio = made.workers.main()
+            await make_inner(self._place, container, stdio, self._root_fd, bundle)
             made.made = True
         except BaseException:
             self._containers.discard(made)
             made.close()
             self._notes.forget_container(container.name)
             raise
-        finally:
-            for fd in fds:
-                os.close(fd)
 
     async def exec(self, request: ExecTask) -> None:
         """See `TaskService.exec`."""
         container = self._containers.get(request.container_id)
-        spec = request.given(NAME)
-        check_process(spec, NAME)
+        if container.spec.rootfs is not None and request.oci_process:
+            spec = process_of(request, container.spec)
+        else:
+            spec = request.given(NAME)
+            check_process(spec, NAME)
         await anyio.lowlevel.checkpoint_if_cancelled()
         self._containers.expect(container, request.exec_id)
         container.processes[request.exec_id] = Guest(
@@ -184,16 +174,19 @@ class WasmProcessTasks:
             guest.has_place = False
             guest.starting.set()
             guest.starting = None
+        if container.spec.rootfs is not None:
+            return StartedTask(guest.pid)
         await container.workers.refill(self.resources.memory)
         return StartedTask(None)
 
     async def _start(self, container: _Container, guest: Guest) -> None:
         await anyio.lowlevel.checkpoint_if_cancelled()
         spec = guest.given.spec
-        around = self._around.within(container.spec, spec)
-        root = self._root_fd()
+        own = container.spec.rootfs is not None
+        around = Surroundings(spec.env, spec.cwd or "/") if own else self._around.within(container.spec, spec)
+        root = self._place.root_of(container.spec.name) if own else self._root_fd()
         try:
-            lower = root if self._lower < 0 else self._lower
+            lower = root if own or self._lower < 0 else self._lower
             async with found(self._programs, spec.argv[0], around, root, lower, self._label) as program:
                 image = await self._images.get(program, self._label)
         finally:
@@ -272,11 +265,14 @@ class WasmProcessTasks:
         state = await self._inner.state(container_id, guest.worker or "")
         if state.exit is not None:
             self._ended(guest, state.exit)
-        return TaskState(container_id, exec_id, state.state, None, guest.exit)
+        # An engine knows its processes by their ids, too.
+        pid = state.pid if container.spec.rootfs is not None else None
+        return TaskState(container_id, exec_id, state.state, pid, guest.exit)
 
     async def status(self, inner: ContainerStatus) -> ContainerStatus:
         """What the status of an inner container is for us."""
-        if self._containers.find(inner.name) is None:
+        container = self._containers.find(inner.name)
+        if container is None or container.is_being_started:
             return inner
         state = await self.state(inner.name)
         return ContainerStatus(inner.name, state.state, None, state.exit)
@@ -311,6 +307,13 @@ class WasmProcessTasks:
     async def resume(self, container_id: str) -> None:
         """See `SupportsPause.resume`."""
         await self._pausing().resume(container_id)
+
+    async def update(self, container_id: str, resources: Resources | str) -> None:
+        """See `SupportsUpdate.update`: for containers that were made of a bundle."""
+        container = self._containers.get(container_id)
+        if container.spec.rootfs is None or not isinstance(resources, str):
+            raise UnsupportedError("resources of one container", NAME, hint="Use Sandbox.update.")
+        await set_limits(self._inner, container_id, limits_text(foreign.parse_resources(resources)))
 
     def _pausing(self) -> SupportsPause:
         if not isinstance(self._inner, SupportsPause):
@@ -360,6 +363,10 @@ class WasmProcessTasks:
         if guest.exit is not None:
             await anyio.lowlevel.checkpoint()
             return guest.exit
+        if not guest.started and container.spec.rootfs is not None and not exec_id:
+            await guest.settled.wait()  # engines wait for a first process before they start it
+            if not guest.started:
+                raise NotFoundError(f"container {container_id!r} of sandbox {self._label!r} was removed")
         if not guest.started:
             raise FailedPreconditionError(f"process {exec_id or 'main'} of {container_id!r} has not been started")
         return self._ended(guest, await self._inner.wait(container_id, guest.worker or ""))
@@ -471,6 +478,20 @@ class WasmProcessTasks:
                     container.processes.pop(exec_id).close()  # another process has deleted it
         for note in notes:
             await self._take_over(note, exclusive=exclusive)
+        if exclusive:
+            await self._end_cut([note for note in notes if not note.exec_id])
+
+    async def _end_cut(self, mains: Sequence[GuestNote]) -> None:
+        """Remove containers whose start was cut: nobody was told that they run, and nobody could end them.
+
+        Args:
+            mains: notes of main processes. A start that has failed leaves one, too, for whoever asked for it.
+        """
+        cut = [container for container in self._containers.all if container.is_being_started]
+        for container in cut:
+            clients = [note.client for note in mains if note.container == container.spec.name]
+            if all([await self._notes.is_abandoned(client) for client in clients]):
+                await self.delete(container.spec.name)
 
     async def _take_over(self, note: GuestNote, *, exclusive: bool) -> None:
         container = self._containers.find(note.container)

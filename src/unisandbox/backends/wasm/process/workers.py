@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Final
 
 import attrs
 
 from unisandbox.api import FailedPreconditionError, ProcessSpec, SandboxError, TaskService
 from unisandbox.api.units import MIB
-from unisandbox.backends.wasm.process.interior import Interior
+from unisandbox.backends.wasm.process.interior import GUEST, Interior
 from unisandbox.backends.wasm.process.notes import Notes
 from unisandbox.backends.wasm.process.pool import IdleWorkers, Worker, channel, log_file, start_worker
+from unisandbox.host import syscalls
 
 # Below that a worker that waits would take too much of what the guests may have.
 _LEAST_MEMORY_FOR_IDLE: Final = 128 * MIB
@@ -26,6 +29,9 @@ class Workplace:
         interior, idle: the engine's.
         notes: what outlives this process.
         fuel: instructions that each guest may execute.
+        user_ids: the host's first id and how many, of its user namespace as asked for; None: it has the host's, or one
+            that nobody has asked for.
+        container_root: a descriptor of the root of a container in it.
     """
 
     sandbox_id: str
@@ -35,6 +41,8 @@ class Workplace:
     idle: IdleWorkers
     notes: Notes
     fuel: int | None
+    user_ids: tuple[int, int] | None
+    container_root: Callable[[str], int]
     _started: int = attrs.field(default=0, init=False)
 
     @property
@@ -42,6 +50,14 @@ class Workplace:
         """Of a worker's process."""
         argv = (*self.interior.argv, *(() if self.fuel is None else ("fuel",)))
         return ProcessSpec(argv, env=self.interior.env, cwd="/")
+
+    def root_of(self, container: str) -> int:
+        """A descriptor of the files that the guests of a container have for their own, the caller's to close."""
+        root = self.container_root(container)
+        try:
+            return syscalls.openat2(root, GUEST, os.O_PATH | os.O_DIRECTORY, resolve=syscalls.RESOLVE_IN_ROOT)
+        finally:
+            os.close(root)
 
     def new_id(self) -> str:
         """An exec id that no other worker of the inner sandbox has, whoever started it."""

@@ -1,0 +1,122 @@
+"""More facts of this host for `unisandbox doctor`: what is asked for in an issue report, and no secret."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pwd
+import re
+import resource
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+from unisandbox.api import SandboxError
+from unisandbox.host import subordinate
+from unisandbox.host.cgroups import Cgroups
+from unisandbox.oci.features import find_runtimes
+
+# What this library stands on, and what its extras bring.
+_PACKAGES: Final = ("anyio", "attrs", "trio", "click", "wasmtime", "grpclib", "betterproto2")
+# Capabilities by their numbers, which root has of his own host; source: include/uapi/linux/capability.h.
+_POWER: Final = {
+    "CAP_SYS_ADMIN": 21,
+    "CAP_NET_ADMIN": 12,
+    "CAP_SYS_PTRACE": 19,
+    "CAP_MKNOD": 27,
+    "CAP_SYS_RESOURCE": 24,
+}
+_FILTERED: Final = "2"  # proc_pid_status(5), Seccomp
+
+
+async def more_facts() -> dict[str, str]:
+    """By name; each is one line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return {
+        "packages": _packages(),
+        "runtimes": ", ".join([f"{one.name} {one.version_text} ({one.path})" for one in await find_runtimes()])
+        or "none",
+        "cgroups to write": _delegated(),
+        "subordinate ids": _subordinate_ids(),
+        "restrictions": _restrictions(),
+        "first process": _read("/proc/1/comm") or "hidden",
+        "open files": f"at most {_limit(soft)}, can be raised to {_limit(hard)}",
+    }
+
+
+def _packages() -> str:
+    found = []
+    for name in _PACKAGES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _delegated() -> str:
+    """The controllers of which this process may make cgroups; else what is in the way."""
+    try:
+        tree = Cgroups.detect("unisandbox-probe")
+    except SandboxError as error:
+        return f"none: {error.message}"
+    if tree.controllers:
+        return ", ".join(sorted(tree.controllers))
+    return f"none: {next(iter(tree.missing.values()), 'no hierarchy is here')}"
+
+
+def _subordinate_ids() -> str:
+    if os.geteuid() == 0:
+        return "not needed by root"
+    why, _ = subordinate.scarcity()
+    if why:
+        return f"none that can be used: {why}"
+    uids, gids = (subordinate.count(rows) - 1 for rows in subordinate.maps())
+    return f"{uids} uids, {gids} gids"
+
+
+def _restrictions() -> str:
+    """What this process may less than another one of the same user."""
+    status = {name: value.strip() for name, _, value in map(_parted, _read("/proc/self/status").splitlines())}
+    found = ["in a user namespace"] * subordinate.is_inside()
+    found += ["no_new_privs"] * (status.get("NoNewPrivs") == "1")
+    found += ["a filter of system calls (seccomp)"] * (status.get("Seccomp") == _FILTERED)
+    profile = _read("/proc/self/attr/current").rstrip("\0")
+    found += [f"AppArmor or SELinux: {profile}"] * (profile not in {"", "unconfined"})
+    if os.geteuid() == 0:
+        mask = int(status.get("CapEff", "0"), 16)
+        found += [f"without {name}" for name, number in _POWER.items() if not mask >> number & 1]
+    return ", ".join(found) or "none"
+
+
+def _parted(line: str) -> tuple[str, str, str]:
+    return line.partition(":")
+
+
+def _limit(value: int) -> str:
+    return "any number" if value == resource.RLIM_INFINITY else str(value)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:  # this kernel does not have it, or it is not shown
+        return ""
+
+
+def without_home(said: str) -> str:
+    """The same with "~" for this user's home directory: its path names him, and is of no use to anybody else."""
+    for home in _homes():
+        said = re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", said)
+    return said
+
+
+@functools.cache
+def _homes() -> tuple[str, ...]:
+    """All paths of it, the longest first: as the environment and as the system have it, and what they lead to."""
+    homes = {os.path.expanduser("~")}
+    with contextlib.suppress(KeyError):
+        homes.add(pwd.getpwuid(os.geteuid()).pw_dir)
+    homes |= {os.path.realpath(home) for home in homes}
+    return tuple(sorted((home for home in homes if os.path.isabs(home) and home != "/"), key=len, reverse=True))

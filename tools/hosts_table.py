@@ -1,0 +1,161 @@
+"""docs/hosts.md: what works on which host, from the results of test runs.
+
+    python tools/hosts_table.py add NAME RESULTS.xml...   put these in the place of the run that had this name
+    python tools/hosts_table.py write                     write the page anew
+    python tools/hosts_table.py --check                   the page is what this tool makes of docs/hosts.json
+
+RESULTS.xml is what pytest --junitxml writes of the conformance tests of the namespace backend, on that host. Only what
+is without a failure is taken. What is kept of it is in docs/hosts.json.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, DATA = ROOT / "docs/hosts.md", ROOT / "docs/hosts.json"
+TESTS = ROOT / "src/unisandbox/conformance"
+_BACKEND: Final = "runc "
+_PART: Final = "unisandbox.conformance.test_"
+# A test counts once, on however many event loops it ran.
+_LOOP: Final = re.compile(r"(?<=[\[-])(asyncio|trio)-?")
+
+# Why a host does without a capability; a new one has to be explained here.
+WHY: Final = {
+    "networks:namespace": "a given network namespace belongs to others, and only root of its owner may enter it",
+    "networks:user": "pasta is not installed (Debian's package passt), or /dev/net/tun may not be opened",
+    "own_ids": "all sandboxes of one user have the ids that are subordinate to him",
+    "users": "without subordinate ids his own is the only one, and that is root's inside",
+    "userns_host": "without a user namespace an ordinary user can make none of the others",
+    "host_devices": "to make a device file takes the host's root",
+    "cgroup_parent": "a cgroup elsewhere is not his to write",
+    "large_disks": "a disk image needs a loop device, and the host's root to mount it; a layer in memory is limited",
+    "writable_dirs": "before Linux 6.6 a tmpfs holds no extended attributes of users, and an overlay needs them to hide"
+    " what is removed below",
+    "limits:memory": "no cgroup is his to write: cgroup v1, or v2 where no subtree was delegated",
+    "limits:pids": "as limits:memory",
+    "limits:cpu": "as limits:memory",
+    "pause": "to stop all processes takes a cgroup",
+    "exact_exits": "the kernel counts kills for memory by cgroup; exit codes and signals are exact all the same",
+    "process_trees": "who has left his parents and his session is only found by his cgroup; he ends with his container",
+}
+
+_HEAD: Final = """\
+# What works on which host
+
+Made by `tools/hosts_table.py` from the results of test runs; do not edit it. The tests are those of the contract
+(`src/unisandbox/conformance`), of the namespace backend. A cell says how many passed on that host, and how many were
+not run since the backend does not claim there what they need: that is in the second table. Nothing failed, or the run
+would not be here. "-" was not run there.
+
+`unisandbox doctor` says what holds for your host, and names the setting or the program that is in the way, with the
+remedy. How it is done without root is in [adr/0018](adr/0018-without-root.md). `make test-hosts` tests an ordinary user
+with a delegated subtree of cgroups; with UNISANDBOX_HOSTS_RESULTS=FILE its results can be put into this table. What
+works inside containers of Docker, podman and Kubernetes, and with which flags, is in [containers.md](containers.md).
+
+"""
+_LOST: Final = """
+## What is lost, and why
+
+The names are those of `Capabilities`. What the backend has on no host is not here.
+
+"""
+
+Run = dict[str, Any]
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    runs: dict[str, Run] = json.loads(DATA.read_text()) if DATA.exists() else {}
+    match arguments:
+        case ["add", name, *results] if results:
+            runs[name] = read(*map(Path, results))
+            DATA.write_text(json.dumps(runs, indent=1, sort_keys=False) + "\n")
+            PAGE.write_text(page(runs))
+        case ["write"]:
+            PAGE.write_text(page(runs))
+        case ["--check"]:
+            if PAGE.read_text() != page(runs):
+                sys.exit("hosts_table: docs/hosts.md is not what is made of docs/hosts.json: make it anew with `write`")
+            print("docs/hosts.md is what is made of docs/hosts.json")
+        case _:
+            sys.exit(__doc__)
+
+
+def read(*results: Path) -> Run:
+    """What is kept of a run: by part, how many tests passed and how many could not be had; and all that is lacking."""
+    # They were written by a pytest of ours.
+    roots = [ET.parse(path).getroot() for path in results]  # noqa: S314
+    passed: set[tuple[str, str]] = set()
+    without: set[tuple[str, str]] = set()
+    for case in (case for root in roots for case in root.iter("testcase")):
+        name = f"{case.get('classname')}.{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            sys.exit(f"hosts_table: {name} failed: such a run says nothing about its host")
+        _, found, part = (case.get("classname") or "").rpartition(_PART)
+        if not found:
+            continue
+        test = part, _LOOP.sub("", case.get("name") or "")
+        if "not claimed" in {item.get("name") for item in case.iter("property")}:
+            without.add(test)
+        elif case.find("skipped") is None:
+            passed.add(test)
+    if not passed:
+        sys.exit(f"hosts_table: {', '.join(map(str, results))}: no test of the contract has passed")
+    told = [
+        item for root in roots for suite in root.iter("testsuite") for item in suite.iterfind("properties/property")
+    ]
+    values = [item.get("value") or "" for item in told if item.get("name") == "unisandbox backend without"]
+    lacking = {value.removeprefix(_BACKEND) for value in values if value.startswith(_BACKEND)}
+    counts = Counter(part for part, _ in passed), Counter(part for part, _ in without)
+    parts = {part: [counted[part] for counted in counts] for part in sorted({*counts[0], *counts[1]})}
+    return {"parts": parts, "lacking": sorted(lacking)}
+
+
+def page(runs: dict[str, Run]) -> str:
+    """The whole page."""
+    parts = sorted({part for run in runs.values() for part in run["parts"]})
+    rows = [[_title(part), *(_cell(run["parts"].get(part)) for run in runs.values())] for part in parts]
+    rows.append(["all that were run", *(_cell(_total(run)) for run in runs.values())])
+    anywhere = sorted({name for run in runs.values() for name in run["lacking"]})
+    # What is lacking on every host is the backend's own.
+    lost = [name for name in anywhere if not all(name in run["lacking"] for run in runs.values())]
+    if unexplained := set(lost) - set(WHY):
+        sys.exit(f"hosts_table: say in WHY why a host is without {', '.join(sorted(unexplained))}")
+    losses = [
+        [f"`{name}`", *("lost" if name in run["lacking"] else "" for run in runs.values()), WHY[name]] for name in lost
+    ]
+    return _HEAD + _table(["", *runs], rows) + _LOST + _table(["without", *runs, "why"], losses)
+
+
+def _total(run: Run) -> list[int]:
+    return [sum(numbers[i] for numbers in run["parts"].values()) for i in (0, 1)]
+
+
+def _cell(numbers: list[int] | None) -> str:
+    if numbers is None:
+        return "-"
+    passed, without = numbers
+    return f"{passed} passed" + (f", {without} not claimed" if without else "")
+
+
+def _title(part: str) -> str:
+    """The first words of the module's own."""
+    docstring = ast.get_docstring(ast.parse((TESTS / f"test_{part}.py").read_text())) or part
+    return docstring.partition("\n")[0].partition(":")[0].rstrip(".")
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    main()

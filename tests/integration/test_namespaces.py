@@ -6,8 +6,6 @@ import encodings.idna  # noqa: F401 (sockets import it when first used, when our
 import errno
 import os
 import socket
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,17 +244,3 @@ def test_an_ended_process_is_in_no_namespace() -> None:
     os.waitpid(pid, 0)
     with pytest.raises(ProcessLookupError):
         namespaces.process_namespaces(pid)
-
-
-def test_making_namespaces_is_fast(tmp_path: Path) -> None:
-    def work(_: Path) -> object:
-        times = []
-        for _n in range(10):
-            start = time.perf_counter()
-            fds = _named([_step(hostname="box")], [])
-            times.append(time.perf_counter() - start)
-            for fd in fds.values():
-                os.close(fd)
-        return statistics.median(times)
-
-    assert isolated(work, tmp_path) < 0.02

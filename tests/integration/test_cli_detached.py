@@ -601,3 +601,26 @@ def test_a_record_that_cannot_be_used_is_told_by_every_command_and_freed_by_doct
     wait_ended(keeper)
     assert settle(before) == []
     assert listed() == {"sandboxes": [], "recovered": [], "damaged": []}
+
+
+@pytest.mark.usefixtures("only_ours")
+def test_doctor_leaves_to_a_later_version_what_that_has_written(state: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = Inventory.take()
+    launched("--name", "theirs", "sleep", "1000")
+    keeper = keeper_of(state)
+    [record] = (state / "sandboxes").iterdir()
+    good = record.read_bytes()
+    record.write_bytes(good.replace(b'"version": 3', b'"version": 4'))
+    done = run("ps", "-a")
+    assert done.stdout.splitlines()[1:] == []
+    assert "written by a later unisandbox" in done.stderr.decode()
+    assert "use that version" in done.stderr.decode()
+    assert run_app(["doctor", "--fix", "--json"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert [(left["kind"], left["what"]) for left in answer["leftovers"]] == [("later", str(record))]
+    assert (answer["removed"], answer["failures"]) == ([], {})
+    os.kill(keeper, 0)
+    record.write_bytes(good)  # here this version is that version
+    ok("rm", "-f", "theirs")
+    wait_ended(keeper)
+    assert settle(before) == []

@@ -41,11 +41,14 @@ class DamagedRecord:
         path: where it was.
         reason: what is wrong with it.
         kept_as: where it is kept now; `path` itself when it was not moved.
+        later: a later version of unisandbox has written it. Where its keeper lives, only that version or an owner who
+            opens the engine anew frees what it describes.
     """
 
     path: str
     reason: str
     kept_as: str = ""
+    later: bool = False
 
 
 @attrs.frozen

@@ -145,6 +145,7 @@ def recovered(report: RecoveryReport) -> list[str]:
     for bad in report.damaged:
         kept = f"; it is kept as {bad.kept_as}" if bad.kept_as else ""
         if report.keeper == "attached":
-            kept = ". What it describes may run on: unisandbox doctor --fix frees it"
+            remedy = "use that version" if bad.later else "unisandbox doctor --fix frees it"
+            kept = f". What it describes may run on: {remedy}"
         lines.append(f"the record {bad.path} cannot be used: {bad.reason}{kept}")
     return lines

@@ -78,11 +78,13 @@ class Damaged(NamedTuple):
         path: where it was.
         reason: what is wrong with it.
         kept_as: where it is now: `path` itself when it was not moved.
+        later: a later version has written it, which may be at work with what it describes.
     """
 
     path: str
     reason: str
     kept_as: str
+    later: bool = False
 
 
 class Records(NamedTuple):
@@ -287,7 +289,8 @@ class RecordStore:
             repair: for the one that may change the store. What cannot be used is moved into the directory `damaged`
                 beside this one, under a new name, and temporary files of writers that were killed are removed. False:
                 only look.
-            alone: nobody else writes. False: then temporary files may be those of writers that live, and stay.
+            alone: nobody else writes. False: then temporary files may be those of writers that live, and records of a
+                later version those of processes that live: both stay.
 
         Raises:
             OSError: the directory cannot be read, or this process has no file descriptors left.
@@ -304,20 +307,20 @@ class RecordStore:
                 durable.remove_temporary(path)
             if not name.endswith(_SUFFIX):
                 continue
-            found = self._look(name, path, repair=repair)
+            found = self._look(name, path, repair=repair, alone=alone)
             if isinstance(found, Record):
                 records.append(found)
             elif found is not None:
                 damaged.append(found)
         return Records(tuple(records), tuple(damaged))
 
-    def _look(self, name: str, path: str, *, repair: bool) -> Record | Damaged | None:
+    def _look(self, name: str, path: str, *, repair: bool, alone: bool) -> Record | Damaged | None:
         while True:
             try:
                 found = self._read(name, path)
                 if isinstance(found, Record):
                     return found
-                if not repair or not found.movable:
+                if not repair or not found.movable or (found.damage.later and not alone):
                     return found.damage
             except FileNotFoundError:
                 return None  # removed meanwhile
@@ -343,7 +346,7 @@ class RecordStore:
             # The disk fails, or it is not for us to read: it may be good, so it stays.
             return _Unusable(Damaged(path, f"it cannot be read: {error.strerror}", path), None, movable=False)
         except (ValueError, RecursionError, InvalidArgumentError) as error:
-            return _Unusable(Damaged(path, str(error), path), identity)
+            return _Unusable(Damaged(path, str(error), path, later=isinstance(error, _LaterError)), identity)
         return record
 
     def _set_aside(self, found: _Unusable) -> Damaged:
@@ -357,6 +360,10 @@ class RecordStore:
             reason = f"{damage.reason}; it could not be moved to {directory} ({error.strerror})"
             return damage._replace(reason=reason)
         return damage._replace(kept_as=kept_as)
+
+
+class _LaterError(ValueError):
+    """It is whole, and this version is too old for it."""
 
 
 class _Unusable(NamedTuple):
@@ -390,7 +397,7 @@ def _parse(raw: bytes) -> Record:
         raise ValueError("it is no record")
     version = outer["version"]
     if version > RECORD_VERSION:
-        raise ValueError(f"it has version {version}, written by a later unisandbox; this one knows {RECORD_VERSION}")
+        raise _LaterError(f"it has version {version}, written by a later unisandbox; this one knows {RECORD_VERSION}")
     if version < 1 or type(body := outer.get("record")) is not dict:
         raise ValueError("it is no record")
     if _line(version, body) != raw:
@@ -416,7 +423,7 @@ def _record(body: Mapping[str, object]) -> Record:
     names = set(Record._fields)
     unknown, missing = sorted(set(body) - names), sorted(names - set(body))
     if unknown:
-        raise ValueError(f"the field {unknown[0]!r:.80} is not known; a later unisandbox may have written it")
+        raise _LaterError(f"the field {unknown[0]!r:.80} is not known; a later unisandbox may have written it")
     if missing:
         raise ValueError(f"the field {missing[0]!r} is missing")
     for name, (check, wanted) in _CHECKS.items():

@@ -105,10 +105,10 @@ class Recovery:
         )
 
     async def free_unrecorded(self) -> RecoveryReport:
-        """Set aside the records that cannot be used, and free what none speaks of, while others use the engine.
+        """Set aside the records that are damaged, and free what none speaks of, while others use the engine.
 
         For one that has attached: no owner may come for a long time. What is being made is left alone: whoever makes it
-        has written its record before.
+        has written its record before. So are the records of a later version, and what they describe.
 
         Raises:
             DeadlineExceededError: another process has been at this for long.
@@ -253,7 +253,7 @@ async def recover_attached(core: EngineCore) -> RecoveryReport:
     """What one that has attached does: free what was cut, and tell which records cannot be used.
 
     These stay, and so does what they describe: another version of this library may be at work with them. An owner that
-    comes frees it, or `Recovery.free_unrecorded`.
+    comes frees it, or (but for what a later version has written) `Recovery.free_unrecorded`.
     """
     records = core.records.read_all(repair=False)
     return RecoveryReport("attached", await _free_cut(core, records), _told(records))
@@ -292,7 +292,7 @@ async def _free_cut(core: EngineCore, records: Records) -> tuple[SandboxRecovere
 
 
 def _told(records: Records) -> tuple[DamagedRecord, ...]:
-    return tuple(DamagedRecord(bad.path, bad.reason, bad.kept_as) for bad in records.damaged)
+    return tuple(DamagedRecord(bad.path, bad.reason, bad.kept_as, bad.later) for bad in records.damaged)
 
 
 def _is_halfway(record: Record) -> bool:

@@ -20,7 +20,19 @@ from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import leases
 
 Kind = Literal[
-    "keeper", "state", "record", "stray", "process", "cgroup", "loop", "mount", "image", "directory", "file", "link"
+    "keeper",
+    "state",
+    "record",
+    "later",
+    "stray",
+    "process",
+    "cgroup",
+    "loop",
+    "mount",
+    "image",
+    "directory",
+    "file",
+    "link",
 ]
 
 _SHORT: Final = re.compile(r"[a-z2-7]{10}")
@@ -33,8 +45,8 @@ class Leftover:
     Attributes:
         kind: "keeper": one that waits for an owner and has no sandboxes, or one whose state directory is gone; "state":
             a state directory with records, whose keeper is gone; "record": one that cannot be used, of an engine that
-            lives; "stray": a cgroup or disk image of such a one, of which no record speaks. All else is a thing of an
-            engine that has ended.
+            lives; "later": one that a later version has written, of such an engine; "stray": a cgroup or disk image of
+            such a one, of which no record speaks. All else is a thing of an engine that has ended.
         what: which one: a path, or a process's number and name.
         engine_id: whose it was; "" when that is not known, or it was shared.
         why: why it is left over, and if it cannot be removed here, why not and what to do.
@@ -104,18 +116,20 @@ def _of_living(engine_id: str, engine: Traces) -> list[Leftover]:
     if engine.temporary or not engine.state_dir:
         return []
     records = RecordStore(os.path.join(engine.state_dir, SANDBOXES), durable=False).read_all(repair=False)
-    if records.damaged:
-        found = [
-            (bad.path, f"it cannot be used: {bad.reason}. What it described is freed with it")
-            for bad in records.damaged
-        ]
-        kind: Kind = "record"
-    else:
-        kind, unrecorded = "stray", _unrecorded(engine_id, engine)
-        why = "its engine lives, and no record speaks of it"
-        # Looked at again: the record of a sandbox that is removed is the last that goes.
-        found = [(path, why) for path in (*unrecorded.cgroups, *unrecorded.images) if os.path.lexists(path)]
-    return [Leftover(kind, what, engine_id, why, removable=False, state_dir=engine.state_dir) for what, why in found]
+    found: list[tuple[Kind, str, str]] = []
+    for bad in records.damaged:
+        if bad.later:
+            why = f"{bad.reason}. What it describes may be at work: use that version, or end its engine"
+            found.append(("later", bad.path, why))
+        else:
+            found.append(("record", bad.path, f"it cannot be used: {bad.reason}. What it described is freed with it"))
+    unrecorded = _unrecorded(engine_id, engine)
+    why = "its engine lives, and no record speaks of it"
+    # Looked at again: the record of a sandbox that is removed is the last that goes.
+    found += [("stray", path, why) for path in (*unrecorded.cgroups, *unrecorded.images) if os.path.lexists(path)]
+    return [
+        Leftover(kind, what, engine_id, why, removable=False, state_dir=engine.state_dir) for kind, what, why in found
+    ]
 
 
 def _without_engine(host: HostTraces) -> list[Leftover]:
@@ -171,10 +185,10 @@ def _unrecorded(engine_id: str, engine: Traces) -> Traces:
     """What an engine with records has, and none of them speaks of."""
     # Before the records: of an engine that lives sandboxes come, and these have a record first.
     below = [(name, f"{cgroup}/{name}") for cgroup in engine.cgroups for name in subdirectories(cgroup)]
-    found = RecordStore(os.path.join(engine.state_dir, SANDBOXES), durable=False).read_all(repair=False)
-    if found.damaged:
+    store = RecordStore(os.path.join(engine.state_dir, SANDBOXES), durable=False)
+    if any(not bad.later for bad in store.read_all(repair=False).damaged):
         return Traces(engine.state_dir)  # any of it may be what a damaged one spoke of
-    recorded = {short_name(engine_id, record.sandbox_id) for record in found.records}
+    recorded = {short_name(engine_id, sandbox_id) for sandbox_id in store.ids()}
     return Traces(
         engine.state_dir,
         cgroups=[path for name, path in below if _SHORT.fullmatch(name) and name not in recorded],

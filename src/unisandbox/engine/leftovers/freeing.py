@@ -9,7 +9,7 @@ from unisandbox.engine.recovery import Recovery
 
 
 async def free_unrecorded(state_dir: str) -> RecoveryReport:
-    """Set aside the records there that cannot be used, and free what none speaks of; all else goes on.
+    """Set aside the records there that are damaged, and free what none speaks of; all else goes on.
 
     Raises:
         UnavailableError: no engine lives there any more.

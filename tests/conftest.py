@@ -12,7 +12,9 @@ import pytest
 from tests.places import own_places
 
 from unisandbox.conformance.inventory import Inventory, leaves_nothing_behind, settle
+from unisandbox.conformance.plugin import add_shared_options
 from unisandbox.conformance.scope import run_cgroup
+from unisandbox.conformance.turns import of_the_other_loop
 from unisandbox.conformance.waiting import bound
 
 if TYPE_CHECKING:
@@ -33,12 +35,7 @@ OF_THE_MACHINE = tuple(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--long", action="store_true", help="run the big counts in full instead of at a tenth")
-    parser.addoption(
-        "--by-turns",
-        action="store_true",
-        help="run each test in integration/ and faults/ on one of the event loops, by turns",
-    )
+    add_shared_options(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,10 +72,11 @@ def is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--by-turns"):
-        spared = of_the_other_loop(items)
-        config.hook.pytest_deselected(items=list(spared))
-        items[:] = [item for item in items if item not in spared]
+    if config.getoption("--by-turns") and not config.getoption("--long"):
+        spared = of_the_other_loop(items, lambda item: item.path.parent.name in BY_TURNS)
+        config.hook.pytest_deselected(items=spared)
+        out = set(spared)
+        items[:] = [item for item in items if item not in out]
     # What takes longest is begun first, so that no worker has it before it when the others have nothing left.
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if os.geteuid() == 0:
@@ -86,21 +84,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("root"):
             item.add_marker(pytest.mark.skip(reason="needs root on this host"))
-
-
-def of_the_other_loop(items: list[pytest.Item]) -> set[pytest.Item]:
-    """Those that are spared where each test has one of the event loops, by turns."""
-    turns: dict[tuple[str, object], int] = {}
-    spared: set[pytest.Item] = set()
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        if callspec is None or "anyio_backend" not in callspec.params or item.path.parent.name not in BY_TURNS:
-            continue
-        others = tuple(index for name, index in sorted(callspec.indices.items()) if name != "anyio_backend")
-        turn = turns.setdefault((item.nodeid.partition("[")[0], others), len(turns) % 2)
-        if callspec.params["anyio_backend"] != ("asyncio", "trio")[turn]:
-            spared.add(item)
-    return spared
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -19,6 +19,6 @@ def pytest_load_initial_conftests(early_config: pytest.Config, args: Sequence[st
     """Load the plugin if its tests are asked for."""
     if any(arg.startswith("unisandbox.conformance") or "unisandbox/conformance" in arg for arg in args):
         early_config.pluginmanager.import_plugin(_PLUGIN)
-        from unisandbox.conformance.plugin import add_long
+        from unisandbox.conformance.plugin import add_shared_options
 
-        add_long(parser)
+        add_shared_options(parser)

@@ -51,13 +51,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # After the conftest.py files of the command line.
 @pytest.hookimpl(trylast=True)
 def pytest_load_initial_conftests(parser: pytest.Parser) -> None:
-    add_long(parser)
+    add_shared_options(parser)
 
 
-def add_long(parser: pytest.Parser) -> None:
-    """Know `--long`, unless a conftest.py has it already, with the same meaning."""
-    with contextlib.suppress(ValueError):
-        parser.addoption("--long", action="store_true", help="run the big counts in full instead of at a tenth")
+def add_shared_options(parser: pytest.Parser) -> None:
+    """Know `--long` and `--by-turns`, unless a conftest.py has one already, with the same meaning."""
+    for name, meaning in (
+        ("--long", "run the big counts in full instead of at a tenth"),
+        ("--by-turns", "run tests that take long on one of the event loops each, by turns (not with --long)"),
+    ):
+        with contextlib.suppress(ValueError):
+            parser.addoption(name, action="store_true", help=meaning)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,7 +78,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         for (test, full), count in sorted(counts.items()):
             terminalreporter.write_line(f"{test}: {count} of {full}")
     for name, count in config.stash.get(SPARED, {}).items():
-        terminalreporter.write_line(f"{name} starts slowly: each test on one event loop, {count} not run (--long: all)")
+        terminalreporter.write_line(f"{name}: each test on one event loop, by turns: {count} not run (--long: all)")
     if lines := [*_by_backend(terminalreporter.stats)]:
         terminalreporter.section("conformance by backend")
         for line in lines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterable
 
 import anyio
@@ -13,6 +14,7 @@ from _pytest.mark import ParameterSet
 from unisandbox.api import Capabilities, Probe, Resources, SandboxError, Security
 from unisandbox.conformance.guest_programs import GuestPrograms
 from unisandbox.conformance.programs import MachinePrograms, Programs
+from unisandbox.conformance.turns import of_the_other_loop
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.sandbox import SandboxOptions
 
@@ -46,7 +48,7 @@ TESTED = "unisandbox backend"
 LACKING = "not claimed"
 WITHOUT = "unisandbox backend without"
 _CANDIDATES: pytest.StashKey[list[Candidate]] = pytest.StashKey()
-SPARED: pytest.StashKey[dict[str, int]] = pytest.StashKey()
+SPARED: pytest.StashKey[Counter[str]] = pytest.StashKey()
 COUNTS: pytest.StashKey[dict[tuple[str, int], int]] = pytest.StashKey()
 
 
@@ -180,25 +182,19 @@ def event_loops() -> list[ParameterSet]:
 
 
 def spare(config: pytest.Config, items: list[pytest.Item]) -> list[pytest.Item]:
-    """Take out, and return, the half of the tests of backends that start slowly; none with --long."""
+    """Take out, and return, the half of the tests of backends that start slowly, or of all: see `--by-turns`."""
     if config.getoption("long", default=False) or importlib.util.find_spec("trio") is None:
         return []
-    turns: dict[object, int] = {}
-    spared = []
-    for item in items:
+
+    def takes_turns(item: pytest.Item) -> bool:
         candidate = of(item)
         if candidate is None or candidate.backend is None:
-            continue
-        callspec = item.callspec  # type: ignore[attr-defined]
-        loop = callspec.params.get("anyio_backend")
-        if loop is None or _start_seconds(config, candidate) <= _SLOW_START_SECONDS:
-            continue
-        others = tuple((name, index) for name, index in sorted(callspec.indices.items()) if name != "anyio_backend")
-        turn = turns.setdefault((item.nodeid.partition("[")[0], others), len(turns) % 2)
-        if loop != ("asyncio", "trio")[turn]:
-            spared.append(item)
-            counts = config.stash.setdefault(SPARED, {})
-            counts[candidate.name] = counts.get(candidate.name, 0) + 1
+            return False
+        return config.getoption("by_turns", default=False) or _start_seconds(config, candidate) > _SLOW_START_SECONDS
+
+    spared = of_the_other_loop(items, takes_turns)
+    counts = config.stash.setdefault(SPARED, Counter[str]())
+    counts.update(candidate.name for candidate in map(of, spared) if candidate is not None)
     out = set(spared)
     items[:] = [item for item in items if item not in out]
     return spared

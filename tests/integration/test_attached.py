@@ -62,7 +62,7 @@ async def test_what_fails_in_a_sandbox_whose_ttl_was_taken_away_is_told_without_
         with monkeypatch.context() as patched:
             patched.setattr(Keeper, "clients", clients)
             with pytest.raises(UnavailableError, match="this"):
-                async with entry.sharing.or_expired():
+                async with entry.programs.beginning():
                     raise UnavailableError("this")
 
 

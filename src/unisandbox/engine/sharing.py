@@ -151,7 +151,7 @@ class Sharing:
         if over is not None and time.time() >= over:
             await self._until_expired(_EXPIRY_SECONDS)
 
-    async def _has_expired(self) -> bool:
+    async def has_expired(self) -> bool:
         """Whether its ttl is over at this moment, by the keeper's clock and whatever that on the wall says."""
         with contextlib.suppress(UnavailableError):
             await self._until_expired(_NOTE_SECONDS)
@@ -173,20 +173,6 @@ class Sharing:
             while not entry.expired:
                 await self._host.keeper.clients()  # with each answer comes what is new
                 await anyio.sleep(_EXPIRY_POLL)
-
-    @contextlib.asynccontextmanager
-    async def or_expired(self) -> AsyncIterator[None]:
-        """What fails because its ttl is over fails with that, and not with what happens to show it.
-
-        Raises:
-            NotFoundError: its ttl is over.
-        """
-        try:
-            yield
-        except SandboxError as error:
-            if await self._has_expired():
-                raise self._entry.gone() from error
-            raise
 
     @property
     def is_whole(self) -> bool:
@@ -295,7 +281,7 @@ class Sharing:
         started = await self._sandboxer.recover(request)
         if started is None and to_free:
             return
-        if started is None and await self._has_expired():
+        if started is None and await self.has_expired():
             await self._vanish()
             raise entry.gone()
         if started is None and record.expires_at is not None and time.time() >= record.expires_at:
@@ -356,7 +342,7 @@ class Sharing:
             try:
                 started = await self._sandboxer.recover(request)
             except (SandboxError, OSError):
-                if await self._has_expired():  # in the middle
+                if await self.has_expired():  # in the middle
                     return False
                 raise
             if started is None:

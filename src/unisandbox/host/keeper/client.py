@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import json
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -376,6 +377,19 @@ class Keeper:
     async def notes(self, prefix: str = "") -> dict[str, str]:
         """The notes whose names begin with `prefix`."""
         return cast("dict[str, str]", await self._link.pages("notes", prefix))
+
+    async def note_process(self, name: str, pid: int, start_time: int, pidfd: int) -> None:
+        """Let the keeper hold the pidfd of a process under a name, and note which one it is."""
+        await self.spools.hold_now({name: pidfd})
+        await self.note(name, json.dumps([pid, start_time]))
+
+    async def noted_process(self, name: str) -> tuple[int, int] | None:
+        """The pid and start time of the process that `note_process` noted; its pidfd is what is held as `name`."""
+        note = (await self.notes(name)).get(name)
+        if note is None:
+            return None
+        pid, start_time = json.loads(note)
+        return pid, start_time
 
     async def clients(self) -> frozenset[int]:
         """The numbers (see `Hello.client`) of all that are connected now."""

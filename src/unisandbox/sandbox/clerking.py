@@ -20,7 +20,8 @@ from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.protocol import Packet
 from unisandbox.host.memory import in_memory
 from unisandbox.host.power import ids
-from unisandbox.sandbox.files import METHODS, Files
+from unisandbox.sandbox.files import Files
+from unisandbox.sandbox.reaching import METHODS
 
 
 class _Standing:

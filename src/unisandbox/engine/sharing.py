@@ -140,7 +140,7 @@ class Sharing:
         if seconds is None:
             keeper.drop_now([self._expiry])
         else:
-            keeper.note_now(self._expiry, str(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
+            keeper.notes.write_now(self._expiry, str(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
 
     async def await_expiry(self) -> None:
         """About the time at which its ttl is over: wait until the keeper, whose clock decides, has said so.
@@ -164,7 +164,7 @@ class Sharing:
             return
         if not self._host.keeper.alive:
             return
-        noted = (await self._host.keeper.notes(self._expiry)).get(self._expiry)
+        noted = await self._host.keeper.notes.find(self._expiry)
         # Without a note it is not to expire any more, or it has: the keeper forgets it when it is about to say so, and
         # what it says has come before this answer.
         if noted is None or float(noted) > time.clock_gettime(time.CLOCK_BOOTTIME) + within:

@@ -124,7 +124,8 @@ class UserNetwork:
                 process = f"/{helper.pid}/{helper.start_time}"
                 await keeper.guard([Guard(f"{prefix}{_HELD_HELPER}", "kill_process", (process,))])
             if host.shared:
-                await keeper.note_process(f"{prefix}{_HELD_HELPER}", helper.pid, helper.start_time, helper._pidfd)
+                name = f"{prefix}{_HELD_HELPER}"
+                await keeper.notes.write_process(name, helper.pid, helper.start_time, helper._pidfd)
         except BaseException:
             helper._kill()
             helper.close()
@@ -135,7 +136,7 @@ class UserNetwork:
     async def restore(cls, host: Host, prefix: str, cgroup: Cgroup) -> UserNetwork | None:
         """Take over one that another process has started; None when there is none."""
         name = f"{prefix}{_HELD_HELPER}"
-        noted = await host.keeper.noted_process(name)
+        noted = await host.keeper.notes.find_process(name)
         if noted is None:
             return None
         try:

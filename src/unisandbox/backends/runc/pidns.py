@@ -73,7 +73,7 @@ class SharedPids:
                     await host.keeper.guard([_guard(pod, created)])
                 if host.shared:
                     name = f"{pod.short}/{_FIRST}"
-                    await host.keeper.note_process(name, created.pid, created.start_time, created.pidfd)
+                    await host.keeper.notes.write_process(name, created.pid, created.start_time, created.pidfd)
             finally:
                 os.close(fd)
         except BaseException as error:
@@ -94,7 +94,7 @@ class SharedPids:
     async def restore(cls, host: Host, pod: Pod) -> SharedPids | None:
         """Take over one that another process has made; None while there is none."""
         name = f"{pod.short}/{_FIRST}"
-        noted = await host.keeper.noted_process(name)
+        noted = await host.keeper.notes.find_process(name)
         if noted is None:
             return None
         try:

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 import unisandbox
-from unisandbox.host.subordinate import maps, obstacle, scarcity
+from unisandbox.host.power.ids import maps, scarcity
+from unisandbox.host.power.obstacles import of_user_namespaces
 
 # Of the one whom root makes up.
 _UID = 23456
@@ -155,9 +156,9 @@ def plain_user(*, single: bool = False) -> Iterator[PlainUser]:
         if shutil.which(name) is None:
             pytest.skip(f"{name} is not installed (apt install util-linux uidmap)")
     if os.geteuid() != 0:
-        if why_not := obstacle()[0] or ("" if single else scarcity()[0]):
-            pytest.skip(why_not)
-        if single and not scarcity()[0]:
+        if why_not := of_user_namespaces() or (None if single else scarcity()):
+            pytest.skip(why_not.reason)
+        if single and not scarcity():
             pytest.skip("this user has subordinate ids")
         with tempfile.TemporaryDirectory(prefix="plain-", dir="/tmp") as directory:
             yield PlainUser(Path(directory), None, sys.executable, single=single)

@@ -89,4 +89,4 @@ async def test_a_full_queue_of_a_suspended_keeper_is_not_waited_for_for_ever(tmp
 
 async def _fill(keeper: Keeper) -> None:
     for number in range(10_000):
-        await keeper.note(f"n{number}", "x" * 4096)
+        await keeper.notes.write(f"n{number}", "x" * 4096)

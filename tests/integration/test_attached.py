@@ -62,7 +62,7 @@ async def test_what_fails_in_a_sandbox_whose_ttl_was_taken_away_is_told_without_
         with monkeypatch.context() as patched:
             patched.setattr(Keeper, "clients", clients)
             with pytest.raises(UnavailableError, match="this"):
-                async with entry.sharing.or_expired():
+                async with entry.programs.beginning():
                     raise UnavailableError("this")
 
 
@@ -122,7 +122,7 @@ async def test_what_an_owner_only_reports_is_freed_by_nobody_who_attaches(tmp_pa
         actions = {found.sandbox_id: found.action for found in engine.recovery.sandboxes}
         assert actions.pop(told["id"]) == "removed"
         assert list(actions.values()) == ["adopted"]
-        assert await engine._core.host.keeper.notes("engine/left/") == {}
+        assert await engine._core.host.keeper.notes.read("engine/left/") == {}
 
 
 async def test_keeper_ends_with_the_last_of_many_that_leave_at_once(tmp_path: Path) -> None:

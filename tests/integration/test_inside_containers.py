@@ -22,7 +22,8 @@ from tests.surroundings import (
     run_inside,
 )
 
-from unisandbox.host import confinement, syscalls
+from unisandbox.host import syscalls
+from unisandbox.host.power import obstacles, standing
 
 pytestmark = pytest.mark.root
 
@@ -433,13 +434,13 @@ def test_a_security_module_is_named_when_it_refuses_a_mount(
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(confinement, "_read", lambda _: label)
+    monkeypatch.setattr(standing, "read", lambda _: label.rstrip("\0"))
     monkeypatch.setattr(syscalls, "mount", refuse)
-    (found,) = confinement.of_mounts()
+    (found,) = obstacles.of_mounts()
     assert (found.what, found.reason.startswith(reason)) == (what, True)
 
 
 def test_a_profile_that_allows_mounts_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confinement, "_read", lambda _: "mine (enforce)\n")
+    monkeypatch.setattr(standing, "read", lambda _: "mine (enforce)")
 
-    assert confinement.of_mounts() == []
+    assert obstacles.of_mounts() == []

@@ -40,17 +40,17 @@ async def test_notes_are_replaced_listed_by_prefix_and_dropped(tmp_path: Path) -
         null = os.open("/dev/null", os.O_RDONLY)
         await keeper.hold("a/1", null)
         os.close(null)
-        await keeper.note("a/1", "old")
-        await keeper.note("a/1", 'new \u00fc\ud83d "\n\u20ac')
-        await keeper.note("a/2", "")
-        await keeper.note("b", "x" * 65536)
-        assert await keeper.notes("a/") == {"a/1": 'new \u00fc\ud83d "\n\u20ac', "a/2": ""}
+        await keeper.notes.write("a/1", "old")
+        await keeper.notes.write("a/1", 'new \u00fc\ud83d "\n\u20ac')
+        await keeper.notes.write("a/2", "")
+        await keeper.notes.write("b", "x" * 65536)
+        assert await keeper.notes.read("a/") == {"a/1": 'new \u00fc\ud83d "\n\u20ac', "a/2": ""}
         await keeper.held()
-        assert await other.notes() == await keeper.notes()
+        assert await other.notes.read() == await keeper.notes.read()
         await keeper.drop(["a/2"])
-        assert sorted(await keeper.notes()) == ["a/1", "b"]
+        assert sorted(await keeper.notes.read()) == ["a/1", "b"]
         await keeper.drop(prefix="a/")
-        assert sorted(await keeper.notes()) == ["b"]
+        assert sorted(await keeper.notes.read()) == ["b"]
         assert await keeper.held() == {}
 
 
@@ -61,26 +61,26 @@ async def test_large_notes_and_many_are_listed_whole(tmp_path: Path) -> None:
     wanted |= {f"\u00e9{number:0100}": str(number) for number in range(2000)}
     async with keeper_at(tmp_path) as keeper:
         for name, value in wanted.items():
-            await keeper.note(name, value)
-        assert await keeper.notes() == wanted
+            await keeper.notes.write(name, value)
+        assert await keeper.notes.read() == wanted
 
 
 async def test_notes_that_are_too_large_are_refused(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         for name, value in (("n", "x" * 65537), ("n", "\u00e9" * 32769), ("n", "a\0b"), ("", "x"), ("x" * 257, "x")):
             with pytest.raises(InvalidArgumentError):
-                await keeper.note(name, value)
-        await keeper.note("kept", "first")
+                await keeper.notes.write(name, value)
+        await keeper.notes.write("kept", "first")
         for number in range(1100):
-            await keeper.note(f"n{number}", "x" * 65536)
-        await keeper.note("kept", "s" * 65536)
-        notes = await keeper.notes("n")
+            await keeper.notes.write(f"n{number}", "x" * 65536)
+        await keeper.notes.write("kept", "s" * 65536)
+        notes = await keeper.notes.read("n")
         assert 60 << 20 < sum(map(len, notes.values())) <= 64 << 20
-        assert await keeper.notes("kept") == {"kept": "first"}
+        assert await keeper.notes.read("kept") == {"kept": "first"}
         assert "no room for note 'n1099'" in Path(f"{tmp_path}/state/keeper.log").read_text()
         await keeper.drop(prefix="n")
-        await keeper.note("kept", "third")
-        assert await keeper.notes() == {"kept": "third"}
+        await keeper.notes.write("kept", "third")
+        assert await keeper.notes.read() == {"kept": "third"}
 
 
 # --- events ---
@@ -143,7 +143,7 @@ async def test_the_keeper_tells_an_end_when_it_comes(tmp_path: Path) -> None:
             end = _notice(name, name, counter=str(counter if number < 3 else tmp_path / "none"), packets=[packets])
             keeper.events.publish({"n": "begin"}, key="begin", end=end)
         keeper.events.publish({"n": "begin"}, key="begin", end=_notice("not held", "x"))
-        keeper.note_now("life2-noted", "yes")
+        keeper.notes.write_now("life2-noted", "yes")
         always, rare = ("always", "aa", 2), ("rare", "aa", 2)
         for number, wanted in enumerate([[rare, always], [always], [always]]):
             before = await told(0)

@@ -60,7 +60,7 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
         await keeper.guard([Guard(f"{{name}}/tree", "remove_tree", [f"{{place}}/{{name}}"])])
         os.mkdir(f"{{place}}/{{name}}")
         await keeper.spools.hold_now({{f"{{name}}/null": null}})
-        await keeper.note(f"{{name}}/note", "x")
+        await keeper.notes.write(f"{{name}}/note", "x")
     await keeper.guard([Guard("s1/work", "remove_tree", [work])])
     await keeper.guard([Guard("s1/cgroup", "rmdir_cgroup", [inside]), Guard("s1/processes", "kill_cgroup", [inside])])
     os.mkdir(inside)
@@ -93,7 +93,7 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
             assert not os.path.exists(inside)
             assert os.listdir(f"/proc/{pid}/root{tmp_path}/work") == []
             assert list(await keeper.held()) == ["s2/null"]
-            assert list(await keeper.notes()) == ["s2/note"]
+            assert list(await keeper.notes.read()) == ["s2/note"]
             assert (tmp_path / "s2").exists()
             report = await keeper.close()
             assert (report.done, report.failures) == (1, 0)  # those of s1 are forgotten
@@ -176,11 +176,11 @@ async def test_a_guard_that_fails_is_kept_for_the_end_and_the_number_too(tmp_pat
     ids.mkdir()
     async with keeper_at(tmp_path) as keeper:
         await keeper.guard([Guard("s/d", "rmdir", [f"{tmp_path}/d"])])
-        await keeper.note("s/note", "x")
+        await keeper.notes.write("s/note", "x")
         number = await keeper.lease(str(ids), 0, 1, name="s/ids")
         await keeper.expirations.set("s/", 0)
         await told(keeper, "s/")
-        assert await keeper.notes() == {}
+        assert await keeper.notes.read() == {}
         with pytest.raises(BlockingIOError):
             await keeper.lease(str(ids), 0, 1, name="another")
         assert await keeper.lease(str(ids), 0, 1, name="s/ids") == number

@@ -16,6 +16,7 @@ import pytest
 from tests.isolated import isolated, open_fds
 
 from unisandbox.host import jobs, loop, mounts, syscalls, tree
+from unisandbox.host.power import standing
 
 pytestmark = pytest.mark.root
 
@@ -196,7 +197,7 @@ def test_overlays_of_old_kernels_are_the_same(tmp_path: Path, monkeypatch: pytes
         raise OSError(22, "this kernel has no lowerdir+")
 
     monkeypatch.setattr(tree, "_overlay_mount", refuse)
-    monkeypatch.setattr(tree, "_kernel", lambda: (6, 1))
+    monkeypatch.setattr(standing, "kernel", lambda: (6, 1))
 
     def work(where: Path) -> object:
         layers = [where / f"layer{n}" for n in range(30)]

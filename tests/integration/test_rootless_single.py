@@ -207,10 +207,11 @@ def test_init_is_executed_by_whoever_may_not_read_it_and_so_cannot_be_reached_fr
         # execute. Nobody has CAP_SYS_PTRACE there.
         import shutil
         from unisandbox.host import subordinate, syscalls
+        from unisandbox.host.power import ids
         PTRACE, OVERRIDE, READ_SEARCH = 1 << 19, 1 << 1, 1 << 2
         program = shutil.copy("/bin/sleep", HOME + "/program")
         os.chmod(program, 0o111)
-        subordinate.enter(*subordinate.maps())
+        subordinate.enter(*ids.maps())
         syscalls.prctl(24, 19)  # PR_CAPBSET_DROP
         effective, permitted, _ = syscalls.capget()
         syscalls.capset(effective & ~PTRACE, permitted & ~PTRACE, 0)

@@ -240,7 +240,7 @@ async def test_a_pod_that_cannot_be_taken_over_harms_no_other(
             keeper = server.pods.core.host.keeper
             streams = server.pods.place(await server.pods.entry(bad, None)).streams
             await streams.hold(CONTAINER, "", Streams(), Ends())
-            keeper.note_now(f"{server.pods.core.host.prefix(bad)}io/{CONTAINER}/-/told", "not what we write")
+            keeper.notes.write_now(f"{server.pods.core.host.prefix(bad)}io/{CONTAINER}/-/told", "not what we write")
             path = server.pods.path(deaf)
         os.unlink(path)
         os.mkdir(path)
@@ -340,7 +340,7 @@ async def test_what_is_told_of_a_process_that_is_gone_is_not_kept(
             await kill(engine)
         heard.taking.set()
         await heard.until("exit", 2)  # what was told before is acknowledged
-        notes = await server.pods.core.host.keeper.notes()
+        notes = await server.pods.core.host.keeper.notes.read()
         assert [name for name in notes if "/e1" in name] == []
         for each in (main, fifos):
             each.close()

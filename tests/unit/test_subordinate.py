@@ -7,6 +7,7 @@ import pytest
 from unisandbox.api import Rootfs, UnsupportedError
 from unisandbox.backends.runc import users
 from unisandbox.host import subordinate
+from unisandbox.host.power import ids, standing
 
 # A user 1000 with two ranges.
 ROWS = [[0, 1000, 1], [1, 100_000, 500], [501, 300_000, 600]]
@@ -44,10 +45,10 @@ def test_root_has_the_ids_that_are_his_already_row_by_row(
     monkeypatch: pytest.MonkeyPatch, told: str, rows: list[list[int]]
 ) -> None:
     """The kernel takes no row that spans two of the namespace above."""
-    monkeypatch.setattr(subordinate, "_read", lambda _: told)
+    monkeypatch.setattr(standing, "read", lambda _: told)
     monkeypatch.setattr("os.geteuid", lambda: 0)
 
-    assert subordinate.maps() == (rows, rows)
+    assert ids.maps() == (rows, rows)
 
 
 @pytest.mark.parametrize("release", ["6.1.0-57-cloud-amd64", "5.15.0"])
@@ -60,7 +61,7 @@ def test_a_directory_to_be_written_is_refused_where_its_directories_could_not_be
 
 def test_the_range_that_is_proposed_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
     files = {"/etc/subuid": "a:100000:65536\nb:300000:10\nodd\n", "/etc/subgid": "a:400000:65536"}
-    monkeypatch.setattr(subordinate, "_read", lambda path: files.get(path, ""))
-    assert subordinate._free() == "465536-531071"
+    monkeypatch.setattr(standing, "read", lambda path: files.get(path, ""))
+    assert ids._free() == "465536-531071"
     files.clear()
-    assert subordinate._free() == "100000-165535"
+    assert ids._free() == "100000-165535"

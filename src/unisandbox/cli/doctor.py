@@ -19,8 +19,8 @@ from unisandbox.engine import leftovers
 from unisandbox.engine.choice import probe_all
 from unisandbox.engine.leftovers import Leftover
 from unisandbox.engine.registry import Registry
-from unisandbox.host import confinement, subordinate
 from unisandbox.host.cgroups.hierarchy import read_mounts
+from unisandbox.host.power import remedies, standing
 
 # What an engine cleans up that is opened on the state directory: records of sandboxes, a keeper without an owner.
 _BY_AN_ENGINE: Final = frozenset({"state", "keeper"})
@@ -165,7 +165,7 @@ def host_facts() -> dict[str, str]:
         "system": platform.freedesktop_os_release().get("PRETTY_NAME", "") if _has_os_release() else "unknown",
         "kernel": f"{uname.release} {uname.machine}",
         "user": _user(),
-        "container": confinement.engine() or "none seen",
+        "container": remedies.engine() or "none seen",
         "processors": str(len(os.sched_getaffinity(0))),
         "memory": _memory(),
         "cgroups": _cgroup_layout(),
@@ -174,7 +174,7 @@ def host_facts() -> dict[str, str]:
 
 
 def _user() -> str:
-    lacking = subordinate.lacking()
+    lacking = standing.lacking()
     return f"id {os.geteuid()}, not root" if os.geteuid() else lacking or "root"
 
 

@@ -15,19 +15,13 @@ from typing import Final
 from unisandbox.api import SandboxError
 from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroups
+from unisandbox.host.power import ids, standing
 from unisandbox.oci.features import find_runtimes
 
 # What this library stands on, and what its extras bring.
 _PACKAGES: Final = ("anyio", "attrs", "trio", "click", "wasmtime", "grpclib", "betterproto2")
-# Capabilities by their numbers, which root has of his own host; source: include/uapi/linux/capability.h.
-_POWER: Final = {
-    "CAP_SYS_ADMIN": 21,
-    "CAP_NET_ADMIN": 12,
-    "CAP_SYS_PTRACE": 19,
-    "CAP_MKNOD": 27,
-    "CAP_SYS_RESOURCE": 24,
-}
-_FILTERED: Final = "2"  # proc_pid_status(5), Seccomp
+# Without one of these much is missing.
+_POWER: Final = ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_PTRACE", "CAP_MKNOD", "CAP_SYS_RESOURCE")
 
 
 async def more_facts() -> dict[str, str]:
@@ -69,29 +63,22 @@ def _delegated() -> str:
 def _subordinate_ids() -> str:
     if os.geteuid() == 0:
         return "not needed by root"
-    why, _ = subordinate.scarcity()
-    if why:
-        return f"none that can be used: {why}"
-    uids, gids = (subordinate.count(rows) - 1 for rows in subordinate.maps())
+    if scarcity := ids.scarcity():
+        return f"none that can be used: {scarcity.reason}"
+    uids, gids = (subordinate.count(rows) - 1 for rows in ids.maps())
     return f"{uids} uids, {gids} gids"
 
 
 def _restrictions() -> str:
     """What this process may less than another one of the same user."""
-    status = {name: value.strip() for name, _, value in map(_parted, _read("/proc/self/status").splitlines())}
-    found = ["in a user namespace"] * subordinate.is_inside()
-    found += ["no_new_privs"] * (status.get("NoNewPrivs") == "1")
-    found += ["a filter of system calls (seccomp)"] * (status.get("Seccomp") == _FILTERED)
-    profile = _read("/proc/self/attr/current").rstrip("\0")
-    found += [f"AppArmor or SELinux: {profile}"] * (profile not in {"", "unconfined"})
+    found = ["in a user namespace"] * standing.is_inside()
+    found += ["no_new_privs"] * standing.gains_nothing()
+    found += ["a filter of system calls (seccomp)"] * standing.is_filtered()
+    if label := standing.label():
+        found.append(f"AppArmor or SELinux: {label}")
     if os.geteuid() == 0:
-        mask = int(status.get("CapEff", "0"), 16)
-        found += [f"without {name}" for name, number in _POWER.items() if not mask >> number & 1]
+        found += [f"without {name}" for name in standing.without(_POWER)]
     return ", ".join(found) or "none"
-
-
-def _parted(line: str) -> tuple[str, str, str]:
-    return line.partition(":")
 
 
 def _limit(value: int) -> str:

@@ -26,9 +26,8 @@ from unisandbox.api import (
     SupportsGrace,
     TaskService,
     UnavailableError,
-    UnsupportedError,
 )
-from unisandbox.engine import pausing
+from unisandbox.engine import looking, pausing
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
@@ -404,59 +403,13 @@ class Entry:
             self._note("removing")
             await self._free()
 
-    def _as_written(self) -> SandboxStatus:
-        written = attrs.evolve(self.sharing.written_down(), started_at=self.record.started_at)
-        return attrs.evolve(written, state="ready" if self.record.phase == "ready" else "stopped")
-
     async def status(self) -> SandboxStatus:
-        """The state at this moment; never waits for another call.
-
-        Raises:
-            NotFoundError: it was removed.
-            UnavailableError: the keeper is dead, and what ran in the sandbox with it.
-        """
-        self.check_alive()
-        self._core.check_keeper()
-        if self._core.host.shared and self.known:
-            await self.sharing.await_expiry()
-            self.check_alive()
-            if self.state == "unread" and not self.sharing.is_whole:
-                return self.sharing.written_down()
-            try:
-                await self.sharing.look()
-            except NotFoundError:
-                if self.removed:
-                    raise
-                # Its ttl is over; its name is not free yet.
-                return attrs.evolve(self.sharing.written_down(), state="stopped")
-            except FailedPreconditionError:
-                if self.sharing.is_whole:
-                    raise
-                return self.sharing.written_down()  # its removal was begun since we looked, or was cut
-            except UnsupportedError:
-                return self._as_written()  # it lives in another process, and cannot be used from here
-            if self.state == "unread":
-                return self._as_written()  # a change by another task is about to read it
-        with self.in_our_words():
-            status = await self.sandboxer.status(self.sandbox_id)
-        record = self.record
-        return attrs.evolve(
-            status,
-            generation=record.generation,
-            expires_at=record.expires_at,
-            started_at=record.started_at or status.started_at,
-            stopped_at=(record.stopped_at or status.stopped_at) if status.state == "stopped" else None,
-        )
+        """See `looking.status`."""
+        return await looking.status(self._core, self)
 
     async def metrics(self) -> Metrics:
-        """What it uses now.
-
-        Raises:
-            NotFoundError: it was removed.
-        """
-        await self.sharing.reach()
-        with self.in_our_words():
-            return await self.sandboxer.metrics(self.sandbox_id)
+        """See `looking.metrics`."""
+        return await looking.metrics(self)
 
     async def pause(self) -> None:
         """See `pausing.pause`."""

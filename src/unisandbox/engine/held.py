@@ -122,7 +122,7 @@ class HeldProcesses:
             return
         keeper = self._host.keeper
         held = HeldProcess(exec_id, spec, keeper.hello.client, operation_id)
-        await keeper.note(self._exec(exec_id), _text(held))
+        await keeper.notes.write(self._exec(exec_id), _text(held))
         await self.hold_streams(exec_id, streams)
 
     async def hold_streams(self, exec_id: str, streams: Mapping[StreamName, int]) -> None:
@@ -146,14 +146,14 @@ class HeldProcesses:
         """The main container gets a program of its own."""
         self._launched = True
         if self._host.shared:
-            await self._host.keeper.note(f"{self._prefix}launched", "yes")
+            await self._host.keeper.notes.write(f"{self._prefix}launched", "yes")
 
     async def launched(self) -> bool:
         """Whether the main container has a program of its own, whoever has launched it."""
         if not self._host.shared:
             return self._launched
         name = f"{self._prefix}launched"
-        return name in await self._host.keeper.notes(name)
+        return await self._host.keeper.notes.find(name) is not None
 
     def forget_launch(self) -> None:
         """The main container is gone."""
@@ -165,7 +165,7 @@ class HeldProcesses:
         """All that are held, in the order of their names."""
         if not self._host.shared:
             return []
-        notes = await self._host.keeper.notes(f"{self._prefix}exec/")
+        notes = await self._host.keeper.notes.read(f"{self._prefix}exec/")
         return [_process_of(name.rpartition("/")[2], json.loads(text)) for name, text in notes.items()]
 
     async def orphans(self) -> list[HeldProcess]:
@@ -187,7 +187,7 @@ class HeldProcesses:
                 if process in await self.orphans():
                     taken = await self._take_streams(process)
                     mine = process._replace(client=keeper.hello.client)
-                    await keeper.note(self._exec(process.exec_id), _text(mine))
+                    await keeper.notes.write(self._exec(process.exec_id), _text(mine))
             return taken
         finally:
             keeper.locks.unlock(lock)

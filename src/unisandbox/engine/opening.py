@@ -127,7 +127,7 @@ async def _open_on(
             state_files.tidy(state.path)
             parents = {place.key: place.parent for place in cgroups.places}
             state_files.keep_cgroup_parents(state.path, parents, on_disk=state.durable)
-            keeper.note_now(_RECOVERED, json.dumps(parents))
+            keeper.notes.write_now(_RECOVERED, json.dumps(parents))
             # Last: an opening that fails leaves what was kept as it was.
             if on_recover != "report" and core.policy != policy:
                 await keeper.set_policy(policy)
@@ -238,7 +238,7 @@ def _work_dir(keeper: Keeper) -> str:
 
 async def _cgroup_parents(state: StateDirectory, keeper: Keeper, *, is_new: bool) -> dict[str, str] | None:
     """Where the cgroups of the engine are, or those of the former one are left; None when nobody knows."""
-    noted = "" if is_new or state.temporary else (await keeper.notes(_RECOVERED)).get(_RECOVERED, "")
+    noted = "" if is_new or state.temporary else await keeper.notes.find(_RECOVERED) or ""
     if noted:
         return cast("dict[str, str]", json.loads(noted))
     return state_files.cgroup_parents(state.path)
@@ -251,7 +251,7 @@ async def _recovered(keeper: Keeper) -> None:
         UnavailableError: the owner has ended in the middle of it, or does not come to its end.
     """
     deadline = anyio.current_time() + _RECOVERY_SECONDS
-    while _RECOVERED not in await keeper.notes(_RECOVERED):
+    while await keeper.notes.find(_RECOVERED) is None:
         if not keeper.hello.owner_pid or anyio.current_time() > deadline:
             raise UnavailableError(
                 f"the engine on {keeper.state_dir} has not recovered what a former one had left",

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -49,6 +50,22 @@ class Programs:
         self._execs = 0
         self._containers = 0
 
+    @contextlib.asynccontextmanager
+    async def beginning(self) -> AsyncIterator[None]:
+        """Around all that starts a program: what fails is told in our words, and as the end of the ttl if that is why.
+
+        Raises:
+            NotFoundError: its ttl is over.
+            SandboxError: see `Entry.in_our_words`.
+        """
+        try:
+            with self._entry.in_our_words():
+                yield
+        except SandboxError as error:
+            if await self._entry.sharing.has_expired():
+                raise self._entry.gone() from error
+            raise
+
     # --- the main container ---
 
     async def ready(self) -> TaskService:
@@ -90,7 +107,7 @@ class Programs:
         """
         entry = self._entry
         await self._check_usable()
-        async with entry.sharing.or_expired(), entry.sharing.changing():
+        async with self.beginning(), entry.sharing.changing():
             entry.check_started()
             task = entry.task
             if self.main_made:
@@ -221,7 +238,7 @@ class Programs:
                 f"container {MAIN!r} of sandbox {entry.label!r} is the one that run and exec use",
                 hint="Take another name, or launch() a program in it.",
             )
-        async with entry.sharing.or_expired(), entry.sharing.changing():
+        async with self.beginning(), entry.sharing.changing():
             entry.check_started()
             return await self._add(entry.task, spec)
 

@@ -134,7 +134,7 @@ class Recovery:
         if self._on_recover == "report":
             core.left[record.sandbox_id] = Left(record)
             if _is_halfway(record):
-                core.host.keeper.note_now(f"{_LEFT}{record.sandbox_id}", "")
+                core.host.keeper.notes.write_now(f"{_LEFT}{record.sandbox_id}", "")
             self._tell(record, "left", "it is only to be reported" + ("" if self._is_new else "; its keeper runs on"))
             return
         try:
@@ -271,7 +271,7 @@ async def _free_cut(core: EngineCore, records: Records) -> tuple[SandboxRecovere
     found: list[SandboxRecovered] = []
     # After the records: whoever has written one was connected before.
     connected = await core.host.keeper.clients()
-    left = await core.host.keeper.notes(_LEFT)
+    left = await core.host.keeper.notes.read(_LEFT)
     for record in halfway:
         if record.client in connected or f"{_LEFT}{record.sandbox_id}" in left:
             continue

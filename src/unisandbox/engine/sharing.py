@@ -140,7 +140,7 @@ class Sharing:
         if seconds is None:
             keeper.drop_now([self._expiry])
         else:
-            keeper.note_now(self._expiry, str(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
+            keeper.notes.write_now(self._expiry, str(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
 
     async def await_expiry(self) -> None:
         """About the time at which its ttl is over: wait until the keeper, whose clock decides, has said so.
@@ -151,7 +151,7 @@ class Sharing:
         if over is not None and time.time() >= over:
             await self._until_expired(_EXPIRY_SECONDS)
 
-    async def _has_expired(self) -> bool:
+    async def has_expired(self) -> bool:
         """Whether its ttl is over at this moment, by the keeper's clock and whatever that on the wall says."""
         with contextlib.suppress(UnavailableError):
             await self._until_expired(_NOTE_SECONDS)
@@ -164,7 +164,7 @@ class Sharing:
             return
         if not self._host.keeper.alive:
             return
-        noted = (await self._host.keeper.notes(self._expiry)).get(self._expiry)
+        noted = await self._host.keeper.notes.find(self._expiry)
         # Without a note it is not to expire any more, or it has: the keeper forgets it when it is about to say so, and
         # what it says has come before this answer.
         if noted is None or float(noted) > time.clock_gettime(time.CLOCK_BOOTTIME) + within:
@@ -173,20 +173,6 @@ class Sharing:
             while not entry.expired:
                 await self._host.keeper.clients()  # with each answer comes what is new
                 await anyio.sleep(_EXPIRY_POLL)
-
-    @contextlib.asynccontextmanager
-    async def or_expired(self) -> AsyncIterator[None]:
-        """What fails because its ttl is over fails with that, and not with what happens to show it.
-
-        Raises:
-            NotFoundError: its ttl is over.
-        """
-        try:
-            yield
-        except SandboxError as error:
-            if await self._has_expired():
-                raise self._entry.gone() from error
-            raise
 
     @property
     def is_whole(self) -> bool:
@@ -295,7 +281,7 @@ class Sharing:
         started = await self._sandboxer.recover(request)
         if started is None and to_free:
             return
-        if started is None and await self._has_expired():
+        if started is None and await self.has_expired():
             await self._vanish()
             raise entry.gone()
         if started is None and record.expires_at is not None and time.time() >= record.expires_at:
@@ -356,7 +342,7 @@ class Sharing:
             try:
                 started = await self._sandboxer.recover(request)
             except (SandboxError, OSError):
-                if await self._has_expired():  # in the middle
+                if await self.has_expired():  # in the middle
                     return False
                 raise
             if started is None:

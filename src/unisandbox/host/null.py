@@ -11,7 +11,8 @@ import os
 import stat
 from typing import Final
 
-from unisandbox.host import subordinate, syscalls
+from unisandbox.host import syscalls
+from unisandbox.host.power import standing
 
 _HOSTS: Final = "/dev/null"
 _DEVICE: Final = os.makedev(1, 3)
@@ -33,7 +34,7 @@ def open_null() -> int:
     Raises:
         OSError: it cannot be made.
     """
-    if subordinate.is_needed():
+    if standing.lacking():
         return os.open(_HOSTS, os.O_RDWR | os.O_CLOEXEC)
     context = syscalls.fsopen("tmpfs")
     try:

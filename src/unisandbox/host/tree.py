@@ -11,8 +11,9 @@ import errno
 import os
 import stat
 
-from unisandbox.host import loop, mounts, subordinate, syscalls
+from unisandbox.host import loop, mounts, syscalls
 from unisandbox.host.boundary import reached
+from unisandbox.host.power import standing
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class _Layers:
             options += [("upperdir", f"/proc/self/fd/{self.upper}"), ("workdir", f"/proc/self/fd/{self.work}")]
             if self.volatile:
                 options.append(("volatile", None))
-        if subordinate.is_inside():
+        if standing.is_inside():
             # Nobody may write what is "trusted." there. Source: Documentation/filesystems/overlayfs.rst.
             options.append(("userxattr", None))
         return options
@@ -327,7 +328,7 @@ class Tree:
             try:
                 mount_fd = _overlay_mount(layers, attributes)
             except OSError as error:
-                if error.errno != errno.EINVAL or _kernel() >= _LOWERDIR_APPEND:
+                if error.errno != errno.EINVAL or standing.kernel() >= _LOWERDIR_APPEND:
                     raise
                 mount_fd = self._overlay_old(layers, attributes, path, target, follow)
         finally:
@@ -405,11 +406,6 @@ def _own(fd: int, mode: int, uid: int, gid: int) -> None:
         os.fchmod(fd, mode)
     finally:
         os.close(fd)
-
-
-def _kernel() -> tuple[int, int]:
-    major, minor = os.uname().release.split(".")[:2]
-    return int(major), int("".join(c for c in minor if c.isdigit()))
 
 
 def _overlay_mount(layers: _Layers, attributes: int) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import signal
@@ -125,8 +124,8 @@ class UserNetwork:
                 process = f"/{helper.pid}/{helper.start_time}"
                 await keeper.guard([Guard(f"{prefix}{_HELD_HELPER}", "kill_process", (process,))])
             if host.shared:
-                await keeper.spools.hold_now({f"{prefix}{_HELD_HELPER}": helper._pidfd})
-                await keeper.note(f"{prefix}{_HELD_HELPER}", json.dumps([helper.pid, helper.start_time]))
+                name = f"{prefix}{_HELD_HELPER}"
+                await keeper.notes.write_process(name, helper.pid, helper.start_time, helper._pidfd)
         except BaseException:
             helper._kill()
             helper.close()
@@ -137,13 +136,12 @@ class UserNetwork:
     async def restore(cls, host: Host, prefix: str, cgroup: Cgroup) -> UserNetwork | None:
         """Take over one that another process has started; None when there is none."""
         name = f"{prefix}{_HELD_HELPER}"
-        note = (await host.keeper.notes(name)).get(name)
-        if note is None:
+        noted = await host.keeper.notes.find_process(name)
+        if noted is None:
             return None
-        pid, start_time = json.loads(note)
         try:
             own = cgroup.find(_CGROUP)
-            return cls(host.keeper, prefix, own, pid, start_time, await host.keeper.take(name))
+            return cls(host.keeper, prefix, own, *noted, await host.keeper.take(name))
         except FileNotFoundError:
             return None
 

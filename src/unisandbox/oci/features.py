@@ -19,7 +19,7 @@ from typing import Final, Literal, NamedTuple, cast
 import anyio
 
 from unisandbox.api.errors import UnavailableError
-from unisandbox.host import confinement
+from unisandbox.host.power import standing
 
 RuntimeName = Literal["crun", "runc", "youki"]
 FifoKind = Literal["write", "read", ""]
@@ -115,7 +115,7 @@ def keyring_arguments(program: RuntimeProgram) -> list[str]:
 
     What runs in the container is under the same filter then, and has no use for ours.
     """
-    return ["--no-new-keyring"] if program.features.own_keyring and confinement.denies_keyrings() else []
+    return ["--no-new-keyring"] if program.features.own_keyring and standing.denies_keyrings() else []
 
 
 async def find_runtimes(path: str | None = None) -> list[RuntimeProgram]:

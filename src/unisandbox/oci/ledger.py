@@ -121,7 +121,7 @@ class Ledger:
         if descriptors:
             stamp = [f"{name}/pidfd"] if facts.has_init_alone else []
             await self._keeper.spools.hold_now({f"{name}/{what}": fd for what, fd in descriptors.items()}, stamp=stamp)
-        await self._keeper.note(name, _text(facts))
+        await self._keeper.notes.write(name, _text(facts))
 
     async def process(self, facts: ProcessFacts, descriptors: Mapping[str, int] | None = None) -> None:
         """Write down a process, and let the keeper hold copies of `descriptors` ("life", "pidfd", "master").
@@ -134,13 +134,13 @@ class Ledger:
         if descriptors:
             held = {f"{name}/{what}": fd for what, fd in descriptors.items()}
             await self._keeper.spools.hold_now(held, stamp=[path for path in held if path.endswith("/life")])
-        await self._keeper.note(name, _text(facts))
+        await self._keeper.notes.write(name, _text(facts))
 
     def killed_now(self, facts: ProcessFacts) -> None:
         """The same of a process that is about to get SIGKILL from us, without an await."""
         if self.kept:
-            self._keeper.note_now(self._killed(facts.container, facts.exec_id), "yes")
-            self._keeper.note_now(self._process(facts.container, facts.exec_id), _text(facts))
+            self._keeper.notes.write_now(self._killed(facts.container, facts.exec_id), "yes")
+            self._keeper.notes.write_now(self._process(facts.container, facts.exec_id), _text(facts))
 
     def forget_container(self, name: str) -> None:
         """A container is gone, with all its processes."""
@@ -177,16 +177,16 @@ class Ledger:
             BackendError, ValueError: a note is none of ours.
         """
         containers, processes = [], []
-        for name, note in (await self._keeper.notes(f"{self._prefix}c/")).items():
+        for name, note in (await self._keeper.notes.read(f"{self._prefix}c/")).items():
             containers.append(_container_of(name, json.loads(note)))
-        for name, note in (await self._keeper.notes(f"{self._prefix}p/")).items():
+        for name, note in (await self._keeper.notes.read(f"{self._prefix}p/")).items():
             processes.append(_process_of(name, json.loads(note)))
         return containers, processes
 
     async def read_process(self, container: str, exec_id: str) -> ProcessFacts | None:
         """What is written down of one process now."""
         name = self._process(container, exec_id)
-        note = (await self._keeper.notes(name)).get(name)
+        note = await self._keeper.notes.find(name)
         return None if note is None else _process_of(name, json.loads(note))
 
     async def is_abandoned(self, facts: ProcessFacts) -> bool:

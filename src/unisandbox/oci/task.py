@@ -18,7 +18,6 @@ from typing import Final
 
 import anyio
 import anyio.lowlevel
-import attrs
 
 from unisandbox.api import (
     AlreadyExistsError,
@@ -42,12 +41,12 @@ from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.ends import HeldEnd
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.latest import EXITS_KEPT, Latest
-from unisandbox.oci import killing, lingering
+from unisandbox.oci import killing, lingering, looking, requests
 from unisandbox.oci.changing import change_limits
 from unisandbox.oci.ends import end_now, exit_of, wait_end, wait_end_of_init
 from unisandbox.oci.ledger import ContainerFacts, Ledger, container_facts
 from unisandbox.oci.memory import more_oom_kills
-from unisandbox.oci.plan import Planner, metrics_of
+from unisandbox.oci.plan import Planner
 from unisandbox.oci.processes import (
     Container,
     Process,
@@ -56,12 +55,10 @@ from unisandbox.oci.processes import (
     duplicate,
     end_descendants,
     end_init,
-    members,
-    state_of,
 )
 from unisandbox.oci.restore import Restorer
 from unisandbox.oci.runtime import Runtime
-from unisandbox.oci.starting import OWN_LEAVES, START_SECONDS, Starter, is_with_terminal
+from unisandbox.oci.starting import START_SECONDS, Starter, is_with_terminal
 
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
@@ -140,13 +137,7 @@ class OciTaskService:
         """See `TaskService.create`."""
         name = check_id(request.container_id)
         self._exits.pop((name, ""), None)
-        if (request.container is None) == (not request.bundle):
-            raise InvalidArgumentError("a container is made from either a spec or a bundle")
-        if request.terminal and not request.config:
-            raise UnsupportedError("a terminal of a bundle's main process", "runc", hint="Use exec with a terminal.")
-        has_place = bool(request.rootfs_at) and request.container is not None and request.container.rootfs is not None
-        if (request.config and not request.bundle) or (request.rootfs and not (request.config or has_place)):
-            raise InvalidArgumentError("config is of a bundle, and rootfs needs a config or a place in a root")
+        requests.check_create(request)
         if name in self._containers or name in self._making:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
         stdio = duplicate(request.stdio)
@@ -253,22 +244,7 @@ class OciTaskService:
     async def exec(self, request: ExecTask) -> None:
         """See `TaskService.exec`."""
         container = self._container(request.container_id)
-        if check_id(request.exec_id) in OWN_LEAVES:
-            raise InvalidArgumentError(f"a process cannot be called {request.exec_id!r}: its cgroup is of that name")
-        if request.exec_id in container.processes:
-            raise AlreadyExistsError(f"container {container.name!r} has a process {request.exec_id!r} already")
-        if not container.started:
-            raise FailedPreconditionError(f"container {container.name!r} has not been started")
-        if container.plan.cgroup.is_frozen:
-            raise FailedPreconditionError(
-                f"container {container.name!r} of sandbox {self._label!r} is paused", hint="resume() it first."
-            )
-        if (request.process is None) == (not request.oci_process):
-            raise InvalidArgumentError("a process is made from either a spec or an OCI process object")
-        if request.oci_process and container.with_init:
-            request.given("runc")
-        if request.process is not None and request.process.terminal is not None and not container.with_init:
-            raise UnsupportedError("a terminal for exec in a bundle", "runc", reason="it has no init of ours")
+        requests.check_exec(request, container, self._label)
         terminal = bool(request.oci_process) and is_with_terminal(request.oci_process)
         lingering.sweep(container, self._ledger)
         process = Process(request.exec_id, request.process, duplicate(request.stdio), request.oci_process, terminal)
@@ -306,22 +282,13 @@ class OciTaskService:
     def identity_of(self, container_id: str) -> str:
         """See `TellsEnds.identity_of`."""
         container = self._containers.get(container_id)
-        if container is None or container.created is None:
-            return ""
-        return f"{container.created.pid}.{container.created.start_time}"
+        return "" if container is None else looking.identity(container)
 
     def end_of(self, container_id: str, exec_id: str = "") -> HeldEnd | None:
         """See `TellsEnds.end_of`. A bundle's process has no init of ours that would tell the keeper."""
         container = self._containers.get(container_id)
         process = container.processes.get(exec_id) if container is not None else None
-        if container is None or process is None:
-            return None
-        if not exec_id and container.with_init and process.spec is None:
-            return self._ledger.end_of_init(container_id) if container.created is not None else None
-        if process.life is None:
-            return None
-        counter = process.cgroup.oom_counter if process.cgroup is not None else None
-        return self._ledger.end(container_id, exec_id, counter)
+        return None if container is None or process is None else looking.end(container, process, self._ledger)
 
     def taken_over(self) -> Sequence[tuple[str, str]]:
         """See `TellsEnds.taken_over`."""
@@ -430,36 +397,18 @@ class OciTaskService:
         container = self._container(container_id)
         process = self._process(container, exec_id)
         await anyio.lowlevel.checkpoint_if_cancelled()
-        state = state_of(container, process)
-        if state == "stopped" and process.exit is None and process.life is not None:
-            process.exit = end_now(process)  # nobody has waited for it here, and init has told
-        # An ended process has no pid any more: the kernel may have given it to another one.
-        pid = process.pid if state != "stopped" else None
-        if state == "created" and (waiting := awaits_start(container, process)) is not None:
-            pid = waiting.pid
-        return TaskState(container_id, exec_id, state, pid, process.exit)
+        return looking.state(container, process)
 
     async def pids(self, container_id: str) -> Sequence[int]:
         """See `TaskService.pids`. Our init is not among them."""
         container = self._container(container_id)
-        first = container.created.pid if container.created is not None and container.with_init else -1
         await anyio.lowlevel.checkpoint_if_cancelled()
-        there = members(container.plan.cgroup, container.created.pid if container.created is not None else 0)
-        return [pid for pid in there if pid != first]
+        return looking.pids(container)
 
     async def stats(self, container_id: str) -> Metrics:
         """See `TaskService.stats`."""
         await anyio.lowlevel.checkpoint_if_cancelled()
-        container = self._container(container_id)
-        try:
-            metrics = metrics_of(container.plan.cgroup)
-        except OSError as error:
-            if any(map(os.path.isdir, container.plan.cgroup.dirs)):
-                raise
-            raise NotFoundError(f"container {container_id!r} of sandbox {self._label!r} is being removed") from error
-        if metrics.oom_kills is None:
-            return metrics  # not counted here
-        return attrs.evolve(metrics, oom_kills=all_oom_kills_of(container))
+        return looking.metrics(self._container(container_id), self._label)
 
     async def more_oom_kills(self, container_id: str, than: int = 0) -> int:
         """See `SupportsOomNotice.more_oom_kills`."""

@@ -16,11 +16,12 @@ import attrs
 
 from unisandbox.api import FileInfo, SandboxError, SandboxSpec, Security
 from unisandbox.engine.entry import Entry
-from unisandbox.host import subordinate
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.protocol import Packet
 from unisandbox.host.memory import in_memory
-from unisandbox.sandbox.files import METHODS, Files
+from unisandbox.host.power import ids
+from unisandbox.sandbox.files import Files
+from unisandbox.sandbox.reaching import METHODS
 
 
 class _Standing:
@@ -58,7 +59,7 @@ class _Standing:
 
 @functools.cache
 def _ids_below() -> int:
-    return subordinate.ids_below()
+    return ids.ids_below()
 
 
 def main() -> None:

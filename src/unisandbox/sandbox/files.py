@@ -1,21 +1,21 @@
 """The files of a sandbox, reached from outside: nothing needs to run in it, and no link leads out of it.
 
 The calls do not wait for a process; they work in pieces of 1 MiB and let the event loop run in between. How paths are
-looked up is in `inside`, how things are made in `placing`, how trees are copied in `copying`.
+looked up is in `inside`, how things are made in `placing`, how trees are copied in `copying`, and who does it where
+this process may not in `reaching`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import io
 import itertools
 import os
 import stat
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, cast
+from typing import Final
 
 import anyio.lowlevel
 
@@ -25,51 +25,23 @@ from unisandbox.api import (
     FileInfo,
     InvalidArgumentError,
     NotFoundError,
-    UnavailableError,
 )
 from unisandbox.engine.entry import Entry
 from unisandbox.host import removal
 from unisandbox.host.identity import CALLER, Identity
 from unisandbox.sandbox import inside
+from unisandbox.sandbox.arguments import check_kind, check_limit, check_mode, content_of, local_path
 from unisandbox.sandbox.copying import PIECE, Copy, final_mode
 from unisandbox.sandbox.inside import Root, Side, named
 from unisandbox.sandbox.placing import Placer
-from unisandbox.sandbox.streams import bytes_of
+from unisandbox.sandbox.reaching import root_of, where_it_may_be_done
 
-if TYPE_CHECKING:
-    from unisandbox.engine.clerk import Clerk
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 _OVERFLOW_ID: Final = 65534  # what the kernel shows for an id without a mapping; source: user_namespaces(7)
 # Entries between two turns of the event loop; each some 5 us.
 _ENTRIES: Final = 500
 DEFAULT_READ_LIMIT: Final = 256 << 20
 DEFAULT_LIST_LIMIT: Final = 250_000
 DEFAULT_DOWNLOAD_LIMIT: Final = 4 << 30
-
-
-METHODS: Final = frozenset(
-    {"read", "write", "list", "stat", "exists", "mkdir", "remove", "rename", "upload", "download"}
-)
-"""Those of `Files` that a clerk does; see `engine.clerk`."""
-
-
-def _where_it_may_be_done(
-    method: Callable[Concatenate[Files, _P], Coroutine[Any, Any, _T]],
-) -> Callable[Concatenate[Files, _P], Coroutine[Any, Any, _T]]:
-    """Let the engine's clerk do it where this process has no power over what belongs to a sandbox's users."""
-    code = method.__code__
-    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-
-    @functools.wraps(method)
-    async def done(self: Files, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        clerk = self._entry.clerk
-        if clerk is None or len(args) >= code.co_argcount or not kwargs.keys() <= set(names):
-            return await method(self, *args, **kwargs)
-        return cast("_T", await self._by_clerk(clerk, method.__name__, dict(zip(names, args, strict=False)) | kwargs))
-
-    return done
 
 
 class Files:
@@ -84,7 +56,7 @@ class Files:
     def __init__(self, entry: Entry) -> None:
         self._entry = entry
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def read(self, path: str, *, limit: int = DEFAULT_READ_LIMIT) -> bytes:
         """The content of a regular file; links inside the sandbox are followed.
 
@@ -97,8 +69,8 @@ class Files:
             InvalidArgumentError: it is not a regular file, or larger than `limit`.
         """
         await self._entry.sharing.reach()
-        _check_limit(limit)
-        with self._root() as root, named(path):
+        check_limit(limit)
+        with root_of(self._entry) as root, named(path):
             fd = root.open_regular(path)
             try:
                 content = io.BytesIO()
@@ -114,7 +86,7 @@ class Files:
             finally:
                 os.close(fd)
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def write(self, path: str, data: bytes | str, *, mode: int | None = None) -> None:
         """Put a file there, all of it or nothing: readers see the old or the new content.
 
@@ -132,10 +104,10 @@ class Files:
             FailedPreconditionError: the place is read-only, `path` is a mount point, or the disk limit is reached.
         """
         await self._entry.sharing.reach()
-        _check_mode(mode)
-        view = _bytes_for(path, data)
-        with self._root() as root, named(path), contextlib.ExitStack() as stack:
-            _check_kind(path, is_directory=False)
+        check_mode(mode)
+        view = content_of(path, data)
+        with root_of(self._entry) as root, named(path), contextlib.ExitStack() as stack:
+            check_kind(path, is_directory=False)
             with root.identity.bare():
                 directory, name = stack.enter_context(root.parent(path))
                 fd = stack.enter_context(Placer(root.identity).file(directory, name, path, mode))
@@ -144,7 +116,7 @@ class Files:
                 if view:
                     await anyio.lowlevel.checkpoint()
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def list(self, path: str = "/", *, limit: int = DEFAULT_LIST_LIMIT) -> list[FileInfo]:
         """What is in a directory, sorted by name; what vanishes meanwhile is left out.
 
@@ -157,9 +129,9 @@ class Files:
             InvalidArgumentError: it is not a directory, or has more than `limit` entries.
         """
         await self._entry.sharing.reach()
-        _check_limit(limit)
+        check_limit(limit)
         found: list[FileInfo] = []
-        with self._root() as root, named(path):
+        with root_of(self._entry) as root, named(path):
             directory = root.open_directory(path)
             try:
                 with os.scandir(directory) as entries:
@@ -178,7 +150,7 @@ class Files:
         found.sort(key=lambda info: info.name)
         return found
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def stat(self, path: str) -> FileInfo:
         """What is at `path`; a link in the last place is not followed.
 
@@ -186,7 +158,7 @@ class Files:
             NotFoundError: nothing is there.
         """
         await self._entry.sharing.reach()
-        with self._root() as root, named(path):
+        with root_of(self._entry) as root, named(path):
             fd = root.open(path, os.O_PATH | os.O_NOFOLLOW)
             try:
                 name = os.path.basename(path.rstrip("/")) or "/"
@@ -194,18 +166,18 @@ class Files:
             finally:
                 os.close(fd)
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def exists(self, path: str) -> bool:
         """Whether something is at `path`; also a link that leads nowhere."""
         await self._entry.sharing.reach()
-        with self._root() as root, named(path):
+        with root_of(self._entry) as root, named(path):
             try:
                 os.close(root.open(path, os.O_PATH | os.O_NOFOLLOW))
             except (FileNotFoundError, NotADirectoryError):
                 return False
         return True
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def mkdir(self, path: str, *, mode: int = 0o755, parents: bool = True) -> None:
         """Make a directory that belongs to the sandbox's root; one that is there already is fine.
 
@@ -219,15 +191,15 @@ class Files:
             NotFoundError: its parent is missing and `parents` is False.
         """
         await self._entry.sharing.reach()
-        _check_mode(mode)
+        check_mode(mode)
         parts = [part for part in inside.absolute(path).split("/") if part not in {"", "."}]
-        with self._root() as root, named(path):
+        with root_of(self._entry) as root, named(path):
             for depth in range(1 if parents else len(parts), len(parts) + 1):
                 self._make_directory(root, "/" + "/".join(parts[:depth]), mode)
                 if depth % 50 == 0:
                     await anyio.lowlevel.checkpoint()
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def remove(self, path: str, *, recursive: bool = False) -> None:
         """Remove a file, a link (not what it points to) or a directory.
 
@@ -242,9 +214,9 @@ class Files:
             FailedPreconditionError: the directory is not empty, the place is read-only, or a mount point is in the way.
         """
         await self._entry.sharing.reach()
-        with self._root() as root, named(path), root.parent(path) as (directory, name):
+        with root_of(self._entry) as root, named(path), root.parent(path) as (directory, name):
             if path.endswith("/"):
-                _check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
+                check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
             if recursive:
                 with contextlib.closing(removal.removing(directory, name, path, root.identity)) as steps:
                     for _ in steps:
@@ -259,7 +231,7 @@ class Files:
                 else:
                     os.unlink(name, dir_fd=directory)
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def rename(self, source: str, target: str) -> None:
         """Move a file or directory within one file system of the sandbox; an existing file at `target` is replaced.
 
@@ -268,21 +240,21 @@ class Files:
             FailedPreconditionError: they are on different file systems, or one is a mount point.
         """
         await self._entry.sharing.reach()
-        with self._root() as root, contextlib.ExitStack() as stack:
+        with root_of(self._entry) as root, contextlib.ExitStack() as stack:
             with named(source):
                 from_directory, from_name = stack.enter_context(root.parent(source))
                 moved = inside.look(root.identity, from_directory, from_name)
                 if moved is None:
                     raise NotFoundError(f"{source!r} does not exist")
-                _check_kind(source, is_directory=_is_directory(moved))
+                check_kind(source, is_directory=_is_directory(moved))
             with named(target):
                 to_directory, to_name = stack.enter_context(root.parent(target))
                 inside.look(root.identity, to_directory, to_name)
-                _check_kind(target, is_directory=_is_directory(moved))
+                check_kind(target, is_directory=_is_directory(moved))
             with named(f"{source} -> {target}"):
                 Placer(root.identity).rename(from_directory, from_name, to_directory, to_name)
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def upload(self, local: str | os.PathLike[str], path: str) -> None:
         """Copy a file or a directory tree of the host to `path`; links are copied as links, holes as holes.
 
@@ -294,8 +266,8 @@ class Files:
             InvalidArgumentError: the host's path holds something that is no file, directory or link.
         """
         await self._entry.sharing.reach()
-        origin = _local(local)
-        with self._root() as root, contextlib.ExitStack() as stack:
+        origin = local_path(local)
+        with root_of(self._entry) as root, contextlib.ExitStack() as stack:
             with named(origin, "host"):
                 probe = os.open(origin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, probe)
@@ -303,7 +275,7 @@ class Files:
             status = os.fstat(probe)
             if not stat.S_ISDIR(status.st_mode):
                 with named(path):
-                    _check_kind(path, is_directory=False)
+                    check_kind(path, is_directory=False)
                     directory, name = stack.enter_context(root.parent(path))
                 await copy.entry(probe, directory, name)
                 return
@@ -312,7 +284,7 @@ class Files:
                 target, made = self._open_or_make(root, path, mode | 0o700)
             await copy.tree(*_with_source(CALLER, probe, target, origin, "host"), mode if made else None)
 
-    @_where_it_may_be_done
+    @where_it_may_be_done
     async def download(self, path: str, local: str | os.PathLike[str], *, limit: int = DEFAULT_DOWNLOAD_LIMIT) -> None:
         """Copy a file or a directory tree to the host; links are copied as links and never followed below `path`.
 
@@ -332,9 +304,9 @@ class Files:
             FailedPreconditionError: `local` is a link and `path` a directory; there is no room on the host.
         """
         await self._entry.sharing.reach()
-        _check_limit(limit)
-        goal = _local(local)
-        with self._root() as root, contextlib.ExitStack() as stack:
+        check_limit(limit)
+        goal = local_path(local)
+        with root_of(self._entry) as root, contextlib.ExitStack() as stack:
             with named(path):
                 probe = root.open(path, os.O_PATH | os.O_NOFOLLOW)
                 stack.callback(os.close, probe)
@@ -351,58 +323,6 @@ class Files:
             await copy.tree(
                 *_with_source(root.identity, probe, target, path, "sandbox"), final_mode(target, mode) if made else None
             )
-
-    async def _by_clerk(self, clerk: Clerk, method: str, arguments: dict[str, Any]) -> object:
-        await self._entry.sharing.reach()
-        _check_mode(arguments.get("mode"))
-        for name in ("path", "source", "target"):
-            if name in arguments:
-                inside.absolute(arguments[name])
-        content = None
-        if "data" in arguments:
-            content = _bytes_for(arguments["path"], arguments.pop("data"))
-        if "local" in arguments:
-            # It has another working directory.
-            arguments["local"] = os.path.join(os.getcwd(), _local(arguments["local"]))
-        entry = self._entry
-        with self._root() as root:
-            asked = clerk.call(
-                method,
-                root.fd,
-                arguments,
-                capabilities=entry.spec.security.capabilities,
-                label=entry.label,
-                content=content,
-            )
-            try:
-                value = await asked
-            except UnavailableError:
-                entry.check_there()
-                raise
-        if method == "list":
-            return [FileInfo(**info) for info in cast("list[dict[str, Any]]", value)]
-        return FileInfo(**value) if isinstance(value, dict) else value
-
-    @contextmanager
-    def _root(self) -> Iterator[Root]:
-        entry = self._entry
-        try:
-            fd = entry.sandboxer.root_fd(entry.sandbox_id)
-        except (OSError, NotFoundError) as error:
-            if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:
-                raise inside.translate(error, "/") from error
-            entry.check_there()
-            if isinstance(error, NotFoundError):
-                raise
-            if isinstance(error, FileNotFoundError):
-                # A keeper that lives has let go of it: it is being freed, by its ttl or by another process.
-                raise entry.gone() from error
-            raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
-        try:
-            first, count = entry.sandboxer.host_ids(entry.sandbox_id)
-            yield Root(fd, Identity(first, count, entry.spec.security.capabilities))
-        finally:
-            os.close(fd)
 
     def _open_or_make(self, root: Root, path: str, mode: int) -> tuple[int, bool]:
         """The directory at `path`, links followed, and whether it was made."""
@@ -460,41 +380,8 @@ class Files:
         )
 
 
-def _bytes_for(path: str, data: bytes | str) -> memoryview:
-    try:
-        return bytes_of(data.encode() if isinstance(data, str) else data, "the content")
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(
-            f"the text for {path!r} cannot be written as UTF-8: {error.reason}", hint="Give bytes."
-        ) from error
-
-
-def _local(path: str | os.PathLike[str]) -> str:
-    """A path on the host, as text."""
-    return inside.checked(os.fspath(path) if isinstance(path, os.PathLike) else path)
-
-
-def _check_limit(limit: int) -> None:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
-        raise InvalidArgumentError(f"limit must be >= 0, got {limit!r}")
-
-
-def _check_mode(mode: int | None) -> None:
-    if mode is None:
-        return
-    if isinstance(mode, bool) or not isinstance(mode, int):
-        raise InvalidArgumentError(f"mode must be permission bits as a number, got {mode!r}", hint="For example 0o644.")
-    if not 0 <= mode <= 0o7777:
-        raise InvalidArgumentError(f"mode must be permission bits, 0o0 to 0o7777, got {mode:#o}")
-
-
 def _is_directory(status: os.stat_result | None) -> bool:
     return status is None or stat.S_ISDIR(status.st_mode)
-
-
-def _check_kind(path: str, *, is_directory: bool) -> None:
-    if inside.checked(path).endswith("/") and not is_directory:
-        raise InvalidArgumentError(f"{path!r} is the path of a directory, and this is none")
 
 
 def _with_source(reader: Identity, probe: int, target: int, path: str, side: Side) -> tuple[int, int]:

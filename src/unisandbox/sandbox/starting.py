@@ -23,13 +23,12 @@ async def start(
     """
     exec_id = exec_id or entry.programs.next_exec_id()
     try:
-        with entry.in_our_words():
-            async with entry.sharing.or_expired():
-                try:
-                    started = await _start(entry, exec_id, spec, pipes, operation_id)
-                except (NotFoundError, UnavailableError):
-                    # The main container ended between the look at it and the start; once more, in a new one.
-                    started = await _start(entry, exec_id, spec, pipes, operation_id)
+        async with entry.programs.beginning():
+            try:
+                started = await _start(entry, exec_id, spec, pipes, operation_id)
+            except (NotFoundError, UnavailableError):
+                # The main container ended between the look at it and the start; once more, in a new one.
+                started = await _start(entry, exec_id, spec, pipes, operation_id)
     except BaseException:
         pipes.close()
         raise

@@ -182,12 +182,12 @@ class HeldStreams:
         held = {f"{name}/{index}": fd for index, fd in enumerate(ends.outside) if fd >= 0}
         if held:
             await self._keeper.spools.hold_now(held)
-        await self._keeper.note(name, json.dumps(streams._asdict()))
+        await self._keeper.notes.write(name, json.dumps(streams._asdict()))
 
     async def of(self, container: str, exec_id: str) -> Streams:
         """What was said of a process's streams; nothing for one that is not known."""
         name = self._name(container, exec_id)
-        note = (await self._keeper.notes(name)).get(name)
+        note = await self._keeper.notes.find(name)
         return Streams() if note is None else Streams(**json.loads(note))
 
     async def end_of(self, streaming_id: str) -> End | None:
@@ -203,7 +203,7 @@ class HeldStreams:
 
     async def _processes(self) -> dict[tuple[str, str], str]:
         """What was said of each process's streams, by container and exec id."""
-        notes = await self._keeper.notes(self._prefix)
+        notes = await self._keeper.notes.read(self._prefix)
         names = {name: name.removeprefix(self._prefix).split("/") for name in notes}
         return {
             (parts[0], parts[1].removeprefix(_MAIN)): notes[name] for name, parts in names.items() if len(parts) == 2
@@ -211,11 +211,11 @@ class HeldStreams:
 
     def note_told(self, container: str, exec_id: str, told: Told) -> None:
         """Keep what the engine was told of a process."""
-        self._keeper.note_now(f"{self._name(container, exec_id)}/{_TOLD}", json.dumps(told))
+        self._keeper.notes.write_now(f"{self._name(container, exec_id)}/{_TOLD}", json.dumps(told))
 
     async def told(self) -> dict[tuple[str, str], Told]:
         """What the engine was told of each process that is known, by container and exec id."""
-        notes = await self._keeper.notes(self._prefix)
+        notes = await self._keeper.notes.read(self._prefix)
         known = await self._processes()
         return {key: Told(*json.loads(notes.get(f"{self._name(*key)}/{_TOLD}", "[]"))) for key in known}
 

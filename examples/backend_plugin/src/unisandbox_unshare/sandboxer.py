@@ -130,7 +130,7 @@ class UnshareSandboxer:
                 raise BackendError(f"sandbox {spec.name or sandbox_id!r} has the host's own {kind} namespace")
         sandbox.started_at = time.time()
         facts = {name: getattr(sandbox, name) for name in ("first_id", "created_at", "started_at")}
-        await host.keeper.note(f"{prefix}sandbox", json.dumps(facts))
+        await host.keeper.notes.write(f"{prefix}sandbox", json.dumps(facts))
         sandbox.task = self._task_of(sandbox_id, spec)
         return StartedSandbox(sandbox.task)
 
@@ -147,7 +147,7 @@ class UnshareSandboxer:
         if sandbox is None:
             sandbox = self._sandboxes[sandbox_id] = _Sandbox(request.spec, time.time())
         name = f"{prefix}sandbox"
-        note = (await keeper.notes(name)).get(name) if request.lived else None
+        note = await keeper.notes.find(name) if request.lived else None
         if note is None:
             self._let_go(sandbox)
             return None

@@ -152,7 +152,7 @@ class UnshareTasks:
                 for fd in fds:
                     os.close(fd)
             facts = {"name": container.name, "main": container.process is not None, **_facts(init)}
-            await self._keeper.note(f"{self._prefix}container", json.dumps(facts))
+            await self._keeper.notes.write(f"{self._prefix}container", json.dumps(facts))
         except BaseException as error:
             with anyio.CancelScope(shield=True), anyio.move_on_after(_END_SECONDS):
                 await self.delete(container.name)
@@ -186,7 +186,7 @@ class UnshareTasks:
             await self._launch(exec_id, process, [container.init.pidfd], {"root": ""})
         except OSError as error:
             raise BackendError(f"sandbox {self._label!r} cannot start a process: {error.strerror}") from error
-        await self._keeper.note(self._note(exec_id), json.dumps({"started": True, **_facts(process)}))
+        await self._keeper.notes.write(self._note(exec_id), json.dumps({"started": True, **_facts(process)}))
         return StartedTask(process.pid)
 
     async def _launch(self, exec_id: str, process: _Process, fds: Sequence[int], how: Mapping[str, object]) -> None:
@@ -229,7 +229,7 @@ class UnshareTasks:
             except ProcessLookupError as error:
                 raise self._died(process) from error
             if exec_id != _INIT:
-                await self._keeper.note(self._note(exec_id), json.dumps({"started": False, **_facts(process)}))
+                await self._keeper.notes.write(self._note(exec_id), json.dumps({"started": False, **_facts(process)}))
             ours.send(b"go")
             for fd in process.stdio:
                 if fd >= 0:
@@ -290,7 +290,7 @@ class UnshareTasks:
 
     async def restore(self, *, exclusive: bool) -> None:
         """Take over what other processes have started here, by the keeper's notes."""
-        notes = await self._keeper.notes(self._prefix)
+        notes = await self._keeper.notes.read(self._prefix)
         facts = json.loads(notes.get(f"{self._prefix}container", "null"))
         known = self._container
         if known is not None and (facts is None or facts["start_time"] != known.init.start_time):
@@ -422,7 +422,7 @@ class UnshareTasks:
         """It gets a SIGKILL from us, which is no end for want of memory; who asks later shall know."""
         if process.pid and not process.killed_by_us and not process.ended():
             process.killed_by_us = True
-            self._keeper.note_now(self._note(exec_id), json.dumps({"started": True, **_facts(process)}))
+            self._keeper.notes.write_now(self._note(exec_id), json.dumps({"started": True, **_facts(process)}))
         process.killed_by_us = True
 
     async def wait(self, container_id: str, exec_id: str = "") -> Exit:

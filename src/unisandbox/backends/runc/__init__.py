@@ -11,8 +11,8 @@ from typing import Final
 
 from unisandbox.api import Capabilities, Probe, Sandboxer, UnavailableError
 from unisandbox.backends.runc.capabilities import roots_capabilities
-from unisandbox.host import subordinate
 from unisandbox.host.keeper.protocol import LOG_NAME
+from unisandbox.host.power import standing
 from unisandbox.host.services import Host
 
 
@@ -29,7 +29,7 @@ class RuncBackend:
     @property
     def capabilities(self) -> Capabilities:
         """What it can do where it runs; of what root can, a user who is not root has a part."""
-        if not subordinate.is_needed():
+        if not standing.lacking():
             return roots_capabilities()
         from unisandbox.backends.runc import users
 
@@ -47,11 +47,10 @@ class RuncBackend:
         from unisandbox.oci.features import pick_runtime
         from unisandbox.oci.runtime import Runtime
 
-        if subordinate.is_needed() and host.keeper.ids is None:
-            from unisandbox.backends.runc import users
-            from unisandbox.host import confinement
+        if standing.lacking() and host.keeper.ids is None:
+            from unisandbox.host.power import obstacles
 
-            reason, hint = users.obstacle(confinement.of_namespaces())
+            reason, hint = obstacles.of_power_in_them(obstacles.of_namespaces()) or ("", "")
             raise UnavailableError(
                 "backend 'runc' cannot be used: the keeper has no user namespace of its own: "
                 + (reason or f"this host forbids it, see {host.state_dir}/{LOG_NAME}"),

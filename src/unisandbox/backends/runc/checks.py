@@ -17,7 +17,8 @@ from unisandbox.api import (
 from unisandbox.backends.runc.capabilities import CAPABILITIES
 from unisandbox.backends.runc.pod import LEASED_IDS
 from unisandbox.backends.runc.sysctls import checked_sysctls
-from unisandbox.host import confinement
+from unisandbox.host.power import obstacles, remedies
+from unisandbox.host.power.remedies import Obstacle
 from unisandbox.network.pasta import obstacle
 from unisandbox.oci.features import RuntimeProgram
 
@@ -40,15 +41,17 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
         raise UnsupportedError(f"network {spec.network.kind!r}", "runc")
     if spec.annotations:
         raise UnsupportedError("annotations", "runc", reason=f"it knows none, got {sorted(spec.annotations)}")
-    if spec.userns == "private" and (why := _no_user_namespaces()):
+    if spec.userns == "private" and (none := obstacles.no_user_namespaces()):
         raise UnsupportedError(
-            "a user namespace of its own", "runc", reason=why, hint="Use userns='host' if you trust what runs in it."
+            "a user namespace of its own",
+            "runc",
+            reason=none.reason,
+            hint="Use userns='host' if you trust what runs in it.",
         )
     if spec.userns == "private" and (hidden := _masked()):
-        remedy = confinement.remedy(one.what for one in hidden)
         raise UnavailableError(
-            f"a user namespace of its own cannot be had: {hidden[0].reason}",
-            hint=f"{remedy}, or use userns='host' if you trust what runs in it.",
+            f"a user namespace of its own cannot be had: {hidden.reason}",
+            hint=f"{hidden.remedy}, or use userns='host' if you trust what runs in it.",
         )
     if spec.user_ids is not None:
         _check_ids(*spec.user_ids)
@@ -92,18 +95,9 @@ def _check_ids(first: int, count: int) -> None:
 
 
 @functools.cache
-def _masked() -> list[confinement.Confined]:
+def _masked() -> Obstacle | None:
     """What is mounted is looked at once."""
-    return confinement.masked()
-
-
-def _no_user_namespaces() -> str:
-    """Why this host makes no user namespaces; empty when nothing forbids it."""
-    try:
-        with open("/proc/sys/user/max_user_namespaces", encoding="ascii") as file:
-            return "" if int(file.read()) > 0 else "user.max_user_namespaces is 0"
-    except FileNotFoundError:
-        return "this kernel has none"
+    return remedies.of_all(obstacles.masked())
 
 
 def check_resources(resources: Resources) -> None:

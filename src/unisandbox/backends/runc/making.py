@@ -67,9 +67,9 @@ class Maker:
         keeper, name = self._host.keeper, f"tree{path}"
         await keeper.locks.lock(name)
         try:
-            if name not in await keeper.notes(name):
+            if await keeper.notes.find(name) is None:
                 await self._make_tree(path, local=local)
-                await keeper.note(name, "made")
+                await keeper.notes.write(name, "made")
         finally:
             keeper.locks.unlock(name)
 

@@ -8,7 +8,6 @@ native/init/init.c), which takes a fourth of the time.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import struct
 from typing import Final
@@ -73,8 +72,8 @@ class SharedPids:
                 if not cgroup.holds_processes:
                     await host.keeper.guard([_guard(pod, created)])
                 if host.shared:
-                    await host.keeper.spools.hold_now({f"{pod.short}/{_FIRST}": created.pidfd})
-                    await host.keeper.note(f"{pod.short}/{_FIRST}", json.dumps([created.pid, created.start_time]))
+                    name = f"{pod.short}/{_FIRST}"
+                    await host.keeper.notes.write_process(name, created.pid, created.start_time, created.pidfd)
             finally:
                 os.close(fd)
         except BaseException as error:
@@ -95,10 +94,9 @@ class SharedPids:
     async def restore(cls, host: Host, pod: Pod) -> SharedPids | None:
         """Take over one that another process has made; None while there is none."""
         name = f"{pod.short}/{_FIRST}"
-        note = (await host.keeper.notes(name)).get(name)
-        if note is None:
+        noted = await host.keeper.notes.find_process(name)
+        if noted is None:
             return None
-        pid, start_time = json.loads(note)
         try:
             cgroup = pod.cgroup.find("pid")
             fd = await host.keeper.take(f"{pod.short}/pid")
@@ -109,7 +107,7 @@ class SharedPids:
             pidfd = await host.keeper.take(name)
         except FileNotFoundError:
             return None  # ended meanwhile
-        return cls(cgroup, Created(pid, start_time, pidfd, ""))
+        return cls(cgroup, Created(*noted, pidfd, ""))
 
     @property
     def has_ended(self) -> bool:

@@ -36,6 +36,7 @@ from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.identity import CALLER, Identity
 from unisandbox.host.init import SpawnRequest
 from unisandbox.host.keeper import Guard, JobFailed
+from unisandbox.host.power import remedies
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
 from unisandbox.oci import foreign
@@ -139,7 +140,7 @@ class PodPlanner:
         """A bundle of our own from an engine's config, with the sandbox's namespaces; see `adapting`."""
         pod, name = self._pod, request.container_id
         if pod.keeper_ids is not None:
-            raise UnsupportedError("a container from an engine's bundle", "runc", reason=users.who())
+            raise UnsupportedError("a container from an engine's bundle", "runc", reason=remedies.who())
         bundle = self._bundle_of(name)
         adapted = Adapted(request, pod, self._runtime.program, pin=self.pin, entered=self.entered)
         try:

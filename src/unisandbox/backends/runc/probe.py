@@ -11,21 +11,21 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Final, NamedTuple
+from typing import Final
 
 import anyio
 import anyio.lowlevel
 
 from unisandbox.api import Probe, SandboxError
 from unisandbox.backends.runc import users
-from unisandbox.host import confinement, subordinate
+from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroups
-from unisandbox.host.confinement import Confined
 from unisandbox.host.pidfd import has_ended
+from unisandbox.host.power import ids, obstacles, remedies, standing, trial
+from unisandbox.host.power.remedies import Obstacle
 from unisandbox.network import pasta
 from unisandbox.oci.features import RuntimeProgram, pick_runtime
 
@@ -55,18 +55,6 @@ async def main():
     print(json.dumps(answer))
 anyio.run(main)
 """
-# What a filter forbids in a user namespace is only seen there, and who goes there does not come back.
-_FILTER_TRIAL: Final = """
-import sys
-sys.path[:0] = sys.argv[1:]
-from unisandbox.host.confinement import forbidden_inside
-sys.stdout.write(forbidden_inside())
-"""
-
-
-class _Obstacle(NamedTuple):
-    reason: str
-    hint: str
 
 
 async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
@@ -74,11 +62,15 @@ async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
     await anyio.lowlevel.checkpoint()
     facts: dict[str, str] = {"kernel": os.uname().release}
     warnings: list[str] = []
-    obstacles = [obstacle async for obstacle in _obstacles(facts, warnings, runtime)]
-    if obstacles:
-        first = obstacles[0]
+    found = [obstacle async for obstacle in _obstacles(facts, warnings, runtime)]
+    if found:
         return Probe(
-            backend="runc", available=False, reason=first.reason, hint=first.hint, facts=facts, warnings=tuple(warnings)
+            backend="runc",
+            available=False,
+            reason=found[0].reason,
+            hint=found[0].remedy,
+            facts=facts,
+            warnings=tuple(warnings),
         )
     cache = _cache_file(await pick_runtime(runtime))
     verdict = await _try(runtime) if deep else _remembered(cache)
@@ -104,88 +96,56 @@ async def probe(*, deep: bool = False, runtime: str | None = None) -> Probe:
     )
 
 
-async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) -> AsyncIterator[_Obstacle]:
+async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | None) -> AsyncIterator[Obstacle]:
     if sys.platform != "linux":
-        yield _Obstacle(f"it needs Linux, this is {sys.platform}", "Run it on Linux.")
+        yield Obstacle(f"it needs Linux, this is {sys.platform}", "Run it on Linux.")
         return
-    version = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
-    if version < _OLDEST_KERNEL:
-        yield _Obstacle(f"it needs Linux 5.12, this is {os.uname().release}", "Use a newer kernel.")
-    forbidden = await _forbidden()
-    if subordinate.is_needed():
-        reason, remedy = users.obstacle(forbidden)
-        if reason:
-            yield _Obstacle(f"as {_who()}: {reason}", remedy)
+    if standing.kernel() < _OLDEST_KERNEL:
+        yield Obstacle(f"it needs Linux 5.12, this is {os.uname().release}", remedies.NEWER_KERNEL)
+    forbidden = await trial.of_namespaces()
+    if standing.lacking():
+        if obstacle := obstacles.of_power_in_them(forbidden):
+            yield obstacle._replace(reason=f"as {_who()}: {obstacle.reason}")
         else:
             facts["without root"] = "; ".join(users.capabilities().notes)
-            scarcity, remedy = subordinate.scarcity()
-            if scarcity:
+            if scarcity := ids.scarcity():
                 facts["user ids"] = "1: this user's own"
                 warnings.append(
-                    f"one user id only, so no users but root inside, who keeps this user's groups: {scarcity}."
-                    f" Remedy: {remedy}"
+                    f"one user id only, so no users but root inside, who keeps this user's groups: {scarcity.reason}."
+                    f" Remedy: {scarcity.remedy}"
                 )
             else:
-                uids, _ = subordinate.maps()
+                uids, _ = ids.maps()
                 facts["user ids"] = f"{subordinate.count(uids)}: this user's own and subordinate ones"
-    elif forbidden:
-        yield _Obstacle("; ".join(one.reason for one in forbidden), confinement.remedy(one.what for one in forbidden))
-    elif hidden := confinement.masked():
-        remedy = confinement.remedy(one.what for one in hidden)
-        warnings.append(f"only userns='host' works: {hidden[0].reason}. Remedy: {remedy}")
+    elif obstacle := remedies.of_all(forbidden):
+        yield obstacle
+    elif hidden := remedies.of_all(obstacles.masked()):
+        warnings.append(f"only userns='host' works: {hidden.reason}. Remedy: {hidden.remedy}")
     try:
         program = await pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
         if not program.features.held_userns:
             warnings.append(f"{program.name} cannot do share_pid=True. Remedy: apt install crun")
     except SandboxError as error:
-        yield _Obstacle(error.message, error.hint)
-    limit = _read("/proc/sys/user/max_user_namespaces")
-    facts["user namespaces"] = f"max {limit}" if limit else "not in this kernel"
-    if limit in {"", "0"}:
-        warnings.append(
-            "user namespaces are off: only userns='host' works. Remedy: sysctl -w user.max_user_namespaces=15000"
-        )
+        yield Obstacle(error.message, error.hint)
+    most = standing.user_namespaces()
+    facts["user namespaces"] = f"max {most}" if most >= 0 else "not in this kernel"
+    if none := obstacles.no_user_namespaces():
+        warnings.append(f"only userns='host' works: {none.reason}. Remedy: {none.remedy}")
     why, remedy = pasta.obstacle()
     facts["network 'user'"] = f"not here: {why}. {remedy}" if why else f"by pasta ({pasta.program()})"
     try:
         cgroups = Cgroups.detect("unisandbox-probe")
     except SandboxError as error:
-        yield _Obstacle(error.message, error.hint)
+        yield Obstacle(error.message, error.hint)
         return
     facts["cgroups"] = f"{cgroups.version}, controllers {', '.join(sorted(cgroups.controllers)) or 'none'}"
     warnings.extend(cgroups.reasons())
 
 
 def _who() -> str:
-    lacking = subordinate.lacking()
+    lacking = standing.lacking()
     return lacking if os.geteuid() == 0 else f"user id {os.geteuid()}"
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-async def _forbidden() -> list[Confined]:
-    """What of namespaces is forbidden; what can only be tried in them is not tried where nothing is filtered."""
-    found = confinement.of_namespaces()
-    if confinement.is_filtered() and all(one.what != "seccomp" for one in found) and (call := await _forbidden_call()):
-        why = f"a filter of system calls (seccomp) forbids {call}, also to root of a user namespace"
-        return [Confined("seccomp", why), *found]
-    return found
-
-
-async def _forbidden_call() -> str:
-    """See `confinement.forbidden_inside`. Without an answer nothing is known."""
-    argv = [sys.executable, "-P", "-S", "-c", _FILTER_TRIAL, *(path for path in sys.path if path)]
-    with anyio.move_on_after(DEEP_SECONDS), contextlib.suppress(OSError):
-        done = await anyio.run_process(argv, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        return done.stdout.decode(errors="replace") if done.returncode == 0 else ""
-    return ""
 
 
 async def _try(runtime: str | None) -> dict[str, object]:
@@ -242,7 +202,7 @@ def _cache_file(program: RuntimeProgram) -> str:
     """A verdict holds for this program, this kernel and this boot."""
     status = os.stat(program.path)
     key = f"{program.path} {status.st_size} {status.st_mtime_ns} {os.uname().release} {sys.executable}"
-    key += _read("/proc/sys/kernel/random/boot_id")
+    key += standing.read("/proc/sys/kernel/random/boot_id")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "unisandbox", f"probe-runc-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json")
 

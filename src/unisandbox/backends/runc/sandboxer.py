@@ -159,7 +159,8 @@ class RuncSandboxer:
             sandbox.task = self._task_of(pod, sandbox.planner)
             sandbox.started_at = time.time()
             if self._host.shared:
-                await self._host.keeper.note(f"{pod.short}/pod", pod.facts(sandbox.created_at, sandbox.started_at))
+                facts = pod.facts(sandbox.created_at, sandbox.started_at)
+                await self._host.keeper.notes.write(f"{pod.short}/pod", facts)
         if pod.spec.share_pid and sandbox.pids is None:
             sandbox.pids = await SharedPids.make(self._host, pod, await self._init())
         if sandbox.stopped_at is not None:
@@ -206,7 +207,7 @@ class RuncSandboxer:
         sandbox_id, keeper = request.sandbox_id, self._host.keeper
         sandbox = self._sandboxes.get(sandbox_id)
         short = short_name(self._host.engine_id, sandbox_id)
-        note = (await keeper.notes(f"{short}/pod")).get(f"{short}/pod") if request.lived else None
+        note = await keeper.notes.find(f"{short}/pod") if request.lived else None
         if sandbox is None:
             sandbox = _Sandbox(self._pod_of(sandbox_id, request.spec), time.time())
         if note is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 import attrs
@@ -16,9 +16,10 @@ import attrs
 from unisandbox.api import Capabilities, Resources, Rootfs, SandboxSpec, UnavailableError, UnsupportedError
 from unisandbox.backends.runc.capabilities import CAPABILITIES, user_network
 from unisandbox.backends.runc.rootfs import Layer
-from unisandbox.host import confinement, subordinate
+from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroups
-from unisandbox.host.confinement import Confined
+from unisandbox.host.power import ids, standing
+from unisandbox.host.power.remedies import as_root, who
 from unisandbox.host.subordinate import Rows
 from unisandbox.oci.users import Credentials, Inside, resolve_user
 
@@ -49,37 +50,11 @@ _NO_CGROUPS: Final = (
 )
 
 
-def who() -> str:
-    """What this process is, for the reason of a refusal."""
-    return f"this process is {subordinate.lacking() or 'root'}"
-
-
-def as_root() -> str:
-    """How this process gets what it is without, for the remedy of a refusal."""
-    if os.geteuid() or subordinate.is_inside():
-        return "run as root of the host" if subordinate.is_inside() else "run as root"
-    return confinement.lower_first(confinement.remedy(["all"]))
-
-
-def obstacle(forbidden: Sequence[Confined]) -> tuple[str, str]:
-    """What keeps this user from sandboxes, and the remedy; two empty strings when nothing that is seen does.
-
-    Args:
-        forbidden: what he may not have although he is root of a user namespace.
-    """
-    confined = [*confinement.of_mapping(), *forbidden, *confinement.masked()]
-    if not any(one.what == "mapping" for one in confined):
-        reason, remedy = subordinate.obstacle()
-        if reason:
-            return reason, remedy
-    return "; ".join(one.reason for one in confined), confinement.remedy(one.what for one in confined)
-
-
 @functools.cache
 def capabilities() -> Capabilities:
     """What can be had here by this user."""
     tree = Cgroups.detect("unisandbox-probe")
-    single = bool(subordinate.scarcity()[0])
+    single = ids.scarcity() is not None
     return attrs.evolve(
         CAPABILITIES,
         networks=frozenset({"none", "host"}) | user_network(),
@@ -185,9 +160,8 @@ def no_other(user: str | None) -> UnsupportedError:
 
 
 def _scarcity() -> tuple[str, str]:
-    why, hint = subordinate.scarcity()
-    if why:
-        return f"{who()}, and this host has one id for it: {why}", hint
+    if scarcity := ids.scarcity():
+        return f"{who()}, and this host has one id for it: {scarcity.reason}", scarcity.remedy
     # The keeper is older than the range.
     return f"{who()}, and its keeper has one id", "end this engine, and open it anew: there are subordinate ids now."
 
@@ -212,7 +186,7 @@ def check_rootfs(rootfs: Rootfs, release: str = "") -> None:
 
 
 def _dirs_may_be_written(release: str) -> bool:
-    return tuple(int(part) for part in release.split("-", maxsplit=1)[0].split(".")[:2]) >= _TMPFS_ATTRIBUTES
+    return standing.kernel(release) >= _TMPFS_ATTRIBUTES
 
 
 def check_resources(resources: Resources, missing: Mapping[str, str]) -> None:
@@ -227,5 +201,5 @@ def check_resources(resources: Resources, missing: Mapping[str, str]) -> None:
             raise UnavailableError(
                 f"resources.{name} cannot be limited here: {missing[name]}",
                 # Then the reason has the other remedy.
-                hint=_REMEDY if os.geteuid() and not confinement.no_cgroup_is_given() else _UNLIMITED,
+                hint=_REMEDY if os.geteuid() and not standing.no_cgroup_is_given() else _UNLIMITED,
             )

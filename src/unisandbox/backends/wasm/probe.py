@@ -14,7 +14,7 @@ import anyio.lowlevel
 
 from unisandbox.api import Probe, UnavailableError
 from unisandbox.backends.wasm.capabilities import NAME
-from unisandbox.host import confinement, subordinate
+from unisandbox.host.power import obstacles, remedies, standing
 
 TESTED: Final = ((50, 0), (51, 0))
 """Versions of wasmtime, from the first to before the second: its C API is used below what it promises."""
@@ -79,15 +79,13 @@ def _obstacles() -> Iterator[tuple[str, str]]:
         yield f"wasmtime compiles for x86_64 and aarch64, this is {os.uname().machine}", "Use another machine."
     if os.geteuid() != 0:
         yield "the files of a sandbox are mounts, which need root", "Run as root."
-    elif not subordinate.may_mount():
+    elif not standing.may_mount():
         why = "the files of a sandbox are mounts, and this process is root without CAP_SYS_ADMIN"
-        yield why, confinement.remedy(["sys_admin"])
-    elif forbidden := confinement.of_mounts():
-        yield "; ".join(one.reason for one in forbidden), confinement.remedy(one.what for one in forbidden)
-    release = os.uname().release.split(".")
-    numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release[:2])
-    if numbers < _OLDEST_KERNEL:
-        yield f"this kernel is {os.uname().release}, older than 5.12", "Use a newer kernel."
+        yield why, remedies.remedy(["sys_admin"])
+    elif forbidden := remedies.of_all(obstacles.of_mounts()):
+        yield forbidden
+    if standing.kernel() < _OLDEST_KERNEL:
+        yield f"this kernel is {os.uname().release}, older than 5.12", remedies.NEWER_KERNEL
 
 
 async def _try() -> str:

@@ -24,6 +24,7 @@ from unisandbox.api.resources import LEAST_DISK
 from unisandbox.api.units import GIB
 from unisandbox.host import jobs
 from unisandbox.host.keeper import JobFailed
+from unisandbox.host.power import standing
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
 
@@ -43,8 +44,7 @@ _MISTAKES: Final = frozenset({errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.E
 
 def detached_trees() -> bool:
     """Whether this kernel mounts in what is mounted nowhere."""
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int("".join(c for c in minor if c.isdigit()))) >= _DETACHED_SINCE
+    return standing.kernel() >= _DETACHED_SINCE
 
 
 @attrs.frozen

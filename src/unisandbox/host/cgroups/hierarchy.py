@@ -14,8 +14,8 @@ from typing import Final, Literal, NamedTuple
 import attrs
 
 from unisandbox.api.errors import InvalidArgumentError, UnavailableError
-from unisandbox.host import confinement, subordinate
 from unisandbox.host.cgroups import devices, files
+from unisandbox.host.power import standing
 
 Version = Literal["v1", "hybrid", "v2"]
 
@@ -190,8 +190,7 @@ def _has_kill(place: Place) -> bool:
     """Whether the kernel has cgroup.kill (Linux 5.14); the root cgroup has no such file, any other shows it."""
     if os.path.exists(f"{place.parent}/cgroup.kill"):
         return True
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return release is not None and (int(release[1]), int(release[2])) >= (5, 14)
+    return standing.kernel() >= (5, 14)
 
 
 def _place_v1(mounts: Sequence[Mount], own: str | None, parent: str | None, name: str) -> Place | str:
@@ -328,11 +327,13 @@ def _join(top: str, path: str) -> str:
 
 def _not_writable(name: str, directory: str) -> str:
     # All that say the same are told once.
-    what = _TOP if confinement.no_cgroup_is_given() else f"{directory} ({name})"
+    what = _TOP if standing.no_cgroup_is_given() else f"{directory} ({name})"
     reason = "is mounted read-only" if _read_only(directory) else "is not ours to write"
     # An ordinary user, whose container this may be, has none of v1 to give away.
-    if _read_only(directory) and (name == "cgroup2" or not subordinate.is_inside()):
-        return f"{what} {reason}; {confinement.lower_first(confinement.remedy(['cgroups']))}"
+    if _read_only(directory) and (name == "cgroup2" or not standing.is_inside()):
+        from unisandbox.host.power import remedies  # seldom needed
+
+        return f"{what} {reason}; {remedies.remedy_within(['cgroups'])}"
     root = "root" if os.geteuid() else "root of the host"
     return (
         f"{what} {reason}; run as {root}, give a cgroup parent that we may write, "

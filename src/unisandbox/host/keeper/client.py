@@ -21,8 +21,9 @@ from unisandbox.host.keeper import programs, protocol, starting
 from unisandbox.host.keeper.eventlog import EventLog
 from unisandbox.host.keeper.expirations import Expirations
 from unisandbox.host.keeper.heard import HeardExits
-from unisandbox.host.keeper.link import Link, checked
-from unisandbox.host.keeper.messages import close_report_in, guard_request, hello_in, note_request
+from unisandbox.host.keeper.link import Link
+from unisandbox.host.keeper.messages import close_report_in, guard_request, hello_in
+from unisandbox.host.keeper.notebook import Notebook
 from unisandbox.host.keeper.process import Process
 from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import (
@@ -67,6 +68,8 @@ class Keeper:
         self._owns = False
         #: What outlives a client with what is written to it meanwhile.
         self.spools: Spools = Spools(self._link)
+        #: Small texts that it keeps.
+        self.notes: Notebook = Notebook(self._link, self.spools)
         #: What happened, in one order for all clients.
         self.events: EventLog = EventLog(self._link)
         #: What the keeper undoes at a set time.
@@ -201,6 +204,10 @@ class Keeper:
             await self.close()
             raise
 
+    async def clients(self) -> frozenset[int]:
+        """The numbers (see `Hello.client`) of all that are connected now."""
+        return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
+
     @functools.cached_property
     def ids(self) -> tuple[Rows, Rows] | None:
         """The user ids and group ids that it has as root of a user namespace of its own, as the kernel maps them.
@@ -244,9 +251,7 @@ class Keeper:
             SpawnFailed: nothing was started; see `stage` and `errno`.
         """
         request: Message = {"key": key, "argv": list(argv), "env": dict(env), "cwd": cwd}
-        request["cgroup_procs"] = list(cgroup_procs)
-        if mounts:
-            request["mounts"] = mounts
+        request |= {"cgroup_procs": list(cgroup_procs)} | ({"mounts": mounts} if mounts else {})
         return await programs.spawn(self._link, self._exits, request, fds)
 
     async def job(
@@ -354,32 +359,6 @@ class Keeper:
     async def held(self, prefix: str = "") -> dict[str, int]:
         """Names that begin with `prefix`, with their numbers in the keeper; rings too (-1 when theirs has ended)."""
         return cast("dict[str, int]", await self._link.pages("held", prefix))
-
-    # --- notes ---
-
-    async def note(self, name: str, value: str) -> None:
-        """Let the keeper keep a small text under a name, in place of what it kept there before.
-
-        A message without an answer, which the keeper reads even if this process dies right after; waits only while the
-        keeper's queue is full. A note and an fd may have the same name. All notes together are bounded by 64 MiB: a
-        note beyond is not kept (its former text is), and the keeper's log says so.
-
-        Raises:
-            InvalidArgumentError: `value` has more than 64 KiB, or NUL.
-        """
-        await self._link.tell(note_request(name, value))
-
-    def note_now(self, name: str, value: str) -> None:
-        """As `note`, without an await; nothing happens once the keeper has ended."""
-        self._link.say({"op": "note", "name": checked(name), "value": value})
-
-    async def notes(self, prefix: str = "") -> dict[str, str]:
-        """The notes whose names begin with `prefix`."""
-        return cast("dict[str, str]", await self._link.pages("notes", prefix))
-
-    async def clients(self) -> frozenset[int]:
-        """The numbers (see `Hello.client`) of all that are connected now."""
-        return frozenset(cast("list[int]", (await self._link.ask("clients")).message["clients"]))
 
     # --- guards and leases ---
 

@@ -19,12 +19,14 @@ import anyio
 import unisandbox.host
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
 from unisandbox.host import pidfd as pidfds
-from unisandbox.host import small_files, subordinate
+from unisandbox.host import small_files
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import KeeperWaitsError, Policy
+from unisandbox.host.power import standing
+from unisandbox.host.subordinate import Rows
 
 # A former keeper of the same directory may be running guards (10 s) and waiting for deaths (2 s).
 _LOCK_WAIT: Final = 15.0
@@ -318,8 +320,6 @@ def _spawn_keeper(
         # Numbers above all of them, so that no dup2 hits another one's source, also where 0-2 are among these.
         base = max(3, *sources) + 1
         numbers = list(range(base, base + len(sources)))
-        # Root needs no user namespace; where an ordinary user cannot have one, the keeper does without mounts.
-        ids = None if not subordinate.is_needed() or subordinate.obstacle()[0] else subordinate.maps()
         argument = json.dumps(
             {
                 "fds": numbers[:-1],
@@ -327,7 +327,7 @@ def _spawn_keeper(
                 "hide": list(hide),
                 "workdir": workdir,
                 "policy": policy,
-                "ids": ids,
+                "ids": _ids(),
             }
         )
         source_root = os.path.dirname(os.path.dirname(unisandbox.host.__path__[0]))
@@ -365,6 +365,15 @@ def _spawn_keeper(
     except ProcessLookupError:
         child_pidfd = -1  # the host program reaps everything itself, and was quick
     return Started(near, child, child_pidfd)
+
+
+def _ids() -> tuple[Rows, Rows] | None:
+    """What it maps in a user namespace of its own. Root needs none; who cannot have one does without mounts."""
+    if not standing.lacking():
+        return None
+    from unisandbox.host.power import ids, obstacles  # root has no use for them
+
+    return None if obstacles.of_user_namespaces() else ids.maps()
 
 
 def _new_log(path: str) -> int:

@@ -61,7 +61,7 @@ class Notes:
     async def container(self, spec: ContainerSpec) -> None:
         """Write down a container, before it is made."""
         if self.kept:
-            await self._keeper.note(f"{self._prefix}c/{spec.name}", json.dumps(plain(spec)))
+            await self._keeper.notes.write(f"{self._prefix}c/{spec.name}", json.dumps(plain(spec)))
 
     async def guest(self, note: GuestNote, report: int = -1) -> None:
         """Write down a guest, and let the keeper hold its report."""
@@ -71,7 +71,7 @@ class Notes:
         if report >= 0:
             await self._keeper.spools.hold_now({f"{name}/report": report})
         data = attrs.asdict(note, recurse=False)
-        await self._keeper.note(name, json.dumps({**data, "spec": plain(note.spec)}))
+        await self._keeper.notes.write(name, json.dumps({**data, "spec": plain(note.spec)}))
 
     def forget_container(self, name: str) -> None:
         """A container is gone, with its guests."""
@@ -88,7 +88,7 @@ class Notes:
     async def idle(self, container: str, worker: str) -> None:
         """Write down a worker that waits for a guest: it ends with this process, and somebody has to free it."""
         if self.kept:
-            await self._keeper.note(f"{self._prefix}w/{container}/{worker}", str(self.client))
+            await self._keeper.notes.write(f"{self._prefix}w/{container}/{worker}", str(self.client))
 
     def not_idle(self, container: str, worker: str) -> None:
         """It has a guest, or is gone."""
@@ -99,7 +99,7 @@ class Notes:
         """(container, exec id) of the workers whose processes are gone while they waited."""
         if not self.kept:
             return []
-        found = await self._keeper.notes(f"{self._prefix}w/")
+        found = await self._keeper.notes.read(f"{self._prefix}w/")
         clients = {self.client, *await self._keeper.clients()} if found else set()
         gone = [name for name, client in found.items() if not (client.isdecimal() and int(client) in clients)]
         return [(name.split("/")[-2], name.split("/")[-1]) for name in gone]
@@ -112,7 +112,7 @@ class Notes:
         """
         containers: dict[str, ContainerSpec] = {}
         guests: list[GuestNote] = []
-        for name, text in (await self._keeper.notes(self._prefix)).items():
+        for name, text in (await self._keeper.notes.read(self._prefix)).items():
             try:
                 data: Any = json.loads(text)
                 if name.startswith(f"{self._prefix}c/"):

@@ -15,7 +15,6 @@ import anyio.lowlevel
 import attrs
 
 from unisandbox.api import (
-    ContainerSpec,
     ContainerStatus,
     CreateTask,
     ExecTask,
@@ -43,38 +42,17 @@ from unisandbox.backends.wasm.given import (
 )
 from unisandbox.backends.wasm.process.bundles import limits_text, process_of
 from unisandbox.backends.wasm.process.capabilities import NAME
+from unisandbox.backends.wasm.process.container import Container
 from unisandbox.backends.wasm.process.guest import Guest
 from unisandbox.backends.wasm.process.images import Images
 from unisandbox.backends.wasm.process.interior import GUEST
 from unisandbox.backends.wasm.process.making import asked_for, make_inner, set_limits
-from unisandbox.backends.wasm.process.notes import GuestNote
-from unisandbox.backends.wasm.process.pool import end_worker
+from unisandbox.backends.wasm.process.restoring import Restorer
 from unisandbox.backends.wasm.process.workers import Workers, Workplace
 from unisandbox.backends.wasm.programs import Programs
 from unisandbox.oci import foreign
 
 _SETTLED_SECONDS: Final = 10.0
-
-
-@attrs.define(eq=False)
-class _Container:
-    """`made`: the inner container is there."""
-
-    spec: ContainerSpec
-    workers: Workers
-    processes: dict[str, Guest] = attrs.field(factory=dict)
-    made: bool = False
-
-    @property
-    def is_being_started(self) -> bool:
-        """Another process is starting its main process, or was when it ended."""
-        return self.made and self.spec.process is not None and "" not in self.processes
-
-    def close(self) -> None:
-        """Close what this process holds of it."""
-        for guest in self.processes.values():
-            guest.close()
-        self.workers.close()
 
 
 class WasmProcessTasks:
@@ -108,7 +86,7 @@ class WasmProcessTasks:
         self._inner, self._notes, self._label = place.inner, place.notes, place.label
         self._root_fd, self._lower = root_fd, lower
         self._programs, self._images = programs, images
-        self._containers: Containers[_Container] = Containers(self._label)
+        self._containers: Containers[Container] = Containers(self._label)
         #: Held from the count of the guests that run until the next one is counted, too.
         self._counting = anyio.Lock()
 
@@ -122,7 +100,7 @@ class WasmProcessTasks:
     async def create(self, request: CreateTask) -> None:
         """See `TaskService.create`."""
         container, bundle = asked_for(request, self._place.user_ids)
-        made = _Container(container, Workers(self._place, container.name))
+        made = Container(container, Workers(self._place, container.name))
         self._containers.add(made)
         try:
             await self._notes.container(container)
@@ -179,7 +157,7 @@ class WasmProcessTasks:
         await container.workers.refill(self.resources.memory)
         return StartedTask(None)
 
-    async def _start(self, container: _Container, guest: Guest) -> None:
+    async def _start(self, container: Container, guest: Guest) -> None:
         await anyio.lowlevel.checkpoint_if_cancelled()
         spec = guest.given.spec
         own = container.spec.rootfs is not None
@@ -421,7 +399,7 @@ class WasmProcessTasks:
                 pass  # another process has deleted it
         await self._inner.delete(container_id, worker)
 
-    async def _delete_guest(self, container: _Container, exec_id: str) -> Exit | None:
+    async def _delete_guest(self, container: Container, exec_id: str) -> Exit | None:
         guest = container.processes.get(exec_id)
         if guest is None:
             await anyio.lowlevel.checkpoint()
@@ -443,79 +421,12 @@ class WasmProcessTasks:
             container.close()
         self._containers.clear()
 
-    # --- recovery ---
-
     async def restore(self, *, exclusive: bool) -> None:
         """Take over the guests that other processes have started, and let go of those that they have ended.
 
         Args:
             exclusive: nobody else makes a container meanwhile.
         """
-        if not self._notes.kept:
-            return
-        specs, notes = await self._notes.read()
-        there = set(self._inner.container_ids)
-        for container in self._containers.all:
-            name = container.spec.name
-            if container.made and name not in there:
-                for guest in container.processes.values():
-                    if guest.worker is not None:
-                        await self._learn(name, guest)
-                container.close()
-                self._containers.discard(container)
-        for name in self._inner.container_ids:
-            if name in specs and self._containers.find(name) is None:
-                self._containers.add(_Container(specs[name], Workers(self._place, name), made=True))
-        for name, worker in await self._notes.abandoned():
-            if name in there:
-                await end_worker(self._inner, name, worker)
-            self._notes.not_idle(name, worker)
-        told_of = {(note.container, note.exec_id) for note in notes}
-        for container in self._containers.all:
-            name = container.spec.name
-            for exec_id, guest in list(container.processes.items()):
-                if guest.started and (name, exec_id) not in told_of:
-                    container.processes.pop(exec_id).close()  # another process has deleted it
-        for note in notes:
-            await self._take_over(note, exclusive=exclusive)
-        if exclusive:
-            await self._end_cut([note for note in notes if not note.exec_id])
-
-    async def _end_cut(self, mains: Sequence[GuestNote]) -> None:
-        """Remove containers whose start was cut: nobody was told that they run, and nobody could end them.
-
-        Args:
-            mains: notes of main processes. A start that has failed leaves one, too, for whoever asked for it.
-        """
-        cut = [container for container in self._containers.all if container.is_being_started]
-        for container in cut:
-            clients = [note.client for note in mains if note.container == container.spec.name]
-            if all([await self._notes.is_abandoned(client) for client in clients]):
-                await self.delete(container.spec.name)
-
-    async def _take_over(self, note: GuestNote, *, exclusive: bool) -> None:
-        container = self._containers.find(note.container)
-        if container is None:
-            if exclusive:
-                self._notes.forget_container(note.container)
-            return
-        if note.exec_id in container.processes:
-            return
-        if note.started:
-            report = await self._notes.report(note.container, note.exec_id)
-            guest = Guest(
-                self._place,
-                note.container,
-                note.exec_id,
-                Given(note.spec),
-                worker=note.worker,
-                report=report,
-                started=True,
-            )
-            if container.processes.setdefault(note.exec_id, guest) is not guest:
-                guest.close()  # another task of this process was quicker
-        elif await self._notes.is_abandoned(note.client):
-            # Nobody was told that it runs.
-            if note.exec_id:
-                await end_worker(self._inner, note.container, note.worker)
-            self._notes.forget_guest(note.container, note.exec_id)
+        if self._notes.kept:
+            restorer = Restorer(self._place, self._containers, learn=self._learn, delete=self.delete)
+            await restorer.run(exclusive=exclusive)

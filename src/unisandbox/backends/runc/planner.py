@@ -411,7 +411,7 @@ class PodPlanner:
             ),
             OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),
         ]
-        if pod.spec.network.kind == "none":
+        if pod.spec.network.kind in {"none", "user"}:
             # Only for the sandbox's own network: crun would fall back to the host's /sys, writable, without a word.
             mounts.append(OciMount("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")))
         return mounts

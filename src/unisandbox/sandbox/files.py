@@ -362,8 +362,10 @@ class Files:
         if "data" in arguments:
             content = _bytes_for(arguments["path"], arguments.pop("data"))
         if "local" in arguments:
-            # It has another working directory.
-            arguments["local"] = os.path.join(os.getcwd(), _local(arguments["local"]))
+            local = arguments["local"] = _local(arguments["local"])
+            if not os.path.isabs(local):
+                with named(local, "host"):  # the clerk has another working directory, and ours may be gone
+                    arguments["local"] = os.path.join(os.getcwd(), local)
         entry = self._entry
         with self._root() as root:
             asked = clerk.call(

@@ -47,6 +47,11 @@ def test_words_after_the_program_are_its_own() -> None:
     assert (done.returncode, done.stdout) == (0, b"--memory -e -- --json\n")
 
 
+def test_rm_is_what_happens_anyway() -> None:
+    done = run("run", "--rm", "echo", "--rm")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"--rm\n", b"")
+
+
 def test_stdin_is_read_only_with_i() -> None:
     assert run("run", "cat", stdin=b"typed").stdout == b""
     assert run("run", "-i", "cat", stdin=b"typed").stdout == b"typed"

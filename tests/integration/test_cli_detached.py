@@ -373,6 +373,7 @@ def test_a_program_that_cannot_be_started_leaves_nothing(state: Path) -> None:
         (["run", "-d", "-i", "true"], "-i cannot be used with -d"),
         (["run", "-d", "-t", "true"], "-t cannot be used with -d"),
         (["run", "-d", "--timeout", "1", "true"], "--timeout cannot be used with -d"),
+        (["run", "-d", "--rm", "true"], "--rm cannot be used with -d"),
         (["run", "-d", "--ttl", "0", "true"], "--ttl must be > 0 seconds"),
         (["run", "--ttl", "1", "true"], "--ttl cannot be used with run without -d"),
         (["run", "--state", "/tmp/x", "true"], "--state cannot be used with run without -d"),

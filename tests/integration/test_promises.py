@@ -31,6 +31,8 @@ from unisandbox import (
 )
 from unisandbox.api import InvalidArgumentError, SandboxSpec
 from unisandbox.backends.runc import RuncBackend, pidns
+from unisandbox.conformance.waiting import until
+from unisandbox.engine import programs
 from unisandbox.host import namespaces
 from unisandbox.host.cgroups import Cgroups
 
@@ -452,3 +454,58 @@ async def test_looks_at_a_shared_pid_namespace_end_while_others_change_the_sandb
                     group.start_soon(look)
                 group.start_soon(change, sandbox)
                 group.start_soon(change, same)
+
+
+async def _drained(engine: Engine, *, living: bool = False) -> int:
+    """How many pipes of background processes the keeper has: all that it has heard of, or those still written to."""
+    held = await engine._core.host.keeper.held()
+    return sum("/drain/" in name and (number >= 0 or not living) for name, number in held.items())
+
+
+async def test_what_runs_have_left_in_the_background_costs_the_keeper_nothing_any_more_when_it_has_ended() -> None:
+    async with Engine.open() as engine, engine.create() as sandbox:
+
+        async def all_ended() -> bool:
+            return await _drained(engine, living=True) == 0
+
+        await sandbox.sh("mkfifo /tmp/go")
+        for _ in range(4):
+            await sandbox.sh("(read word < /tmp/go) &")
+            assert (await _drained(engine), await _drained(engine, living=True)) == (2, 2)
+            await sandbox.sh("echo > /tmp/go")
+            await until(all_ended, "nobody writes to the pipes of the run any more")
+
+
+COLLECTING = """
+import socket
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as taking:
+    taking.bind("/tmp/taking")
+    print("up", flush=True)
+    while True:
+        taking.recvmsg(1, socket.CMSG_LEN(8))
+"""
+GIVING = """
+import socket
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as giving:
+    giving.connect("/tmp/taking")
+    socket.send_fds(giving, [b"."], [1, 2])
+"""
+
+
+async def test_a_program_that_keeps_the_pipes_of_others_does_not_use_up_the_keepers_descriptors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(programs, "_MOST_DRAINED", 6)
+    async with Engine.open() as engine, engine.create() as sandbox:
+        async with sandbox.exec(["python3", "-c", COLLECTING]) as process:
+            await process.stdout.receive()
+            for runs in range(1, 6):
+                assert (await sandbox.run(["python3", "-c", GIVING])).exit_code == 0
+                assert await _drained(engine, living=True) == min(2 * runs, 6)
+
+        async def there_is_room() -> bool:
+            return await _drained(engine, living=True) < 6
+
+        await until(there_is_room, "the pipes of who has been killed are closed")
+        assert (await sandbox.sh("sleep 1000 &")).exit_code == 0
+        assert await _drained(engine, living=True) == 2

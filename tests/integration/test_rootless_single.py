@@ -121,6 +121,26 @@ def test_files_inside_are_all_roots_and_outside_all_his(user: PlainUser) -> None
     assert (told["ids"], told["left"]) == ([0, 0, 0], ["a", "d"])
 
 
+def test_files_are_copied_whatever_has_become_of_the_working_directory(user: PlainUser) -> None:
+    told = user.run(
+        """
+        Path(HOME, "file").write_text("mine")
+        os.mkdir(HOME + "/gone")
+        os.chdir(HOME + "/gone")
+        os.rmdir(HOME + "/gone")
+        async with Engine.open() as engine, engine.create(resources=FREE) as sandbox:
+            await sandbox.files.upload(HOME + "/file", "/tmp/file")
+            tell(read=(await sandbox.files.read("/tmp/file")).decode())
+            try:
+                await sandbox.files.upload("file", "/tmp/file")
+            except SandboxError as error:
+                tell(relative=type(error).__name__)
+        """
+    )
+
+    assert told == {"read": "mine", "relative": "NotFoundError"}
+
+
 def test_files_have_the_rights_of_root_inside_also_where_all_is_his(user: PlainUser) -> None:
     told = user.run(
         """

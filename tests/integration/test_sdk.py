@@ -399,6 +399,19 @@ async def test_mounts_are_there_in_time_and_as_asked(engine: Engine, tmp_path: P
     assert (tmp_path / "new").stat().st_uid == 0
 
 
+async def test_a_temporary_file_system_that_is_to_be_read_only_hides_what_is_there_and_cannot_be_written(
+    engine: Engine, tmp_path: Path
+) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "key").write_text("secret")
+    mounts = [Mount.bind(tmp_path, "/data", readonly=False), Mount("/data/private")]
+    async with engine.create(mounts=mounts) as sandbox:
+        done = await sandbox.sh("ls /data /data/private; touch /data/private/new")
+
+    assert done.text.split() == ["/data:", "private", "/data/private:"]
+    assert b"Read-only file system" in done.stderr
+
+
 async def test_handles_of_one_sandbox_are_equal_in_power(engine: Engine) -> None:
     await engine.create(name="w")
     first, second = await engine.get("w"), await engine.get("w")

@@ -114,13 +114,22 @@ def test_tcp_and_udp_reach_what_is_outside(around: World) -> None:
             around,
             f"tell(tcp=await inside(sandbox, \"print(tcp('{OUTSIDE}'))\"))",
             f"tell(udp=await inside(sandbox, \"print(udp('{OUTSIDE}', 'hello'))\"))",
-            "status = await sandbox.status()",
-            "tell(warnings=status.warnings, kind=(await sandbox.sh('ls /sys/class/net')).text.split())",
+            "tell(warnings=(await sandbox.status()).warnings)",
         )
 
     # What is outside sees the host.
     assert (words["tcp"], words["udp"]) == (f"seen {HOST}", "seen hello")
     assert (words["warnings"], words["left"]) == ([], [])
+
+
+def test_sys_shows_the_interfaces_of_the_sandbox_and_cannot_be_written(around: World) -> None:
+    words = one(
+        around,
+        "tell(shown=(await sandbox.sh('ls /sys/class/net')).text.split())",
+        "tell(written=(await sandbox.sh('echo 1400 > /sys/class/net/eth0/mtu')).stderr.decode())",
+    )
+
+    assert (words["shown"], "Read-only" in words["written"]) == (["eth0", "lo"], True)
 
 
 TRANSFER = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import resource
 import secrets
 import shutil
 import socket
@@ -367,6 +368,32 @@ async def test_a_link_as_output_brings_no_file_of_the_host(engine: Engine, tmp_p
         assert Path(os.readlink(tmp_path / "report")).read_text() == "s"  # noqa: ASYNC240
         with pytest.raises(Exception, match="does not exist"):
             await sandbox.files.read("/tmp/report")
+
+
+CORE_LIMIT: Final = """
+import asyncio, resource, sys
+from unisandbox import Resources, Sandbox
+resource.setrlimit(resource.RLIMIT_CORE, (0, int(sys.argv[1])))
+async def main():
+    async with Sandbox.create(resources=Resources(memory=None, pids=None)) as sandbox:
+        code = "import resource; print(*resource.getrlimit(resource.RLIMIT_CORE))"
+        print((await sandbox.run(["python3", "-c", code])).text, end="")
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(("hosts_own", "inside"), [("-1", "1 1\n"), ("0", "0 0\n")])
+def test_what_crashes_gives_its_memory_to_no_program_of_the_host(hosts_own: str, inside: str) -> None:
+    """With a limit of 0 the kernel starts what core_pattern names after a bar, as the host's root; with 1 it does not.
+
+    Tried in a virtual machine: the pattern is the whole machine's.
+    """
+    if int(hosts_own) and resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY:
+        pytest.skip("this machine allows no cores")
+    argv = [sys.executable, "-c", CORE_LIMIT, hosts_own]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+
+    assert (done.returncode, done.stdout) == (0, inside), done.stderr
 
 
 async def test_the_filter_holds_for_every_user_and_every_child(engine: Engine) -> None:

@@ -53,7 +53,8 @@ class Resources:
             Up to half of the memory it is a tmpfs (charged to `memory`), above that a sparse file system image. It is
             the sandbox's, shared by its containers, and stays as long as the sandbox.
         nofile: open files of a process (RLIMIT_NOFILE).
-        core: bytes of a core dump (RLIMIT_CORE).
+        core: bytes of a core dump (RLIMIT_CORE); with 0, the default, there is none, also where the host gives those to
+            a program (/proc/sys/kernel/core_pattern).
     """
 
     memory: int | None = attrs.field(default=_DEFAULT_MEMORY, converter=_memory_size)

@@ -98,6 +98,7 @@ def _resources(
     "such program, 126 when it cannot be executed; 125 for an error of unisandbox.",
 )
 @click.option("-d", "--detach", is_flag=True, help="Leave it running, and print its name or id.")
+@click.option("--rm", "remove", is_flag=True, help="Remove the sandbox at the end: without -d that is so anyway.")
 @process_options
 @click.option(
     "-v", "--volume", multiple=True, metavar="SOURCE:TARGET[:ro|rw]", help="Show a file or directory of this host."
@@ -134,6 +135,7 @@ def run_command(
     context: click.Context,
     argv: tuple[str, ...],
     detach: bool,
+    remove: bool,
     interactive: bool,
     tty: bool,
     env: tuple[str, ...],
@@ -187,6 +189,7 @@ def run_command(
         if detach:
             _refuse("-d", {"-i": interactive, "-t": tty}, "A detached program has no standard input and no terminal.")
             _refuse("-d", {"--timeout": timeout is not None}, "--ttl ends it in time.")
+            _refuse("-d", {"--rm": remove}, "--ttl removes it in time, unisandbox rm -f at once.")
             if ttl is not None and not ttl > 0:
                 raise InvalidArgumentError(f"--ttl must be > 0 seconds, got {ttl:g}")
             program = Program(argv, variables, workdir, user)

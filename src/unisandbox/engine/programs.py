@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 MAIN: Final = "main"
 """The name of the container that `run` and `exec` use."""
 
+# Of one sandbox. Processes inside can keep any number of them open (SCM_RIGHTS), and the keeper's descriptors are for
+# all sandboxes. Two for each of the processes that a sandbox may have unless it is said.
+_MOST_DRAINED: Final = 512
+
 
 class Programs:
     """Those of one sandbox.
@@ -210,8 +214,17 @@ class Programs:
                     self._core.operations.finish(process.operation_id, json.dumps(attrs.asdict(exit)))
 
     async def take_over_output(self, fd: int) -> None:
-        """Let the keeper read and drop what background processes still write to the pipe `fd`."""
-        await self._host.keeper.spools.ring(f"{self._prefix}drain/{self.next_exec_id()}", fd, limit=4096)
+        """Let the keeper read and drop what background processes still write to the pipe `fd`.
+
+        It does so for so many pipes at a time; who writes to another one gets SIGPIPE.
+        """
+        keeper, drains = self._host.keeper, f"{self._prefix}drain/"
+        held = await keeper.held(drains)
+        ended = [name for name, number in held.items() if number < 0]
+        if ended:
+            await keeper.drop(ended)
+        if len(held) - len(ended) < _MOST_DRAINED:
+            await keeper.spools.ring(f"{drains}{self.next_exec_id()}", fd, limit=1)
 
     # --- containers that are added ---
 

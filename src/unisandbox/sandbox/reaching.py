@@ -14,7 +14,7 @@ from unisandbox.engine.entry import Entry
 from unisandbox.host.identity import Identity
 from unisandbox.sandbox import inside
 from unisandbox.sandbox.arguments import check_mode, content_of, local_path
-from unisandbox.sandbox.inside import Root
+from unisandbox.sandbox.inside import Root, named
 
 if TYPE_CHECKING:
     from unisandbox.engine.clerk import Clerk
@@ -84,8 +84,10 @@ async def _by_clerk(entry: Entry, clerk: Clerk, method: str, arguments: dict[str
     if "data" in arguments:
         content = content_of(arguments["path"], arguments.pop("data"))
     if "local" in arguments:
-        # It has another working directory.
-        arguments["local"] = os.path.join(os.getcwd(), local_path(arguments["local"]))
+        local = arguments["local"] = local_path(arguments["local"])
+        if not os.path.isabs(local):
+            with named(local, "host"):  # the clerk has another working directory, and ours may be gone
+                arguments["local"] = os.path.join(os.getcwd(), local)
     with root_of(entry) as root:
         asked = clerk.call(
             method,

@@ -412,7 +412,7 @@ class PodPlanner:
             ),
             OciMount("/dev/shm", "bind", f"{pod.work}/shm", ("bind", "rw", "nosuid", "noexec", "nodev")),
         ]
-        if pod.spec.network.kind == "none":
+        if pod.spec.network.kind in {"none", "user"}:
             # Only for the sandbox's own network: crun would fall back to the host's /sys, writable, without a word.
             mounts.append(OciMount("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")))
         return mounts
@@ -422,6 +422,7 @@ class PodPlanner:
         user = process.user or container.user or spec.user
         who = self._credentials(user, root)
         limits = dict(self._plain_limits)
+        no_core = limits.pop("RLIMIT_CORE")
         own = container.resources or _UNLIMITED
         for name, values in (
             ("RLIMIT_NOFILE", (spec.resources.nofile, own.nofile)),
@@ -430,7 +431,7 @@ class PodPlanner:
             # A container's limit is one below the sandbox's, never above it.
             least = min((value for value in values if value is not None), default=None)
             if least is not None:
-                limits[name] = (least, least)
+                limits[name] = (least, least) if least else no_core
         cwd = process.cwd or container.cwd or spec.cwd
         return SpawnRequest(
             argv=process.argv,
@@ -488,6 +489,9 @@ def plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
 
     Soft limits as high as the keeper's hard ones, which nobody inside could raise; the stack as the kernel has
     it, since an unlimited one changes where memory is mapped. Source: getrlimit(2), _STK_LIM of the kernel.
+
+    RLIMIT_CORE is what stands for none: where cores go to a program (core_pattern "|..."), the kernel starts that, as
+    root of the host, for a limit of 0 too, and only for 1 it does not. Source: do_coredump() in fs/coredump.c.
     """
     limits: dict[str, tuple[int, int]] = {}
     for name in ("AS", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NPROC", "RSS", "SIGPENDING"):
@@ -495,4 +499,5 @@ def plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
         limits[f"RLIMIT_{name}"] = (hard, hard)
     hard = resource.prlimit(keeper_pid, resource.RLIMIT_STACK)[1]
     soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
-    return limits | {"RLIMIT_STACK": (soft, hard)}
+    core = 0 if resource.prlimit(keeper_pid, resource.RLIMIT_CORE)[1] == 0 else 1  # nobody inside may raise it
+    return limits | {"RLIMIT_STACK": (soft, hard), "RLIMIT_CORE": (core, core)}

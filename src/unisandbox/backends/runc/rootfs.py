@@ -375,6 +375,7 @@ def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
     fd = first_fd
     for mount in mounts:
         path = f"{place.root}{mount.target}"
+        attributes = SAFE_READONLY if mount.readonly else _SAFE
         if not mount.source:
             ops += [
                 {"op": "mkdir", "path": path, "parents": True, "uid": place.first_id, "gid": place.first_id},
@@ -386,7 +387,7 @@ def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
                     "mode": 0o1777,
                     "uid": place.first_id,
                     "gid": place.first_id,
-                    "attributes": _SAFE,
+                    "attributes": attributes,
                 },
             ]
             continue
@@ -399,7 +400,7 @@ def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
                 "uid": place.first_id,
                 "gid": place.first_id,
                 "idmap": mount.idmap and place.mapped,
-                "attributes": SAFE_READONLY if mount.readonly else _SAFE,
+                "attributes": attributes,
             }
         )
         fd += 1

@@ -326,15 +326,16 @@ def _mount_ops(mounts: Sequence[Mount]) -> list[Op]:
     fd = 1
     for mount in mounts:
         path = f"/root{mount.target}"
+        attributes = _SAFE_READONLY if mount.readonly else _SAFE
         if mount.source:
-            attributes = _SAFE_READONLY if mount.readonly else _SAFE
             ops.append({"op": "bind", "source": {"fd": fd}, "path": path, "create": True, "attributes": attributes})
             fd += 1
             continue
         size = mount.size or 0
         inodes = max(size // _BYTES_PER_INODE, 1024)
         ops.append({"op": "mkdir", "path": path, "parents": True})
-        ops.append({"op": "tmpfs", "path": path, "size": size, "inodes": inodes, "mode": 0o1777, "attributes": _SAFE})
+        tmpfs: Op = {"op": "tmpfs", "path": path, "size": size, "inodes": inodes, "mode": 0o1777}
+        ops.append({**tmpfs, "attributes": attributes})
     return ops
 
 

@@ -33,7 +33,7 @@ from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.programs import MAIN, Programs
-from unisandbox.engine.records import Phase, Record, plain_spec, this_process
+from unisandbox.engine.records import Phase, Record, plain_spec, status_of, this_process
 from unisandbox.engine.sharing import Sharing
 from unisandbox.engine.telling import Telling, tell_recovered
 from unisandbox.host.cgroups import ending
@@ -41,9 +41,6 @@ from unisandbox.host.cgroups import ending
 if TYPE_CHECKING:
     from unisandbox.engine.clerk import Clerk
     from unisandbox.engine.core import EngineCore
-
-# A keeper that is killed closes its files first; its end can be seen a moment later. Source: do_exit(), kernel/exit.c.
-_DYING_SECONDS: Final = 0.05
 
 
 class Entry:
@@ -196,8 +193,7 @@ class Entry:
         """
         self._core.check_keeper(after_error=True)
         self.sharing.check_there()
-        if self._core.host.keeper.ends_within(_DYING_SECONDS):
-            self._core.check_keeper()
+        self._core.check_dying()
 
     def check_alive(self) -> None:
         """Raise FailedPreconditionError when the engine is closed or another loop's, NotFoundError when it is gone."""
@@ -405,8 +401,7 @@ class Entry:
             await self._free()
 
     def _as_written(self) -> SandboxStatus:
-        written = attrs.evolve(self.sharing.written_down(), started_at=self.record.started_at)
-        return attrs.evolve(written, state="ready" if self.record.phase == "ready" else "stopped")
+        return status_of(self.record, "ready" if self.record.phase == "ready" else "stopped")
 
     async def status(self) -> SandboxStatus:
         """The state at this moment; never waits for another call.

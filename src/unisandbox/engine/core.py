@@ -29,6 +29,7 @@ from unisandbox.api import (
     UnsupportedError,
     check_id,
 )
+from unisandbox.api.plain import plain_given
 from unisandbox.api.status import SandboxState
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
@@ -197,7 +198,14 @@ class EngineCore:
 
     async def _begun(self, operation_id: str, spec: SandboxSpec) -> Entry | None:
         """The sandbox that this operation has made or is making; None: it is ours to make."""
-        known = self.operations.begin(operation_id, "create", spec.name or "", digest_of(plain_spec(spec)))
+        known = self.operations.begin(
+            operation_id,
+            "create",
+            spec.name or "",
+            digest_of(plain_given(spec)),
+            # Former versions noted what is as by default, too.
+            former_digests=[digest_of(plain_spec(spec))],
+        )
         if known is None:
             return None
         if known.state == "finished":

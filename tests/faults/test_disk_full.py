@@ -41,6 +41,17 @@ def mounted(kind: str, place: Path, options: str, flags: int = 0) -> Iterator[Pa
         subprocess.run(["umount", str(place)], check=True)
 
 
+@contextmanager
+def read_only(place: Path) -> Iterator[None]:
+    """Nothing can be written to it by its path, as after an error of the disk."""
+    syscalls.mount(str(place), str(place), None, syscalls.MS_BIND)
+    try:
+        syscalls.mount("none", str(place), None, syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY)
+        yield
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 def fill(place: Path) -> None:
     """Leave no byte free."""
     with open(place / "filler", "wb", buffering=0) as file, suppress(OSError):
@@ -171,6 +182,18 @@ async def test_a_state_directory_that_became_read_only(tmp_path: Path) -> None:
         syscalls.mount("none", str(disk), None, syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
         with pytest.raises(SandboxError, match="Read-only file system"):
             await Engine.open(disk)
+
+
+async def test_a_removal_whose_record_could_not_go_is_finished_by_the_next_call(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL)
+        with read_only(tmp_path):
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await sandbox.remove()
+            assert await engine.list() == []
+        await sandbox.remove()
+        async with engine.create(name="w", resources=SMALL):
+            pass
 
 
 async def test_a_state_directory_of_somebody_else(tmp_path: Path) -> None:

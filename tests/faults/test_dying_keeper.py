@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import random
@@ -9,8 +10,9 @@ import select
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+import anyio
 import pytest
 
 from unisandbox import Engine, Resources, Sandbox, UnavailableError
@@ -93,3 +95,41 @@ async def test_a_process_that_dies_with_it_before_it_was_started_is_told_as_its_
         monkeypatch.setattr(spawning, "_pid_of", late)
         with pytest.raises(UnavailableError, match=r"keeper .*has ended"):
             await CALLS[call](engine, sandbox)
+
+
+@pytest.mark.parametrize("whose", ["private", "owned", "attached"])
+async def test_who_reads_events_is_told_of_its_death(whose: str, tmp_path: Path) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        engine = await stack.enter_async_context(Engine.open(None if whose == "private" else tmp_path))
+        if whose == "attached":
+            engine = await stack.enter_async_context(Engine.attach(tmp_path))
+        keeper = engine._core.host.keeper.pid
+        await engine.create(resources=SMALL)
+        events = engine.events()
+        assert [(await anext(events)).kind for _ in range(2)] == ["sandbox.created", "sandbox.started"]
+        told: list[str] = []
+
+        async def read() -> None:
+            with pytest.raises(UnavailableError, match=r"keeper .*has ended, and with it what ran") as error:
+                await anext(events)
+            told.append(error.value.message)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(read)
+            await anyio.wait_all_tasks_blocked()
+            os.kill(keeper, signal.SIGKILL)
+        await read()
+        assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("policy", ["keep", "stop"])
+async def test_events_end_with_their_engine_also_when_its_keeper_is_dead(
+    policy: Literal["keep", "stop"], tmp_path: Path
+) -> None:
+    async with Engine.open(tmp_path, policy=policy) as engine:
+        os.kill(engine._core.host.keeper.pid, signal.SIGKILL)
+        assert engine._core.host.keeper.ends_within(20.0)
+        events = engine.events()
+    assert [event async for event in events] == []
+    async with Engine.open(tmp_path):  # frees what is left
+        pass

@@ -104,6 +104,15 @@ async def test_a_closed_connection_is_an_end_of_the_owner_too(tmp_path: Path) ->
     assert not (tmp_path / "d").exists()
 
 
+async def test_a_directory_in_which_numbers_were_leased_goes_with_the_keeper(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        (tmp_path / "d").mkdir()
+        await keeper.guard([Guard("d", "rmdir", [f"{tmp_path}/d"])])
+        await keeper.lease(f"{tmp_path}/d", 0, 10)
+        assert keeper.abandon(wait=DEADLINE)
+    assert not (tmp_path / "d").exists()
+
+
 async def test_sigterm_of_the_keeper_undoes_everything(tmp_path: Path) -> None:
     async with keeper_at(tmp_path, policy="keep") as keeper:
         (tmp_path / "d").mkdir()

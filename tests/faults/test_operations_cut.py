@@ -11,6 +11,9 @@ import pytest
 from tests.programs import program
 
 from unisandbox import Engine, FailedPreconditionError, NotFoundError, Process, Resources, Sandbox
+from unisandbox.api import ProcessSpec
+from unisandbox.api.plain import plain
+from unisandbox.engine.operations import digest_of
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
 SMALL = Resources(memory="64M")
@@ -202,3 +205,23 @@ async def test_an_orphan_is_taken_by_one_of_many_who_look(tmp_path: Path, anyio_
             await found[0].stdin.aclose()
             assert (await found[0].wait()).code == 0
             await found[0].aclose()
+
+
+async def test_what_a_former_version_has_noted_is_done_once(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL, operation_id="make")
+        process = await sandbox.exec(COUNTED, operation_id="job")
+        await process.wait()
+        log = engine._core.operations
+        create, start = plain(sandbox._entry.spec), plain(ProcessSpec(COUNTED))
+        formers = {"make": [create], "job": [start, {**start, "stdin": "null"}]}
+        for operation_id, requests in formers.items():
+            for request in requests:
+                noted = log.find(operation_id)
+                assert noted is not None
+                log.forget(operation_id)
+                assert log.begin(operation_id, noted.kind, noted.target, digest_of(request)) is None
+                log.finish(operation_id, noted.result)
+                assert (await engine.create(name="w", resources=SMALL, operation_id="make")).id == sandbox.id
+                assert (await (await sandbox.exec(COUNTED, operation_id="job")).wait()).code == 7
+        assert await starts(sandbox) == 1

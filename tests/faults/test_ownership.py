@@ -18,6 +18,7 @@ from typing import Literal
 
 import anyio
 import pytest
+from tests.command_line import run
 from tests.keepers import until, wait_ended
 from tests.programs import program
 
@@ -193,6 +194,67 @@ async def test_what_its_owner_cannot_use_ends_with_him_and_leaves_no_record(tmp_
         assert os.listdir(tmp_path / "sandboxes") == []
 
 
+async def test_what_is_usable_by_others_only_is_told_to_have_ended_with_its_keeper(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep", backends={"mine": Mine()}) as engine:
+        await engine.create(name="w", isolation="mine", resources=SMALL)
+        kill_keeper(engine)
+    async with Engine.open(tmp_path) as engine:
+        [status] = await engine.list()
+        assert (status.name, status.state) == ("w", "stopped")
+        assert "'mine' is not known" in status.unusable
+    async with Engine.open(tmp_path, backends={"mine": Mine()}) as engine:
+        assert [found.action for found in engine.recovery.sandboxes] == ["removed"]
+
+
+async def test_what_is_usable_by_others_only_is_gone_when_its_ttl_is_over(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path, policy="keep") as engine:
+        async with Engine.attach(tmp_path, backends={"mine": Mine()}) as other:
+            sandbox = await other.create(name="w", isolation="mine", resources=SMALL, ttl=1000.0)
+            process = await sandbox.exec(["sleep", "1000"])
+        assert [status.state for status in await engine.list()] == ["ready"]
+        host = engine._core.host
+        await host.keeper.expirations.set(host.prefix(sandbox.id), 0)
+        wait_ended(process.pid)
+        with anyio.fail_after(20):
+            while await engine.list():
+                await anyio.sleep(0.01)  # what the keeper has freed it says with an answer
+        async with engine.create(name="w", resources=SMALL):
+            pass
+
+
+@pytest.mark.parametrize("how", ["of another version", "broken"])
+async def test_commands_list_what_they_cannot_use_and_say_what_to_install(how: str, tmp_path: Path) -> None:
+    pytest.importorskip("wasmtime")
+    state, packages, empty = tmp_path / "state", tmp_path / "packages", tmp_path / "empty"
+    for directory in (packages / "wasmtime-1.0.dist-info", empty):
+        directory.mkdir(parents=True)
+    if how == "broken":
+        (packages / "wasmtime-1.0.dist-info").rmdir()
+        (packages / "wasmtime.py").write_text("raise ImportError('a library of it is missing')")
+    else:
+        (packages / "wasmtime-1.0.dist-info/METADATA").write_text("Name: wasmtime\nVersion: 1.0\n")
+
+    def said(*args: str) -> tuple[int, str, str]:
+        done = run(*args, env={"UNISANDBOX_STATE": str(state), "PYTHONPATH": str(packages)})
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+    async with Engine.open(state) as engine:
+        sandbox = await engine.create(name="w", isolation="wasm+process", rootfs=Rootfs.dir(empty))
+        code, out, err = said("ps")
+        assert (code, len(out.splitlines())) == (0, 2), err
+        assert "ready, unusable here" in out
+        assert "unisandbox: sandbox 'w': " in err
+        assert "pip install 'unisandbox[wasm" in err
+        code, out, err = said("ps", "--json")
+        [row] = json.loads(out)["sandboxes"]
+        assert (code, row["id"], row["status"], err) == (0, sandbox.id, "unusable", "")
+        assert "pip install 'unisandbox[wasm" in row["unusable"]
+        for ref in ("w", sandbox.id[:12]):
+            code, out, err = said("rm", "-f", ref)
+            assert (code, out) == (125, "")
+            assert "pip install 'unisandbox[wasm" in err
+
+
 async def look_in_vain(engine: Engine, sandbox_id: str) -> None:
     for ref in ("w", sandbox_id):
         with pytest.raises(FailedPreconditionError, match="'mine' is not known") as caught:
@@ -200,6 +262,10 @@ async def look_in_vain(engine: Engine, sandbox_id: str) -> None:
         assert "Installed backends: " in caught.value.hint
     with pytest.raises(FailedPreconditionError, match="'mine' is not known"):
         await engine.remove("w")
+    [status] = await engine.list()
+    assert (status.id, status.name, status.backend, status.state) == (sandbox_id, "w", "mine", "ready")
+    assert "'mine' is not known" in status.unusable
+    assert "Installed backends: " in status.unusable
     with pytest.raises(AlreadyExistsError):
         await engine.create(name="w", resources=SMALL)
 

@@ -143,9 +143,9 @@ def test_the_latest_are_remembered_also_when_the_clock_was_set_back(tmp_path: Pa
 
 def test_what_a_former_version_has_noted_of_the_same_is_the_same(log: OperationLog) -> None:
     assert log.begin("op-1", "exec", "web", "former") is None
-    assert log.begin("op-1", "exec", "web", "now", former_digest="former") is not None
+    assert log.begin("op-1", "exec", "web", "now", former_digests=["older", "former"]) is not None
     with pytest.raises(FailedPreconditionError, match="with other arguments"):
-        log.begin("op-1", "exec", "web", "now", former_digest="another")
+        log.begin("op-1", "exec", "web", "now", former_digests=["another"])
 
 
 def test_many_are_kept_near_the_number_asked_for(tmp_path: Path) -> None:

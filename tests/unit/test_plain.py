@@ -25,7 +25,7 @@ from unisandbox.api import (
     Terminal,
 )
 from unisandbox.api.names import CAPABILITIES
-from unisandbox.api.plain import container_spec_of, plain, process_spec_of, sandbox_spec_of
+from unisandbox.api.plain import container_spec_of, plain, plain_given, process_spec_of, sandbox_spec_of
 
 # Text of a command line: any but NUL, and bytes that are no UTF-8 as Python has them.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"), max_size=6)
@@ -118,6 +118,27 @@ def test_a_spec_is_the_same_after_json(
 ) -> None:
     spec = data.draw(specs)
     assert spec_of(json.loads(json.dumps(plain(spec)))) == spec
+
+
+@BY_KIND
+@given(data=st.data())
+def test_what_is_as_by_default_can_be_left_out(
+    specs: st.SearchStrategy[Any], spec_of: Callable[[Mapping[str, object]], Any], data: st.DataObject
+) -> None:
+    spec = data.draw(specs)
+    assert spec_of(json.loads(json.dumps(plain_given(spec)))) == spec
+
+
+def test_only_what_is_not_as_by_default_is_given() -> None:
+    """So a version with more fields says the same of what is asked for again."""
+    assert plain_given(SandboxSpec()) == {}
+    assert plain_given(ProcessSpec(["true"])) == {"argv": ["true"]}
+    spec = SandboxSpec(name="w", resources=Resources(memory="64M"), mounts=[Mount.tmpfs("/a"), Mount.bind("/b", "/c")])
+    assert plain_given(spec) == {
+        "name": "w",
+        "resources": {"memory": 64 << 20},
+        "mounts": [{"target": "/a", "readonly": False, "size": 64 << 20}, {"target": "/c", "source": "/b"}],
+    }
 
 
 @BY_KIND

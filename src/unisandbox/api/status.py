@@ -51,6 +51,8 @@ class SandboxStatus:
         namespaces: inode numbers of its pinned namespaces, by kind.
         netns_path: where its network namespace can be opened, or empty.
         warnings: what of it does not work any more although it goes on, each with its remedy.
+        unusable: why it cannot be used here, e.g. because its backend is not installed, and the remedy; then all
+            else is what is written down of it. Empty when it can.
     """
 
     id: str
@@ -68,6 +70,7 @@ class SandboxStatus:
     namespaces: Mapping[str, int] = attrs.field(factory=dict)
     netns_path: str = ""
     warnings: tuple[str, ...] = ()
+    unusable: str = ""
 
 
 @attrs.frozen

@@ -11,7 +11,7 @@ import click
 
 from unisandbox.api import InvalidArgumentError, SandboxError
 from unisandbox.cli.answering import answer
-from unisandbox.cli.errors import OWN_ERROR, as_dict, explain, with_json_errors
+from unisandbox.cli.errors import OWN_ERROR, as_dict, explain, say, with_json_errors
 from unisandbox.cli.options import own_terminal, pairs, process_options
 
 if TYPE_CHECKING:
@@ -126,6 +126,9 @@ def ps(show_all: bool, quiet: bool, state: str | None, as_json: bool, debug: boo
             else:
                 lines = [row.status.id[:SHORT_ID] for row in rows] if quiet else table(rows, now())
                 answer("".join(f"{line}\n" for line in lines), end="")
+                for row in rows:
+                    if row.status.unusable and not quiet:
+                        say(f"sandbox {row.status.name or row.status.id[:SHORT_ID]!r}: {row.status.unusable}")
         return 0
 
     return _answer(main, as_json=as_json, debug=debug)

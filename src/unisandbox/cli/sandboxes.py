@@ -31,7 +31,7 @@ _MAIN: Final = "main"
 _LEAST_PREFIX: Final = 3
 _SIGNALS: Final = {number.name.removeprefix("SIG"): int(number) for number in signal.Signals}
 
-Word = Literal["creating", "idle", "running", "paused", "exited", "stopped"]
+Word = Literal["creating", "idle", "running", "paused", "exited", "stopped", "unusable"]
 
 
 class Program(NamedTuple):
@@ -75,6 +75,8 @@ class Row(NamedTuple):
     def of(cls, status: SandboxStatus) -> Row:
         """What the status comes to."""
         program, main = Program.of(status.labels), main_of(status)
+        if status.unusable:
+            return cls(status, "unusable", program)
         if status.state != "ready":
             return cls(status, "creating" if status.state == "created" else "stopped", program)
         if main is None:
@@ -89,12 +91,13 @@ class Row(NamedTuple):
         return self.word in {"exited", "stopped"}
 
     def as_json(self) -> dict[str, object]:
-        """For `--json`; times in seconds since the epoch."""
+        """For `--json`; times in seconds since the epoch, `unusable` as in `SandboxStatus`."""
         return {
             "id": self.status.id,
             "name": self.status.name,
             "backend": self.status.backend,
             "status": self.word,
+            "unusable": self.status.unusable,
             "command": list(self.program.argv) if self.program else [],
             "exit": attrs.asdict(self.exit) if self.exit else None,
             "created_at": self.status.created_at,
@@ -112,6 +115,8 @@ class Row(NamedTuple):
             word = f"exited ({how}) {_span(now - self.exit.exited_at)} ago"
         elif self.word == "stopped" and status.stopped_at is not None:
             word = f"stopped {_span(now - status.stopped_at)} ago"
+        elif self.word == "unusable":
+            word = f"{status.state}, unusable here"
         left = "" if status.expires_at is None else _span(status.expires_at - now)
         shown = command if len(command) <= 40 else command[:37] + "..."
         return (

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import anyio
 import attrs
@@ -23,11 +23,14 @@ from unisandbox.api import (
     Sandboxer,
     SandboxError,
     SandboxSpec,
+    SandboxStatus,
     SupportsPrefetch,
     UnavailableError,
     UnsupportedError,
     check_id,
 )
+from unisandbox.api.plain import plain_given
+from unisandbox.api.status import SandboxState
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
@@ -35,7 +38,7 @@ from unisandbox.engine.held import OpenStreams
 from unisandbox.engine.locks import locked
 from unisandbox.engine.loops import OwnLoop
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
-from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, this_process
+from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, status_of, this_process
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
@@ -46,6 +49,9 @@ from unisandbox.host.services import Host
 if TYPE_CHECKING:
     from unisandbox.engine.clerk import Clerk
 
+# A keeper that is killed closes its files first; its end can be seen a moment later. Source: do_exit(), kernel/exit.c.
+_DYING_SECONDS: Final = 0.05
+
 
 class Left(NamedTuple):
     """A sandbox that is written down and cannot be had in this engine.
@@ -54,11 +60,21 @@ class Left(NamedTuple):
         record: of it.
         why: it cannot; "" when it was only to be reported.
         hint: what to do.
+        lived: its keeper has not ended since it was written down.
     """
 
     record: Record
     why: str = ""
     hint: str = ""
+    lived: bool = True
+
+    @property
+    def status(self) -> SandboxStatus:
+        """As it is written down."""
+        state: SandboxState = "created" if self.record.phase == "creating" else "stopped"
+        if self.record.phase == "ready" and self.lived:
+            state = "ready"
+        return attrs.evolve(status_of(self.record, state), unusable=". ".join(filter(None, [self.why, self.hint])))
 
 
 class EngineCore:
@@ -83,7 +99,7 @@ class EngineCore:
 
     def __init__(self, host: Host, state: StateDirectory, registry: Registry, *, owner: bool, policy: Policy) -> None:
         self.host: Host = attrs.evolve(host, sandboxer=self.sandboxer)
-        self.events: EventLog | SharedEventLog = SharedEventLog(host.keeper) if host.shared else EventLog()
+        self.events: EventLog | SharedEventLog = SharedEventLog(host.keeper) if host.shared else EventLog(host.keeper)
         self.owner = owner
         self.policy: Policy = policy
         self.recovery: RecoveryReport = RecoveryReport("attached")
@@ -182,7 +198,14 @@ class EngineCore:
 
     async def _begun(self, operation_id: str, spec: SandboxSpec) -> Entry | None:
         """The sandbox that this operation has made or is making; None: it is ours to make."""
-        known = self.operations.begin(operation_id, "create", spec.name or "", digest_of(plain_spec(spec)))
+        known = self.operations.begin(
+            operation_id,
+            "create",
+            spec.name or "",
+            digest_of(plain_given(spec)),
+            # Former versions noted what is as by default, too.
+            former_digests=[digest_of(plain_spec(spec))],
+        )
         if known is None:
             return None
         if known.state == "finished":
@@ -256,10 +279,10 @@ class EngineCore:
         for entry in self._entries.values():
             if ref in {entry.sandbox_id, entry.spec.name or entry.sandbox_id}:
                 return entry
-        for record, why, hint in self._not_ours():
-            if ref in {record.sandbox_id, record.name or record.sandbox_id}:
-                if why:
-                    raise FailedPreconditionError(f"sandbox {ref!r} cannot be used here: {why}", hint=hint)
+        for left in self._not_ours():
+            if ref in {left.record.sandbox_id, left.record.name or left.record.sandbox_id}:
+                if left.why:
+                    raise FailedPreconditionError(f"sandbox {ref!r} cannot be used here: {left.why}", hint=left.hint)
                 raise FailedPreconditionError(
                     f"sandbox {ref!r} was left by a former engine and not taken over",
                     hint="Open the engine with on_recover='adopt' or 'stop'.",
@@ -295,6 +318,10 @@ class EngineCore:
         """Every sandbox that is known here and not removed, the oldest first."""
         return sorted(self._entries.values(), key=lambda entry: entry.record.created_at)
 
+    def unusable(self) -> list[SandboxStatus]:
+        """Those that cannot be had here, and why."""
+        return [left.status for left in self._not_ours() if left.why]
+
     def _not_ours(self) -> list[Left]:
         return [*self.left.values(), *self._others.values()]
 
@@ -326,7 +353,15 @@ class EngineCore:
                 if record is not None and record.phase != "removing":
                     await self.take_in(record)
             except SandboxError as error:
-                if record is not None:  # otherwise it is damaged, which an opening or attaching tells
+                if record is None:
+                    continue  # it is damaged, which an opening or attaching tells
+                if record.expires_at is not None and self.host.keeper.alive:
+                    await self.host.keeper.clients()  # with each answer comes what is new
+                if self.host.prefix(sandbox_id) in self.host.keeper.expirations.known:
+                    # The keeper has ended and freed it, and maybe nobody comes who can use it.
+                    self.events.emit("sandbox.removed", sandbox_id, detail={"reason": "ttl"})
+                    self.records.remove(sandbox_id)
+                else:
                     others[sandbox_id] = Left(record, error.message, error.hint)
         self._others = others
         # After that: also one that nobody here has known may have expired, and its record is to be removed.
@@ -390,6 +425,11 @@ class EngineCore:
                 hint="Close the engine and open another one.",
             )
 
+    def check_dying(self) -> None:
+        """Raise the same when it is about to be dead: a path of its was not there, or its connection has ended."""
+        if self.host.keeper.ends_within(_DYING_SECONDS):
+            self.check_keeper()
+
     def records_of(self, backend: str) -> bool:
         """Whether sandboxes of this backend are written down: somebody else may have to know of them."""
         return self.host.shared or self._registry.get(backend).capabilities.survives_host_crash
@@ -414,6 +454,11 @@ class EngineCore:
                     except SandboxError:
                         self.check_open()  # what it needs is gone with the engine
                         raise
+                    except Exception as error:  # a stranger's may do anything; the others go on
+                        self.check_open()
+                        self.check_keeper(after_error=True)
+                        why = f"backend {name!r} cannot be opened: {type(error).__name__}: {error}"
+                        raise UnavailableError(why, hint=self._registry.remedy(name)) from error
                     if self.closed:  # whoever closes it abandons those that he finds, and may have done so
                         sandboxer.abandon()
                         self.check_open()

@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from unisandbox.engine.clerk import Clerk
     from unisandbox.engine.core import EngineCore
 
-# A keeper that is killed closes its files first; its end can be seen a moment later. Source: do_exit(), kernel/exit.c.
-_DYING_SECONDS: Final = 0.05
-
 
 class Entry:
     """One sandbox of this engine, as its handles see it.
@@ -84,6 +81,8 @@ class Entry:
         self._sandboxer = sandboxer
         self._task: TaskService | None = None
         self._prefix = core.host.prefix(record.sandbox_id)
+        # Whether nothing is left of it but its record.
+        self._is_free = False
         # Whether readers of events may know it: not while it is being made here.
         self._is_told = True
 
@@ -195,8 +194,7 @@ class Entry:
         """
         self._core.check_keeper(after_error=True)
         self.sharing.check_there()
-        if self._core.host.keeper.ends_within(_DYING_SECONDS):
-            self._core.check_keeper()
+        self._core.check_dying()
 
     def check_alive(self) -> None:
         """Raise FailedPreconditionError when the engine is closed or another loop's, NotFoundError when it is gone."""
@@ -369,6 +367,7 @@ class Entry:
     async def remove(self) -> None:
         """End it and free everything. Repeating is harmless, also from several tasks."""
         if self.removed or (self._core.gone and self.ended_with_engine()):
+            self._forget()
             return
         self._core.loop.check()
         self.kill_now()
@@ -467,9 +466,16 @@ class Entry:
         await self._sandboxer.remove(self.sandbox_id)
         await self.telling.containers_exited(containers)
         self.state = "removed"
+        self._is_free = True
         if self._is_told:
             # While there is the record: whoever dies in between is followed by one who tells it, and it is told once.
             if self.recovered:
                 tell_recovered(self._core.events, self.sandbox_id, "removed", self.recovered)
             self.telling.emit("sandbox.removed")
-        self._core.forget(self)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Its record goes when all else has gone; again, when the disk did not let it."""
+        if self._is_free:
+            self._core.forget(self)
+            self._is_free = False

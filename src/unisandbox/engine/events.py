@@ -6,7 +6,7 @@ import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
 import anyio
@@ -31,9 +31,16 @@ _ONCE_EACH: Final = frozenset({"container.exited", "sandbox.recovered"})
 
 
 class EventLog:
-    """The last events of an engine, and whoever waits for the next."""
+    """The last events of an engine, and whoever waits for the next.
 
-    def __init__(self, *, kept: int = _KEPT, after: int = 0) -> None:
+    Args:
+        keeper: with whose end what happens ends, too; None: nobody's.
+        kept: so many are.
+        after: the number of the last one that is not.
+    """
+
+    def __init__(self, keeper: Keeper | None = None, *, kept: int = _KEPT, after: int = 0) -> None:
+        self._keeper = keeper
         self._events: deque[Event] = deque(maxlen=kept)
         self._next = after + 1
         self._news = anyio.Event()
@@ -71,35 +78,56 @@ class EventLog:
         self._wake()
 
     async def finish(self) -> None:
-        """Nothing has to be fetched: all is here."""
+        """Nothing has to be fetched: all is here. The keeper may end."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.look_again()
 
     def close(self) -> None:
         """No more events come: readers end after what is kept."""
         self._closed = True
         self._wake()
 
-    def read(self, after: int = 0) -> EventReader:
-        """Every event with a number above `after`, then new ones as they come, until the engine closes."""
-        return EventReader(self, after)
+    def read(self, after: int = 0, *, check: Callable[[], None] = lambda: None) -> EventReader:
+        """Every event with a number above `after`, then new ones as they come, until the engine closes.
+
+        Args:
+            after: 0 for all that are kept.
+            check: raises what is to be said when the keeper has ended.
+        """
+        return EventReader(self, after, check)
 
     async def next_after(self, after: int) -> Event | None:
         """The event that follows number `after`, waiting for it; None when the engine is closed and no more come.
 
         When it was dropped meanwhile: a "gap" event whose `seq` is the number of the last one lost.
+
+        Raises:
+            UnavailableError: the keeper has ended, and no more come although the engine is open.
+            DeadlineExceededError: the keeper is suspended or stuck.
         """
         await anyio.lowlevel.checkpoint()
         while self._next <= after + 1:
             if self._closed:
                 return None
-            await self._news.wait()
+            await self._until_news()
         oldest = self._next - len(self._events)
         if after + 1 < oldest:
             return Event(seq=oldest - 1, at=time.time(), kind="gap")
         return self._events[after + 1 - oldest]
 
+    async def _until_news(self) -> None:
+        keeper, news = self._keeper, self._news
+        if keeper is None:
+            await news.wait()
+        else:
+            await keeper.until(lambda: news.is_set() or self._keeper is None)
+
     def _wake(self) -> None:
         self._news.set()
         self._news = anyio.Event()
+        if self._keeper is not None:
+            self._keeper.look_again()
 
 
 class SharedEventLog:
@@ -151,7 +179,7 @@ class SharedEventLog:
             after = min(reader.after for reader in self._readers)
             self._rest = EventLog(after=after)
             # No reader's wish is worth a close that fails: he has what came until then.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UnavailableError):
                 while page := (await self._keeper.events.after(after)).events:
                     for number, event in page:
                         self._rest.add(_event_of(number, event))
@@ -163,9 +191,9 @@ class SharedEventLog:
         if self._rest is not None:
             self._rest.close()
 
-    def read(self, after: int = 0) -> EventReader:
+    def read(self, after: int = 0, *, check: Callable[[], None] = lambda: None) -> EventReader:
         """As `EventLog.read`."""
-        reader = EventReader(self, after)
+        reader = EventReader(self, after, check)
         self._readers.add(reader)
         return reader
 
@@ -183,9 +211,9 @@ class SharedEventLog:
             try:
                 page = await self._keeper.events.after(after, wait=_WAIT_SECONDS, limit=_PAGE)
             except (UnavailableError, FailedPreconditionError):
-                if self._rest is None:
-                    return None  # the keeper has ended, or the engine was closed without an event loop
-                continue
+                if self._rest is None and not self._closed:
+                    raise
+                continue  # closed meanwhile, maybe without an event loop
             if page.first > after + 1 and page.last > after:
                 return Event(seq=page.first - 1, at=time.time(), kind="gap")
             if page.events:
@@ -230,13 +258,18 @@ def _event_of(number: int, data: Mapping[str, object]) -> Event:
 class EventReader(AsyncIterator[Event]):
     """Reads an event log at its own pace. An object and no generator: it may be left at any point without cleaning."""
 
-    def __init__(self, log: EventLog | SharedEventLog, after: int) -> None:
+    def __init__(self, log: EventLog | SharedEventLog, after: int, check: Callable[[], None]) -> None:
         self._log = log
+        self._check = check
         #: The number of the last event that was read.
         self.after: int = after
 
     async def __anext__(self) -> Event:
-        event = await self._log.next_after(self.after)
+        try:
+            event = await self._log.next_after(self.after)
+        except UnavailableError:
+            self._check()  # in the words of every other call
+            raise
         if event is None:
             raise StopAsyncIteration
         self.after = event.seq

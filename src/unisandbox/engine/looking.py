@@ -13,6 +13,7 @@ from unisandbox.api import (
     SandboxStatus,
     UnsupportedError,
 )
+from unisandbox.engine.records import status_of
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -72,5 +73,4 @@ async def metrics(entry: Entry) -> Metrics:
 
 
 def _as_written(entry: Entry) -> SandboxStatus:
-    written = attrs.evolve(entry.sharing.written_down(), started_at=entry.record.started_at)
-    return attrs.evolve(written, state="ready" if entry.record.phase == "ready" else "stopped")
+    return status_of(entry.record, "ready" if entry.record.phase == "ready" else "stopped")

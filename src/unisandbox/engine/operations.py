@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Final, Literal, NamedTuple, get_args
 
 from unisandbox.api import (
@@ -102,14 +102,14 @@ class OperationLog:
         self._latest = 0
 
     def begin(
-        self, operation_id: str, kind: Kind, target: str, digest: str, *, former_digest: str = ""
+        self, operation_id: str, kind: Kind, target: str, digest: str, *, former_digests: Collection[str] = ()
     ) -> Operation | None:
         """Note that an operation begins, unless it is known.
 
         Args:
             operation_id: the user's; as names are.
             kind, target, digest: see `Operation`.
-            former_digest: what a former version of unisandbox would have noted for the same.
+            former_digests: what former versions of unisandbox would have noted for the same.
 
         Returns:
             None: it is noted, and the caller's to do; `finish` or `forget` it. Otherwise what is known of it: it is
@@ -135,7 +135,7 @@ class OperationLog:
         while True:
             known = self.find(operation_id)
             if known is not None:
-                _check_same(known, wanted, former_digest)
+                _check_same(known, wanted, former_digests)
                 return known
             try:
                 if durable.create(path, _bytes_of(wanted), durable=self._durable, at=self._now()):
@@ -319,8 +319,8 @@ def in_progress_error(known: Operation) -> FailedPreconditionError:
     )
 
 
-def _check_same(known: Operation, wanted: Operation, former_digest: str) -> None:
-    is_same = known.digest in {wanted.digest, former_digest or wanted.digest}
+def _check_same(known: Operation, wanted: Operation, former_digests: Collection[str]) -> None:
+    is_same = known.digest in {wanted.digest, *former_digests}
     if is_same and (known.kind, known.target) == (wanted.kind, wanted.target):
         return
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(known.begun_at))

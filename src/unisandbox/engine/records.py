@@ -13,11 +13,20 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple, cast, get_args
 
-from unisandbox.api import BackendError, InvalidArgumentError, SandboxSpec, UnavailableError, check_id, check_name
+from unisandbox.api import (
+    BackendError,
+    InvalidArgumentError,
+    SandboxSpec,
+    SandboxStatus,
+    UnavailableError,
+    check_id,
+    check_name,
+)
 from unisandbox.api.names import check_isolation
 from unisandbox.api.plain import plain, sandbox_spec_of
+from unisandbox.api.status import SandboxState
 from unisandbox.engine import durable
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host import small_files
@@ -112,6 +121,24 @@ def _process(pid: int) -> tuple[int, int]:
 
 # A child is another process, also where its pid is the same: as the first one of a pid namespace within another.
 os.register_at_fork(after_in_child=_process.cache_clear)
+
+
+def status_of(record: Record, state: SandboxState = "created") -> SandboxStatus:
+    """What a record says: all that can be told while another process makes, removes or has the sandbox."""
+    spec = cast("Mapping[str, Mapping[str, str]]", record.spec)
+    return SandboxStatus(
+        id=record.sandbox_id,
+        name=record.name,
+        backend=record.backend,
+        state=state,
+        generation=record.generation,
+        created_at=record.created_at,
+        started_at=record.started_at,
+        stopped_at=record.stopped_at if state == "stopped" else None,
+        expires_at=record.expires_at,
+        labels=spec.get("labels", {}),
+        annotations=spec.get("annotations", {}),
+    )
 
 
 def plain_spec(spec: SandboxSpec) -> dict[str, object]:

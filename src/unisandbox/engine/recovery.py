@@ -142,7 +142,7 @@ class Recovery:
             ours = record._replace(generation=record.generation + 1, owner=this_process(), client=client)
             entry = await core.take_in(ours)
         except SandboxError as error:
-            core.left[record.sandbox_id] = Left(record, error.message, error.hint)
+            core.left[record.sandbox_id] = Left(record, error.message, error.hint, lived=not self._is_new)
             self._tell(record, "failed", error.message)
             return
         try:
@@ -161,7 +161,7 @@ class Recovery:
                 why, hint = error.message, error.hint
             else:
                 _logger.exception("sandbox %s could not be recovered", record.sandbox_id)
-            core.left[record.sandbox_id] = Left(record, why, hint)
+            core.left[record.sandbox_id] = Left(record, why, hint, lived=not self._is_new)
             self._tell(record, "failed", why)
 
     def _why(self, record: Record) -> str:

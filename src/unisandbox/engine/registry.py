@@ -86,6 +86,11 @@ class Registry:
         self._given[name] = backend
         return backend
 
+    def remedy(self, name: str) -> str:
+        """What to do about an installed backend that does not work; "" for one that was handed over."""
+        point = self._entry_points().get(name)
+        return "" if point is None else _remedy(point)
+
     def _entry_points(self) -> dict[str, EntryPoint]:
         if self._points is None:
             # A quarter of the time that importing the engine takes, and not needed by every process.

@@ -22,7 +22,7 @@ from unisandbox.api import (
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.locks import LOCK_SECONDS, locked
-from unisandbox.engine.records import Record, spec_of
+from unisandbox.engine.records import Record, spec_of, status_of
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -181,19 +181,8 @@ class Sharing:
         return record is None or record.phase in {"ready", "stopped"}
 
     def written_down(self) -> SandboxStatus:
-        """What its record says: all that can be told while another process makes, removes or has it."""
-        record, spec = self._entry.record, self._entry.spec
-        return SandboxStatus(
-            id=record.sandbox_id,
-            name=spec.name,
-            backend=record.backend,
-            state="created",
-            generation=record.generation,
-            created_at=record.created_at,
-            expires_at=record.expires_at,
-            labels=spec.labels,
-            annotations=spec.annotations,
-        )
+        """See `status_of`."""
+        return status_of(self._entry.record)
 
     @property
     def is_of_other_generation(self) -> bool:

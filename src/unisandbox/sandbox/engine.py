@@ -139,7 +139,7 @@ class Engine:
         return Sandbox(await self._core.get(ref))
 
     async def list(self) -> list[SandboxStatus]:
-        """Every sandbox, the oldest first.
+        """Every sandbox, the oldest first; of one that cannot be used here what is written down (see `unusable`).
 
         Raises:
             FailedPreconditionError: the engine is closed.
@@ -155,7 +155,7 @@ class Engine:
             except (BackendError, FailedPreconditionError):
                 # Damaged, or taken over meanwhile: the others are to be seen all the same.
                 statuses.append(entry.sharing.written_down())
-        return statuses
+        return sorted([*statuses, *self._core.unusable()], key=lambda status: status.created_at)
 
     async def remove(self, ref: str, *, operation_id: str | None = None) -> None:
         """End and free the sandbox with that id or name.
@@ -179,10 +179,12 @@ class Engine:
 
         Raises:
             InvalidArgumentError: there can be no such number.
+            UnavailableError: while it is read: the keeper has ended, and with it what ran. What is still unread is
+                lost, as the numbers of the next engine on the directory show.
         """
         if type(after) is not int or not 0 <= after < _EVENTS_END:
             raise InvalidArgumentError(f"after must be the number of an event, or 0, got {after!r}")
-        return self._core.events.read(after)
+        return self._core.events.read(after, check=self._core.check_dying)
 
     async def explain(self, **options: Unpack[SandboxOptions]) -> Choice:
         """Which backend `create` with the same options would take, and why; nothing is created."""

@@ -29,7 +29,7 @@ from unisandbox.api import (
     short_name,
 )
 from unisandbox.api.by_fields import by_fields
-from unisandbox.api.plain import plain
+from unisandbox.api.plain import plain, plain_given
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.held import HeldProcess, OpenStreams, StreamName
 from unisandbox.engine.operations import digest_of, in_progress_error
@@ -196,14 +196,14 @@ class Process:
         cls, entry: Entry, exec_id: str, spec: ProcessSpec, stdin: str, operation_id: str
     ) -> Process | None:
         """What this operation has started; None: it is ours to start."""
-        request = plain(spec)
+        former = plain(spec)
         known = entry.operations.begin(
             operation_id,
             "exec",
             entry.sandbox_id,
-            digest_of({**request, "stdin": stdin}),
-            # A former version did not note what was on stdin.
-            former_digest=digest_of(request),
+            digest_of({**plain_given(spec), "stdin": stdin}),
+            # Former versions noted what is as by default, too, and the first one not what was on stdin.
+            former_digests=[digest_of({**former, "stdin": stdin}), digest_of(former)],
         )
         if known is None:
             return None

@@ -10,7 +10,7 @@ import errno
 import functools
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import anyio
@@ -402,6 +402,22 @@ class Keeper:
     def alive(self) -> bool:
         """Whether the keeper's process lives and this connection is open; a look, without waiting."""
         return self._process.alive
+
+    async def until(self, happened: Callable[[], bool]) -> None:
+        """Wait for what happens in this process, and for nothing without a keeper; see `look_again`.
+
+        Args:
+            happened: cheap, and called often.
+
+        Raises:
+            UnavailableError: the keeper has ended.
+            DeadlineExceededError: it is suspended or stuck.
+        """
+        await self._link.until(happened)
+
+    def look_again(self) -> None:
+        """What somebody waits for by `until` may have happened."""
+        self._link.look_again()
 
     def ends_within(self, seconds: float) -> bool:
         """Whether it has ended, or does so while this call blocks: a killed one's socket closes before that."""

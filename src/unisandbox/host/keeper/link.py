@@ -231,6 +231,10 @@ class Link:
 
         await self._until(ready, late=True)
 
+    def look_again(self) -> None:
+        """What somebody waits for by `until` may have happened, and not by a push."""
+        self._turns.notify()
+
     def check(self) -> None:
         """Raise what a request would meet now: closed, dead, or in a fork of the process that this belongs to."""
         name = f"keeper {self.pid}" if self.pid else "the keeper"

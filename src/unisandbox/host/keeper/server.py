@@ -452,6 +452,7 @@ class Server:
         self._ended = True
         reached("before ending.leave")
         self._leases.release_all()
+        self._guards.retry_rmdir(ending.run)  # the file of the leases was in one, perhaps
         self._events.end()
         with contextlib.suppress(FileNotFoundError):  # a guard may have removed the state directory
             os.unlink(protocol.SOCKET_NAME, dir_fd=self._state_dir)

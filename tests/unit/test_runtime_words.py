@@ -12,7 +12,7 @@ import pytest
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
 from unisandbox.oci import features
 from unisandbox.oci.answers import failure, read_log, why
-from unisandbox.oci.features import RuntimeProgram, pick_runtime
+from unisandbox.oci.features import RuntimeProgram, losses, pick_runtime
 
 YOUKI_VERSION = """\
 youki version: 0.7.0
@@ -65,7 +65,16 @@ def test_youki_is_known_by_its_own_words(pick: Pick) -> None:
 
 
 def test_a_youki_without_seccomp_is_not_believed_to_have_it(pick: Pick) -> None:
-    assert not pick(YOUKI_VERSION.replace("libseccomp: unknown\n", "")).features.seccomp
+    found = pick(YOUKI_VERSION.replace("libseccomp: unknown\n", ""))
+    assert not found.features.seccomp
+    assert "seccomp='default'" in losses(found)
+
+
+def test_what_is_lost_with_a_runtime_is_told_in_the_words_of_who_asks(pick: Pick) -> None:
+    assert losses(pick(YOUKI_VERSION)) == [
+        "share_pid=True in a user namespace of its own",
+        "mounts of bundles that are read-only with all below them (rro)",
+    ]
 
 
 @pytest.mark.parametrize(

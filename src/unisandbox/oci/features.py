@@ -99,6 +99,19 @@ class RuntimeProgram(NamedTuple):
     identity: tuple[int, int, int, int]
 
 
+# What is lost with a runtime that lacks a feature; what is not here only takes longer, or is done in another way.
+_LOSSES: Final = {
+    "seccomp": "seccomp='default'",
+    "held_userns": "share_pid=True in a user namespace of its own",
+    "recursive_readonly": "mounts of bundles that are read-only with all below them (rro)",
+}
+
+
+def losses(program: RuntimeProgram) -> list[str]:
+    """What cannot be had with this runtime, in the words of who asks for it."""
+    return [words for name, words in _LOSSES.items() if not getattr(program.features, name)]
+
+
 class Rejected(NamedTuple):
     """A file with a runtime's name that is none, and why."""
 

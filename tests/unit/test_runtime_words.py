@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
 from unisandbox.oci import features
 from unisandbox.oci.answers import failure, read_log, why
+from unisandbox.oci.bundle import held_path
 from unisandbox.oci.features import RuntimeProgram, losses, pick_runtime
 
 YOUKI_VERSION = """\
@@ -137,3 +140,11 @@ def test_the_reason_is_the_last_error_and_the_first_where_there_are_several() ->
     assert why("warning: odd\nit broke") == "it broke"
     assert why("warning: odd") == "warning: odd"
     assert why("failed to chdir: ENOENT\nfailed to wait\nfailed") == "failed to chdir: ENOENT; failed"
+
+
+def test_a_held_namespace_is_not_taken_for_its_holders_own() -> None:
+    """As runc looks at its path: "/proc/%d/ns/user" matches, for it, whatever else follows the number."""
+    with Path("/proc/self/ns/user").open("rb") as held:
+        path = held_path(os.getpid(), held.fileno())
+        assert os.path.samestat(os.stat(path), os.fstat(held.fileno()))
+    assert not re.match(r"/proc/\d", path)

@@ -255,7 +255,7 @@ def _spec_version(name: RuntimeName, version: tuple[int, ...], text: str, told: 
 
 
 def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict[str, object]) -> Features:
-    """The table. Tested: crun 1.8.1 and 1.28, runc 1.1.5, 1.3.6 and 1.5.2, youki 0.7.0."""
+    """The table. Tested: crun 1.8.1 and 1.28, runc 1.1.5, 1.3.6 and 1.5.3, youki 0.7.0."""
     # A new major version may change every private thing.
     tested = (1, 0) <= version < (2,)
     if name == "crun":

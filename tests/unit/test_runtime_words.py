@@ -11,11 +11,19 @@ from pathlib import Path
 import anyio
 import pytest
 
-from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
+from unisandbox.api import (
+    BackendError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    SandboxError,
+    UnsupportedError,
+)
 from unisandbox.oci import features
 from unisandbox.oci.answers import failure, read_log, why
 from unisandbox.oci.bundle import held_path
 from unisandbox.oci.features import RuntimeProgram, losses, pick_runtime
+from unisandbox.oci.foreign import check
 
 YOUKI_VERSION = """\
 youki version: 0.7.0
@@ -71,6 +79,13 @@ def test_a_youki_without_seccomp_is_not_believed_to_have_it(pick: Pick) -> None:
     found = pick(YOUKI_VERSION.replace("libseccomp: unknown\n", ""))
     assert not found.features.seccomp
     assert "seccomp='default'" in losses(found)
+
+
+def test_a_bundle_with_a_filter_is_refused_where_the_runtime_has_none(pick: Pick) -> None:
+    config = {"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}
+    check(config, pick(YOUKI_VERSION))
+    with pytest.raises(UnsupportedError, match=r"linux\.seccomp"):
+        check(config, pick(YOUKI_VERSION.replace("libseccomp: unknown\n", "")))
 
 
 def test_what_is_lost_with_a_runtime_is_told_in_the_words_of_who_asks(pick: Pick) -> None:

@@ -1,6 +1,9 @@
 # Everything that a person or CI runs here. Each target sets up what it needs first; `make help` lists them.
 PYTHON ?= python3
-BIN := .venv/bin
+# Where its packages are: `make test PYTHON=python3.14 VENV=build/python3.14` leaves those of another Python alone.
+VENV ?= .venv
+export UNISANDBOX_VENV := $(VENV)
+BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 # The files of tests are shared out among as many workers as there are processors, in the order of tests/conftest.py, each
 # with places of its own (tests/places.py), which needs root.
@@ -13,14 +16,18 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 # The tests start Python hundreds of times: it shall not compile everything anew each time.
 export PYTHONDONTWRITEBYTECODE :=
 
+PYTHONS ?= python3.12 python3.13 python3.14 python3.14t
+OF_PYTHON := ./tests/unit ./tests/wire ./tests/wasm --pyargs unisandbox.conformance --backend runc \
+  $(patsubst %,./tests/integration/test_%.py,engine imports init keeper launch namespaces notebook runtime sdk)
+
 # Brings up a real containerd; see tools/test_serve.sh.
 CONTAINERD_LAB ?= $(or $(UNISANDBOX_CONTAINERD_LAB),$(abspath ../shared/lab/containerd-lab.sh))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-long test-v2 test-hosts test-serve lint types proto fmt bench bench-serve docs checks setup setup-demo clean
+.PHONY: help demo test check test-long test-v2 test-hosts test-pythons of-python test-runtimes test-serve lint types proto fmt bench bench-serve docs checks setup setup-demo clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: setup-demo ## run real programs in sandboxes and print a short report (examples/tour.py)
 	$(BIN)/python examples/tour.py
@@ -39,6 +46,17 @@ test-v2: setup ## cgroups and conformance in a virtual machine with cgroup v2
 
 test-hosts: setup ## what an ordinary user has, in a virtual machine with cgroup v2 and systemd
 	tools/test_hosts.sh
+
+test-pythons: ## what depends on the Python, with each of PYTHONS= that is here (each has packages of its own in build/)
+	@set -e; for python in $(PYTHONS); do \
+	  $$python -c "" 2>/dev/null || { echo "test-pythons: skipped: there is no $$python"; continue; }; \
+	  $(MAKE) --no-print-directory of-python PYTHON=$$python VENV=build/pythons/$$(basename $$python); done
+
+of-python: setup
+	$(PYTEST) $(SHARED) $(TURNS) --junitxml $(VENV).xml $(OF_PYTHON)
+
+test-runtimes: setup ## the namespace backend with each OCI runtime that is here, or with RUNTIMES="PATH..."
+	tools/test_runtimes.sh $(RUNTIMES)
 
 test-serve: setup ## the server with a real containerd, crictl and critest
 	tools/test_serve.sh

@@ -15,6 +15,7 @@ import attrs
 
 from unisandbox.host.keeper import Keeper
 from unisandbox.host.null import open_null
+from unisandbox.oci.bundle import held_path
 from unisandbox.oci.calls import NOWHERE
 from unisandbox.oci.features import RuntimeProgram
 from unisandbox.oci.made import Created
@@ -56,7 +57,7 @@ class Lab:
         ops += [{"op": "bind", "path": "/usr", "source": "/usr", "attributes": ["readonly", "nosuid", "nodev"]}]
         held = {kind: f"{name}/{kind}" for kind in kinds}
         result = await self.keeper.job([namespaces, {"do": "mounts", "root": root, "ops": ops}], hold=held)
-        paths = {kind: f"/proc/{self.keeper.pid}/fd/{result.held[held[kind]]}" for kind in kinds}
+        paths = {kind: held_path(self.keeper.pid, result.held[held[kind]]) for kind in kinds}
         if userns and not self.runtime.program.features.held_userns:
             self.entered[bundle] = {kind: paths.pop(kind) for kind in ("net", "ipc", "uts")}
         self.write(bundle, config_json(self.runtime.program, args, root, paths, config))

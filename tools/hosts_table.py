@@ -1,11 +1,13 @@
 """docs/hosts.md: what works on which host, from the results of test runs.
 
-    python tools/hosts_table.py add NAME RESULTS.xml...   put these in the place of the run that had this name
-    python tools/hosts_table.py write                     write the page anew
-    python tools/hosts_table.py --check                   the page is what this tool makes of docs/hosts.json
+    python tools/hosts_table.py add NAME RESULTS.xml...       put these in the place of the run that had this name
+    python tools/hosts_table.py version NAME RESULTS.xml...   the same for a version of Python or of a runtime
+    python tools/hosts_table.py write                         write the page anew
+    python tools/hosts_table.py --check                       the page is what this tool makes of what is kept
 
 RESULTS.xml is what pytest --junitxml writes of the conformance tests of the namespace backend, on that host. Only what
-is without a failure is taken. What is kept of it is in docs/hosts.json.
+is without a failure is taken. What is kept of it is in docs/hosts.json, and of versions, with whatever other tests were
+run, in docs/versions.json.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from pathlib import Path
 from typing import Any, Final
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, DATA = ROOT / "docs/hosts.md", ROOT / "docs/hosts.json"
+PAGE, DATA, VERSIONS = (ROOT / "docs" / name for name in ("hosts.md", "hosts.json", "versions.json"))
 TESTS = ROOT / "src/unisandbox/conformance"
 _BACKEND: Final = "runc "
+# How the probe of the backend begins what is lost with a version of a runtime.
+_NOT_WITH: Final = re.compile(r"not with \S+ \S+: (.*)\. Remedy: .*")
 _PART: Final = "unisandbox.conformance.test_"
 # A test counts once, on however many event loops it ran.
 _LOOP: Final = re.compile(r"(?<=[\[-])(asyncio|trio)-?")
@@ -67,6 +71,13 @@ _LOST: Final = """
 The names are those of `Capabilities`. What the backend has on no host is not here.
 
 """
+_VERSIONS: Final = """
+## Versions of Python and of runtimes
+
+Made on the first host of those above by `make test-pythons` and `make test-runtimes`, which say what they test. Counted
+are tests that passed: those of the contract, and the others.
+
+"""
 
 Run = dict[str, Any]
 
@@ -74,52 +85,88 @@ Run = dict[str, Any]
 def main() -> None:
     arguments = sys.argv[1:]
     runs: dict[str, Run] = json.loads(DATA.read_text()) if DATA.exists() else {}
+    versions: dict[str, Run] = json.loads(VERSIONS.read_text()) if VERSIONS.exists() else {}
     match arguments:
         case ["add", name, *results] if results:
             runs[name] = read(*map(Path, results))
             DATA.write_text(json.dumps(runs, indent=1, sort_keys=False) + "\n")
-            PAGE.write_text(page(runs))
+            PAGE.write_text(page(runs, versions))
+        case ["version", name, *results] if results:
+            versions[name] = read_version(*map(Path, results))
+            VERSIONS.write_text(json.dumps(versions, indent=1, sort_keys=True) + "\n")
+            PAGE.write_text(page(runs, versions))
         case ["write"]:
-            PAGE.write_text(page(runs))
+            PAGE.write_text(page(runs, versions))
         case ["--check"]:
-            if PAGE.read_text() != page(runs):
-                sys.exit("hosts_table: docs/hosts.md is not what is made of docs/hosts.json: make it anew with `write`")
-            print("docs/hosts.md is what is made of docs/hosts.json")
+            if PAGE.read_text() != page(runs, versions):
+                sys.exit("hosts_table: docs/hosts.md is not what is made of what is kept: make it anew with `write`")
+            print("docs/hosts.md is what is made of docs/hosts.json and docs/versions.json")
         case _:
             sys.exit(__doc__)
 
 
+class Results:
+    """Of one run, in which nothing failed.
+
+    Attributes:
+        passed: the tests of the contract, each by its part and its name.
+        without: those of which the backend does not claim here what they need.
+        others: the other tests that passed.
+        told: what is said of the whole, as names and values.
+    """
+
+    def __init__(self, *results: Path) -> None:
+        # They were written by a pytest of ours.
+        roots = [ET.parse(path).getroot() for path in results]  # noqa: S314
+        self.passed: set[tuple[str, str]] = set()
+        self.without: set[tuple[str, str]] = set()
+        self.others: set[tuple[str, str]] = set()
+        for case in (case for root in roots for case in root.iter("testcase")):
+            name = f"{case.get('classname')}.{case.get('name')}"
+            if case.find("failure") is not None or case.find("error") is not None:
+                sys.exit(f"hosts_table: {name} failed: such a run says nothing about its host")
+            above, found, part = (case.get("classname") or "").rpartition(_PART)
+            test = part if found else f"{above}{part}", _LOOP.sub("", case.get("name") or "")
+            if found and "not claimed" in {item.get("name") for item in case.iter("property")}:
+                self.without.add(test)
+            elif case.find("skipped") is None:
+                (self.passed if found else self.others).add(test)
+        if not self.passed | self.others:
+            sys.exit(f"hosts_table: {', '.join(map(str, results))}: no test has passed")
+        self.told = [
+            (item.get("name") or "", item.get("value") or "")
+            for root in roots
+            for suite in root.iter("testsuite")
+            for item in suite.iterfind("properties/property")
+        ]
+
+    def of_the_backend(self, name: str) -> set[str]:
+        """What is told under this name of the backend that counts here."""
+        return {value.removeprefix(_BACKEND) for key, value in self.told if key == name and value.startswith(_BACKEND)}
+
+
 def read(*results: Path) -> Run:
     """What is kept of a run: by part, how many tests passed and how many could not be had; and all that is lacking."""
-    # They were written by a pytest of ours.
-    roots = [ET.parse(path).getroot() for path in results]  # noqa: S314
-    passed: set[tuple[str, str]] = set()
-    without: set[tuple[str, str]] = set()
-    for case in (case for root in roots for case in root.iter("testcase")):
-        name = f"{case.get('classname')}.{case.get('name')}"
-        if case.find("failure") is not None or case.find("error") is not None:
-            sys.exit(f"hosts_table: {name} failed: such a run says nothing about its host")
-        _, found, part = (case.get("classname") or "").rpartition(_PART)
-        if not found:
-            continue
-        test = part, _LOOP.sub("", case.get("name") or "")
-        if "not claimed" in {item.get("name") for item in case.iter("property")}:
-            without.add(test)
-        elif case.find("skipped") is None:
-            passed.add(test)
-    if not passed:
+    found = Results(*results)
+    if not found.passed:
         sys.exit(f"hosts_table: {', '.join(map(str, results))}: no test of the contract has passed")
-    told = [
-        item for root in roots for suite in root.iter("testsuite") for item in suite.iterfind("properties/property")
-    ]
-    values = [item.get("value") or "" for item in told if item.get("name") == "unisandbox backend without"]
-    lacking = {value.removeprefix(_BACKEND) for value in values if value.startswith(_BACKEND)}
-    counts = Counter(part for part, _ in passed), Counter(part for part, _ in without)
+    counts = Counter(part for part, _ in found.passed), Counter(part for part, _ in found.without)
     parts = {part: [counted[part] for counted in counts] for part in sorted({*counts[0], *counts[1]})}
-    return {"parts": parts, "lacking": sorted(lacking)}
+    return {"parts": parts, "lacking": sorted(found.of_the_backend("unisandbox backend without"))}
 
 
-def page(runs: dict[str, Run]) -> str:
+def read_version(*results: Path) -> Run:
+    """What is kept of a run with a version: how many tests passed, and what is lost with it."""
+    found = Results(*results)
+    warnings = map(_NOT_WITH.fullmatch, found.of_the_backend("unisandbox backend warning"))
+    return {
+        "contract": len(found.passed),
+        "others": len(found.others),
+        "lost": sorted({match.group(1) for match in warnings if match}),
+    }
+
+
+def page(runs: dict[str, Run], versions: dict[str, Run] | None = None) -> str:
     """The whole page."""
     parts = sorted({part for run in runs.values() for part in run["parts"]})
     rows = [[_title(part), *(_cell(run["parts"].get(part)) for run in runs.values())] for part in parts]
@@ -132,7 +179,15 @@ def page(runs: dict[str, Run]) -> str:
     losses = [
         [f"`{name}`", *("lost" if name in run["lacking"] else "" for run in runs.values()), WHY[name]] for name in lost
     ]
-    return _HEAD + _table(["", *runs], rows) + _LOST + _table(["without", *runs, "why"], losses)
+    made = _HEAD + _table(["", *runs], rows) + _LOST + _table(["without", *runs, "why"], losses)
+    if versions:
+        rows = [_version(name, run) for name, run in versions.items()]
+        made += _VERSIONS + _table(["", "of the contract", "others", "lost with it"], rows)
+    return made
+
+
+def _version(name: str, run: Run) -> list[str]:
+    return [name, *(str(run[kind] or "-") for kind in ("contract", "others")), "; ".join(run["lost"])]
 
 
 def _total(run: Run) -> list[int]:

@@ -5,6 +5,7 @@
     python3 tools/setup.py dev      all that the tests and the linters need
     python3 tools/setup.py lock     write constraints.txt anew with today's newest versions
 
+UNISANDBOX_VENV names another directory for the environment, of another Python (`make VENV=`).
 Run by the Makefile before everything else. Does only what is missing: the second time it takes 50 ms.
 Standard library only, and old Pythons can read it far enough to say that they are too old.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
+VENV = ROOT / os.environ.get("UNISANDBOX_VENV", ".venv")
 STAMP = VENV / "unisandbox-setup.json"
 LEVELS = ("demo", "dev")
 OLDEST = (3, 11)
@@ -177,7 +178,7 @@ def python_packages(level: str) -> None:
     if stamped() in {digest(above) for above in LEVELS if wanted(above, level)} and (VENV / "bin/python").exists():
         return
     if not works(VENV / "bin/python"):
-        say(f"making {VENV.name} with Python {sys.version.split()[0]}")
+        say(f"making {os.path.relpath(VENV, ROOT)} with Python {sys.version.split()[0]}")
         run([sys.executable, "-m", "venv", "--clear", str(VENV)], "virtual environment")
     STAMP.unlink(missing_ok=True)
     install(str(VENV / "bin/python"), level, "-c", "constraints.txt")

@@ -361,6 +361,15 @@ async def test_what_a_runtime_cannot_do_is_refused_before_anything_is_done(
         assert await engine.list() == []
 
 
+async def test_a_runtime_without_seccomp_is_no_reason_to_run_without_a_filter(only: Callable[..., None]) -> None:
+    only('case "$*" in *--version*) echo "crun version 1.8.1"; echo "+EBPF"; exit 0;; esac; exit 1')
+    assert any("seccomp='default'" in warning for warning in (await RuncBackend().probe()).warnings)
+    async with Engine.open() as engine:
+        with pytest.raises(UnsupportedError, match=r"seccomp='default' .* built without seccomp"):
+            await engine.create()
+        assert await engine.list() == []
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 
+import anyio
 import pytest
 from tests.plain_user import PlainUser, plain_user
 
 import unisandbox
 from unisandbox.cli import facts
+from unisandbox.oci.features import find_runtimes, losses
 
 DOCTOR = [sys.executable, "-m", "unisandbox.cli", "doctor"]
 
@@ -53,9 +55,14 @@ def test_doctor_says_on_what_it_runs() -> None:
 
 def test_doctor_names_every_runtime_with_its_version() -> None:
     done = subprocess.run([*DOCTOR, "--json"], capture_output=True, check=False, timeout=60)
-    told = json.loads(done.stdout)["host"]["runtimes"].split(", ")
+    host = json.loads(done.stdout)["host"]
+    told = host["runtimes"].split(", ")
 
     assert told != ["none"]
+    lost = {f"not with {program.name}": "; ".join(losses(program)) for program in anyio.run(find_runtimes)}
+    assert {name: what for name, what in host.items() if name.startswith("not with ")} == {
+        name: what for name, what in lost.items() if what
+    }
     for runtime in told:
         name, version, place = runtime.split(" ")
         said = subprocess.run([place.strip("()"), "--version"], capture_output=True, check=True, text=True).stdout

@@ -67,3 +67,20 @@ def test_all_that_a_backend_does_not_claim_is_told() -> None:
 
     assert {"own_ids", "exec", "limits:cpu", "limits:pids", "rootfs:host", "networks:host"} <= set(told)
     assert not {"tty", "limits:memory", "networks:none", "processes", "isolation", "notes"} & set(told)
+
+
+def test_of_a_version_is_told_how_much_passed_and_what_is_lost_with_it(results: Path) -> None:
+    write(results, "", NOT_CLAIMED)
+    warnings = "".join(
+        f'<property name="unisandbox backend warning" value="{value}"/>'
+        for value in ("runc not with youki 0.7.0: share_pid. Remedy: apt install crun", "runc it is late", "wasm old")
+    )
+    other = '<testcase classname="tests.integration.test_x" name="test_it[{}]"/>'
+    extra = f"<testsuite><properties>{warnings}</properties>{other.format('asyncio')}{other.format('trio')}</testsuite>"
+    results.write_text(results.read_text().replace("</testsuites>", f"{extra}</testsuites>"))
+
+    run = hosts_table.read_version(results)
+
+    assert run == {"contract": 1, "others": 1, "lost": ["share_pid"]}
+    here = {"here": hosts_table.read(results)}
+    assert "| youki 0.7.0 | 1 | 1 | share_pid |" in hosts_table.page(here, {"youki 0.7.0": run})

@@ -166,7 +166,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "zeros": (lambda path: path.write_bytes(bytes(4096)), "not whole"),
     "another text": (lambda path: path.write_text("[1, 2]"), "no record"),
     "utf-16": (lambda path: path.write_bytes(path.read_bytes().decode().encode("utf-16")), "not whole"),
-    "nested without end": (lambda path: path.write_bytes(b"[" * 100_000), "recursion"),
+    "nested without end": (lambda path: path.write_bytes(b"[" * 100_000), "nested without end"),
     "a number without end": (lambda path: path.write_bytes(b"9" * 100_000), "not whole"),
     "huge": (lambda path: os.truncate(path, 1 << 40), "larger than"),
     "of another sandbox": (changed(sandbox_id="s2"), "the record of sandbox 's2'"),

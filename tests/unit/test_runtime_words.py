@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import pytest
 
-from unisandbox.api import BackendError, FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
+from unisandbox.api import (
+    BackendError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    SandboxError,
+    UnsupportedError,
+)
 from unisandbox.oci import features
 from unisandbox.oci.answers import failure, read_log, why
-from unisandbox.oci.features import RuntimeProgram, pick_runtime
+from unisandbox.oci.bundle import held_path
+from unisandbox.oci.features import RuntimeProgram, losses, pick_runtime
+from unisandbox.oci.foreign import check
 
 YOUKI_VERSION = """\
 youki version: 0.7.0
@@ -65,7 +76,23 @@ def test_youki_is_known_by_its_own_words(pick: Pick) -> None:
 
 
 def test_a_youki_without_seccomp_is_not_believed_to_have_it(pick: Pick) -> None:
-    assert not pick(YOUKI_VERSION.replace("libseccomp: unknown\n", "")).features.seccomp
+    found = pick(YOUKI_VERSION.replace("libseccomp: unknown\n", ""))
+    assert not found.features.seccomp
+    assert "seccomp='default'" in losses(found)
+
+
+def test_a_bundle_with_a_filter_is_refused_where_the_runtime_has_none(pick: Pick) -> None:
+    config = {"linux": {"seccomp": {"defaultAction": "SCMP_ACT_ALLOW"}}}
+    check(config, pick(YOUKI_VERSION))
+    with pytest.raises(UnsupportedError, match=r"linux\.seccomp"):
+        check(config, pick(YOUKI_VERSION.replace("libseccomp: unknown\n", "")))
+
+
+def test_what_is_lost_with_a_runtime_is_told_in_the_words_of_who_asks(pick: Pick) -> None:
+    assert losses(pick(YOUKI_VERSION)) == [
+        "share_pid=True in a user namespace of its own",
+        "mounts of bundles that are read-only with all below them (rro)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -128,3 +155,11 @@ def test_the_reason_is_the_last_error_and_the_first_where_there_are_several() ->
     assert why("warning: odd\nit broke") == "it broke"
     assert why("warning: odd") == "warning: odd"
     assert why("failed to chdir: ENOENT\nfailed to wait\nfailed") == "failed to chdir: ENOENT; failed"
+
+
+def test_a_held_namespace_is_not_taken_for_its_holders_own() -> None:
+    """As runc looks at its path: "/proc/%d/ns/user" matches, for it, whatever else follows the number."""
+    with Path("/proc/self/ns/user").open("rb") as held:
+        path = held_path(os.getpid(), held.fileno())
+        assert os.path.samestat(os.stat(path), os.fstat(held.fileno()))
+    assert not re.match(r"/proc/\d", path)

@@ -16,7 +16,7 @@ from unisandbox.api import SandboxError
 from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.power import ids, standing
-from unisandbox.oci.features import find_runtimes
+from unisandbox.oci.features import find_runtimes, losses
 
 # What this library stands on, and what its extras bring.
 _PACKAGES: Final = ("anyio", "attrs", "trio", "click", "wasmtime", "grpclib", "betterproto2")
@@ -27,10 +27,12 @@ _POWER: Final = ("CAP_SYS_ADMIN", "CAP_NET_ADMIN", "CAP_SYS_PTRACE", "CAP_MKNOD"
 async def more_facts() -> dict[str, str]:
     """By name; each is one line."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    runtimes = await find_runtimes()
+    lost = {f"not with {one.name}": "; ".join(losses(one)) for one in runtimes if losses(one)}
     return {
         "packages": _packages(),
-        "runtimes": ", ".join([f"{one.name} {one.version_text} ({one.path})" for one in await find_runtimes()])
-        or "none",
+        "runtimes": ", ".join([f"{one.name} {one.version_text} ({one.path})" for one in runtimes]) or "none",
+        **lost,
         "cgroups to write": _delegated(),
         "subordinate ids": _subordinate_ids(),
         "restrictions": _restrictions(),

@@ -94,11 +94,13 @@ async def _use(candidate: selection.Candidate, rootfs: str) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _capabilities_told(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> None:
-    """Of every backend what it does not claim here is in the results, when they are written (--junitxml)."""
+    """What every backend does not claim here, and warns of, is in the results, when they are written (--junitxml)."""
     for candidate in selection.candidates(pytestconfig):
         if not candidate.why_not and candidate.backend is not None:
             for need in selection.without(candidate.backend.capabilities):
                 record_testsuite_property(selection.WITHOUT, f"{candidate.name} {need}")
+            for warning in candidate.warnings:
+                record_testsuite_property(selection.WARNING, f"{candidate.name} {warning}")
 
 
 @pytest.fixture(autouse=True)

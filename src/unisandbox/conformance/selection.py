@@ -37,16 +37,19 @@ class Candidate:
         name: as in `isolation=`.
         backend: None when it cannot be imported.
         why_not: why it is not tested here; empty when it is.
+        warnings: what its probe warns of.
     """
 
     name: str
     backend: Backend | None
     why_not: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 TESTED = "unisandbox backend"
 LACKING = "not claimed"
 WITHOUT = "unisandbox backend without"
+WARNING = "unisandbox backend warning"
 _CANDIDATES: pytest.StashKey[list[Candidate]] = pytest.StashKey()
 SPARED: pytest.StashKey[Counter[str]] = pytest.StashKey()
 COUNTS: pytest.StashKey[dict[tuple[str, int], int]] = pytest.StashKey()
@@ -78,7 +81,7 @@ def _probed(wanted: Iterable[str] | None) -> Iterable[Candidate]:
             continue
         probe: Probe = anyio.run(backend.probe)
         why_not = "" if probe.available else f"cannot run on this host: {probe.reason}. {probe.hint}".rstrip()
-        yield Candidate(name, backend, why_not)
+        yield Candidate(name, backend, why_not, tuple(probe.warnings))
 
 
 def programs(candidate: Candidate) -> Programs:

@@ -372,7 +372,7 @@ class RecordStore:
                 raise
             # The disk fails, or it is not for us to read: it may be good, so it stays.
             return _Unusable(Damaged(path, f"it cannot be read: {error.strerror}", path), None, movable=False)
-        except (ValueError, RecursionError, InvalidArgumentError) as error:
+        except (ValueError, InvalidArgumentError) as error:
             return _Unusable(Damaged(path, str(error), path, later=isinstance(error, _LaterError)), identity)
         return record
 
@@ -414,10 +414,11 @@ def _parse(raw: bytes) -> Record:
 
     Raises:
         ValueError, InvalidArgumentError: they are none; says why.
-        RecursionError: nested without end.
     """
     try:
         outer = json.loads(raw.decode("ascii"))
+    except RecursionError:
+        raise ValueError("it is nested without end") from None
     except ValueError:
         raise ValueError("it is not whole, or is no record") from None
     if type(outer) is not dict or type(outer.get("version")) is not int:

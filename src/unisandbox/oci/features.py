@@ -99,6 +99,19 @@ class RuntimeProgram(NamedTuple):
     identity: tuple[int, int, int, int]
 
 
+# What is lost with a runtime that lacks a feature; what is not here only takes longer, or is done in another way.
+_LOSSES: Final = {
+    "seccomp": "seccomp='default'",
+    "held_userns": "share_pid=True in a user namespace of its own",
+    "recursive_readonly": "mounts of bundles that are read-only with all below them (rro)",
+}
+
+
+def losses(program: RuntimeProgram) -> list[str]:
+    """What cannot be had with this runtime, in the words of who asks for it."""
+    return [words for name, words in _LOSSES.items() if not getattr(program.features, name)]
+
+
 class Rejected(NamedTuple):
     """A file with a runtime's name that is none, and why."""
 
@@ -242,7 +255,7 @@ def _spec_version(name: RuntimeName, version: tuple[int, ...], text: str, told: 
 
 
 def _features(name: RuntimeName, version: tuple[int, ...], text: str, told: dict[str, object]) -> Features:
-    """The table. Tested: crun 1.8.1 and 1.28, runc 1.1.5, 1.3.6 and 1.5.2, youki 0.7.0."""
+    """The table. Tested: crun 1.8.1 and 1.28, runc 1.1.5, 1.3.6 and 1.5.3, youki 0.7.0."""
     # A new major version may change every private thing.
     tested = (1, 0) <= version < (2,)
     if name == "crun":

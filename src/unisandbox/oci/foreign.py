@@ -84,6 +84,8 @@ def check(config: Config, program: RuntimeProgram, *, all_devices: bool = False)
         part = config.get(place) or {} if place else config
         for name in sorted(names & {key for key, value in part.items() if value}):
             raise _refusal(f"{place}.{name}".lstrip("."), program)
+    if linux_of(config).get("seccomp") and not program.features.seccomp:
+        raise _refusal("linux.seccomp", program)
     for space in linux_of(config).get("namespaces") or []:
         if space.get("type") not in _NAMESPACES:
             raise _refusal(f"a namespace of type {space.get('type')!r}", program)

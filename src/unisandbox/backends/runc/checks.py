@@ -68,6 +68,13 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
             reason=f"{runtime.name} cannot join the pid namespace",
             hint="Install a runtime that can: apt install crun.",
         )
+    if spec.security.seccomp == "default" and not runtime.features.seccomp:
+        raise UnsupportedError(
+            "seccomp='default'",
+            "runc",
+            reason=f"{runtime.path} is built without seccomp",
+            hint="Install one that has it (apt install crun), or use seccomp='unconfined' if you trust what runs.",
+        )
     check_resources(spec.resources)
     checked_sysctls(spec.sysctls, spec.network)
 

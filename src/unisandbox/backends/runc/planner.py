@@ -40,7 +40,7 @@ from unisandbox.host.power import remedies
 from unisandbox.host.removal import remove_tree
 from unisandbox.host.services import Host
 from unisandbox.oci import foreign
-from unisandbox.oci.bundle import Bundle, NamespaceKind, OciMount, OciNamespace
+from unisandbox.oci.bundle import Bundle, NamespaceKind, OciMount, OciNamespace, held_path
 from unisandbox.oci.calls import NOWHERE
 from unisandbox.oci.interpreters import interpreter_of
 from unisandbox.oci.plan import Plan, limits_of
@@ -364,7 +364,7 @@ class PodPlanner:
 
     def pin(self, kind: str) -> str:
         """The path of a pinned namespace, for the keeper's children: they do not outlive it."""
-        return f"/proc/{self._host.keeper.pid}/fd/{self._pod.pins[kind]}"
+        return held_path(self._host.keeper.pid, self._pod.pins[kind])
 
     def _bundle(self, root: str) -> Bundle:
         pod = self._pod

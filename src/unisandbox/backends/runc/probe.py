@@ -27,7 +27,7 @@ from unisandbox.host.pidfd import has_ended
 from unisandbox.host.power import ids, obstacles, remedies, standing, trial
 from unisandbox.host.power.remedies import Obstacle
 from unisandbox.network import pasta
-from unisandbox.oci.features import RuntimeProgram, pick_runtime
+from unisandbox.oci.features import RuntimeProgram, losses, pick_runtime
 
 DEEP_SECONDS: Final = 30.0
 # mount_setattr(2) with idmapped mounts came with 5.12.
@@ -124,8 +124,10 @@ async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | 
     try:
         program = await pick_runtime(runtime)
         facts["runtime"] = f"{program.name} {program.version_text} ({program.path})"
-        if not program.features.held_userns:
-            warnings.append(f"{program.name} cannot do share_pid=True. Remedy: apt install crun")
+        warnings.extend(
+            f"not with {program.name} {program.version_text}: {loss}. Remedy: apt install crun"
+            for loss in losses(program)
+        )
     except SandboxError as error:
         yield Obstacle(error.message, error.hint)
     most = standing.user_namespaces()

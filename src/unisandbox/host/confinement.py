@@ -1,10 +1,10 @@
-"""What a container around this process keeps from it, and by which flag its engine gives it.
+"""What a container around this process, or its service, keeps from it, and by which flag or setting it is given.
 
 Everything is looked at without a change to anything, and a flag is named only when what it gives is missing. Standard
 library only.
 
-Source: Docker's and podman's manuals of `run`, the fields of a pod's securityContext; mount_too_revealing() in
-fs/namespace.c; security_sb_mount() in path_mount(), which is asked before capabilities are.
+Source: Docker's and podman's manuals of `run`, the fields of a pod's securityContext; systemd.exec(5);
+mount_too_revealing() in fs/namespace.c; security_sb_mount() in path_mount(), which is asked before capabilities are.
 """
 
 from __future__ import annotations
@@ -76,6 +76,26 @@ _FLAGS: Final[dict[What, dict[Engine, str]]] = {
     },
 }
 _FLAGS["all"] = {"docker": "--privileged", "podman": "--privileged", "kubernetes": "privileged: true"}
+_NAMESPACES: Final = (
+    syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUSER
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNET
+)
+_NO_FLAG: Final = 1  # of the low byte, which in clone() is the signal
+# What of a unit's settings may keep it away.
+_SETTINGS: Final[dict[What, str]] = {
+    "seccomp": "SystemCallFilter=, RestrictNamespaces=, ProtectHostname=",
+    "apparmor": "AppArmorProfile=",
+    "selinux": "SELinuxContext=",
+    "masked": "ProtectKernelTunables=, ProtectKernelLogs=, ProcSubset=",
+    "cgroups": "ProtectControlGroups=",
+    "mapping": "CapabilityBoundingSet=",
+    "sys_admin": "CapabilityBoundingSet=",
+    "all": "CapabilityBoundingSet=, PrivateUsers=",
+}
 # Directories that the kernel keeps empty for others to be mounted there: nothing is hidden by that. Source: users of
 # proc_create_mount_point, register_sysctl_mount_point and sysfs_create_mount_point.
 _EMPTY: Final = {
@@ -96,10 +116,17 @@ def engine() -> Engine:
     return "docker" if os.path.exists("/.dockerenv") else ""
 
 
-def remedy(whats: Iterable[What]) -> str:
-    """How this container gets what it is without; empty when it is without nothing.
+def service() -> str:
+    """The service of systemd's that this process is in, as far as it can be seen; "" for none."""
+    parts = _read("/proc/self/cgroup").replace("\n", "/").split("/") if os.path.isdir("/run/systemd/system") else []
+    units = [part for part in parts if part.endswith((".service", ".scope"))]
+    return units[-1] if units and units[-1].endswith(".service") else ""
 
-    Where no engine is seen, every engine's words are told.
+
+def remedy(whats: Iterable[What]) -> str:
+    """How this container, or this service, gets what it is without; empty when it is without nothing.
+
+    Where neither is seen, every engine's words are told.
     """
     wanted = list(dict.fromkeys(whats))
     if not wanted:
@@ -107,6 +134,10 @@ def remedy(whats: Iterable[What]) -> str:
     here = engine()
     if here:
         return f"Start this container with: {_BEGINNING[here]}{_flags(wanted, here)}"
+    unit = service()
+    if unit:
+        settings = ", ".join(dict.fromkeys(_SETTINGS[what] for what in wanted))
+        return f"Leave out of the unit {unit} what it has of {settings}"
     told = "; ".join(f"{name}: {_flags(wanted, one)}" for one, name in _NAMES.items())
     return f"If a container is around this process, start it with: {told}"
 
@@ -136,6 +167,7 @@ def _filtered() -> list[Confined]:
     call = "unshare"
     try:
         syscalls.unshare(0)  # leaves nothing, and anybody may do so: only a filter has an objection
+        _ask_for_namespaces()
         if subordinate.may_mount():
             call = "pivot_root"
             syscalls.pivot_root("", "")
@@ -144,6 +176,18 @@ def _filtered() -> list[Confined]:
             why = f"a filter of system calls (seccomp) forbids {call} ({os.strerror(error.errno)})"
             return [Confined("seccomp", why)]
     return []
+
+
+def _ask_for_namespaces() -> None:
+    """Unshare none of them, with a flag that does not exist: the kernel says so first, a filter sees only the others.
+
+    Source: check_unshare_flags() in kernel/fork.c; seccomp_restrict_namespaces() of systemd.
+    """
+    try:
+        syscalls.unshare(_NAMESPACES | _NO_FLAG)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def is_filtered() -> bool:

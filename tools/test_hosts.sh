@@ -40,11 +40,11 @@ esac
 
 results=${UNISANDBOX_HOSTS_RESULTS:-/dev/null}
 : >"$results"
-# The machine hands on nothing but its output: the results come at its end.
+# The machine hands on nothing but its output: the results come at its end, before what it says of its own.
 mark="##### results"
 # shellcheck disable=SC2016 # it is for the shell over there
 in_vm "${UNISANDBOX_HOSTS_DIR:-}" 3600 --prepare "make setup" "${options[@]}" -- \
-  bash -c '"${@:2}" --junitxml /tmp/results.xml; status=$?; echo "$1"; cat /tmp/results.xml; exit $status' - "$mark" \
+  bash -c '"${@:2}" --junitxml /tmp/results.xml; s=$?; echo "$1"; cat /tmp/results.xml; echo; echo "$1 end"; exit $s' - "$mark" \
   .venv/bin/python -m pytest --color=no --timeout 900 --durations 10 --by-turns "${tests[@]}" |
   # Line by line, as they come: mawk would wait until it has much of it.
-  sed -u -e 's/\r$//' -e "/^$mark\$/,\$ {" -e "/^$mark\$/d" -e "w $results" -e d -e '}'
+  sed -u -e 's/\r$//' -e "/^$mark\$/,/^$mark end\$/ {" -e "/^$mark/d" -e "w $results" -e d -e '}'

@@ -211,6 +211,7 @@ IN_THE_WAY = {
     "ProtectKernelLogs=yes": "/proc/kmsg is masked",
     "ProtectHostname=yes": "forbids sethostname",
     "RestrictNamespaces=yes": "forbids unshare",
+    "RestrictSUIDSGID=yes": "forbids openat2",
 }
 
 

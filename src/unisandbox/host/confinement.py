@@ -18,7 +18,7 @@ from unisandbox.host import subordinate, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
 Engine = Literal["docker", "podman", "kubernetes", ""]
 What = Literal["seccomp", "apparmor", "selinux", "masked", "cgroups", "mapping", "sys_admin", "all"]
@@ -87,7 +87,7 @@ _NAMESPACES: Final = (
 _NO_FLAG: Final = 1  # of the low byte, which in clone() is the signal
 # What of a unit's settings may keep it away.
 _SETTINGS: Final[dict[What, str]] = {
-    "seccomp": "SystemCallFilter=, RestrictNamespaces=, ProtectHostname=",
+    "seccomp": "SystemCallFilter=, RestrictNamespaces=, RestrictSUIDSGID=, ProtectHostname=",
     "apparmor": "AppArmorProfile=",
     "selinux": "SELinuxContext=",
     "masked": "ProtectKernelTunables=, ProtectKernelLogs=, ProcSubset=",
@@ -164,18 +164,23 @@ def of_namespaces() -> list[Confined]:
 
 
 def _filtered() -> list[Confined]:
-    call = "unshare"
-    try:
-        syscalls.unshare(0)  # leaves nothing, and anybody may do so: only a filter has an objection
-        _ask_for_namespaces()
-        if subordinate.may_mount():
-            call = "pivot_root"
-            syscalls.pivot_root("", "")
-    except OSError as error:
-        if error.errno in {errno.EPERM, errno.ENOSYS}:
-            why = f"a filter of system calls (seccomp) forbids {call} ({os.strerror(error.errno)})"
-            return [Confined("seccomp", why)]
-    return []
+    # They leave nothing, and anybody may do so: only a filter has an objection.
+    harmless: dict[str, Callable[[], object]] = {"unshare": _ask_for_namespaces, "openat2": _open_nothing}
+    if subordinate.may_mount():
+        harmless["pivot_root"] = lambda: syscalls.pivot_root("", "")
+    name = _forbidden_of(harmless)
+    return [Confined("seccomp", f"a filter of system calls (seccomp) forbids {name}")] if name else []
+
+
+def _forbidden_of(harmless: Mapping[str, Callable[[], object]]) -> str:
+    """The first of these calls that a filter forbids; whoever may make it is refused nothing but wrong arguments."""
+    for name, call in harmless.items():
+        try:
+            call()
+        except OSError as error:
+            if error.errno in {errno.EPERM, errno.ENOSYS}:
+                return name
+    return ""
 
 
 def _ask_for_namespaces() -> None:
@@ -183,11 +188,13 @@ def _ask_for_namespaces() -> None:
 
     Source: check_unshare_flags() in kernel/fork.c; seccomp_restrict_namespaces() of systemd.
     """
-    try:
-        syscalls.unshare(_NAMESPACES | _NO_FLAG)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
+    syscalls.unshare(0)
+    syscalls.unshare(_NAMESPACES | _NO_FLAG)
+
+
+def _open_nothing() -> None:
+    """A filter cannot look into the arguments of this call; systemd's RestrictSUIDSGID forbids it altogether."""
+    os.close(syscalls.openat2(-1, "/", os.O_PATH))
 
 
 def is_filtered() -> bool:
@@ -211,14 +218,7 @@ def forbidden_inside() -> str:
         "setns": lambda: syscalls.setns(-1),
         "umount2": lambda: syscalls.umount("", 0),
     }
-    for name, call in harmless.items():
-        try:
-            call()
-        except OSError as error:
-            # Whoever may do all here is refused nothing but wrong arguments.
-            if error.errno in {errno.EPERM, errno.ENOSYS}:
-                return name
-    return ""
+    return _forbidden_of(harmless)
 
 
 def of_mounts() -> list[Confined]:

@@ -31,9 +31,9 @@ case ${as:=user} in
     for part in capabilities defaults exits limits isolation; do
       own+=("src/unisandbox/conformance/test_$part.py")
     done
-    own+=(--backend runc --slow-host)
+    own+=(--by-turns --backend runc --slow-host)
     ;;
-  root) own=(tests/integration/test_systemd.py tests/integration/test_inside_containers.py) ;;
+  root) own=(--by-turns tests/integration/test_systemd.py tests/integration/test_inside_containers.py) ;;
   *) echo "test-hosts: UNISANDBOX_HOSTS_AS is user or root, not $as" >&2 && exit 2 ;;
 esac
 [ ${#tests[@]} != 0 ] || tests=("${own[@]}")
@@ -45,6 +45,6 @@ mark="##### results"
 # shellcheck disable=SC2016 # it is for the shell over there
 in_vm "${UNISANDBOX_HOSTS_DIR:-}" 3600 --prepare "make setup" "${options[@]}" -- \
   bash -c '"${@:2}" --junitxml /tmp/results.xml; s=$?; echo "$1"; cat /tmp/results.xml; echo; echo "$1 end"; exit $s' - "$mark" \
-  .venv/bin/python -m pytest --color=no --timeout 900 --durations 10 --by-turns "${tests[@]}" |
+  .venv/bin/python -m pytest --color=no --timeout 900 --durations 10 "${tests[@]}" |
   # Line by line, as they come: mawk would wait until it has much of it.
   sed -u -e 's/\r$//' -e "/^$mark\$/,/^$mark end\$/ {" -e "/^$mark/d" -e "w $results" -e d -e '}'

@@ -167,6 +167,7 @@ def _filtered() -> list[Confined]:
     # They leave nothing, and anybody may do so: only a filter has an objection.
     harmless: dict[str, Callable[[], object]] = {"unshare": _ask_for_namespaces, "openat2": _open_nothing}
     if subordinate.may_mount():
+        harmless["mount"] = lambda: syscalls.mount("none", "", "tmpfs")  # there is no such place
         harmless["pivot_root"] = lambda: syscalls.pivot_root("", "")
     name = _forbidden_of(harmless)
     return [Confined("seccomp", f"a filter of system calls (seccomp) forbids {name}")] if name else []

@@ -44,7 +44,7 @@ test-long: checks ## the same with the big counts in full
 test-v2: setup ## cgroups and conformance in a virtual machine with cgroup v2
 	tools/test_v2.sh
 
-test-hosts: setup ## what an ordinary user has, in a virtual machine with cgroup v2 and systemd
+test-hosts: setup ## an ordinary user, services, containers, in a virtual machine with cgroup v2 and systemd
 	tools/test_hosts.sh
 
 test-pythons: ## what depends on the Python, with each of PYTHONS= that is here (each has packages of its own in build/)

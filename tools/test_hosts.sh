@@ -1,34 +1,50 @@
 #!/usr/bin/env bash
-# Runs what an ordinary user has of the namespace backend on a machine with cgroup v2 and systemd: as user id 1000 in a
-# scope of a systemd user session, with a subtree of cgroups that was delegated to it. Emulated, about 20 minutes.
+# Runs on a machine with cgroup v2 and systemd what a host program has there that is not simply root: as user id 1000 in a
+# scope of a systemd user session, with a subtree of cgroups that was delegated to it; then, as root, services of
+# systemd's and containers around the host program. Emulated, about 20 minutes.
 #
-#   tools/test_hosts.sh [PYTEST ARGUMENTS]      in place of the default list of tests
+#   tools/test_hosts.sh [PYTEST ARGUMENTS]      in place of the default lists of tests, as the user
 #
 # The tests run in a virtual machine (machine.sh), whose script also has to know `--user`.
 #   UNISANDBOX_HOSTS_OPTIONAL=1   end with 0 instead of 77 where there is none
+#   UNISANDBOX_HOSTS_AS           "user" or "root": this part only, or as whom PYTEST ARGUMENTS are run
 #   UNISANDBOX_HOSTS_DIR          test this tree (default: the working copy, without what git ignores)
-#   UNISANDBOX_HOSTS_RESULTS      write the results to this file, as JUnit XML, for tools/hosts_table.py
+#   UNISANDBOX_HOSTS_RESULTS      write the results (of the user's part) to this file, as JUnit XML, for
+#                                 tools/hosts_table.py
 set -euo pipefail
 # shellcheck source=tools/machine.sh
 . "$(dirname "$0")/machine.sh"
-tests=("$@")
-if [ ${#tests[@]} = 0 ]; then
-  tests=(tests/integration/test_rootless.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
-  # What differs most from root's: ids, limits, ends and files.
-  for part in capabilities defaults exits limits isolation; do
-    tests+=("src/unisandbox/conformance/test_$part.py")
-  done
-  tests+=(--backend runc)
-fi
+as=${UNISANDBOX_HOSTS_AS:-} tests=("$@") options=()
 
 need_vm test-hosts "it tests another machine than this one" "${UNISANDBOX_HOSTS_OPTIONAL:-}"
+if [ -z "$as$*" ]; then
+  status=0
+  UNISANDBOX_HOSTS_AS=user "$0" || status=$?
+  UNISANDBOX_HOSTS_AS=root UNISANDBOX_HOSTS_RESULTS='' "$0" || status=$?
+  exit "$status"
+fi
+case ${as:=user} in
+  user)
+    options=(--user)
+    # What differs most from root's: ids, limits, ends and files.
+    own=(tests/integration/test_rootless.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
+    for part in capabilities defaults exits limits isolation; do
+      own+=("src/unisandbox/conformance/test_$part.py")
+    done
+    own+=(--by-turns --backend runc --slow-host)
+    ;;
+  root) own=(--by-turns tests/integration/test_systemd.py tests/integration/test_inside_containers.py) ;;
+  *) echo "test-hosts: UNISANDBOX_HOSTS_AS is user or root, not $as" >&2 && exit 2 ;;
+esac
+[ ${#tests[@]} != 0 ] || tests=("${own[@]}")
+
 results=${UNISANDBOX_HOSTS_RESULTS:-/dev/null}
 : >"$results"
-# The machine hands on nothing but its output: the results come at its end.
+# The machine hands on nothing but its output: the results come at its end, before what it says of its own.
 mark="##### results"
 # shellcheck disable=SC2016 # it is for the shell over there
-in_vm "${UNISANDBOX_HOSTS_DIR:-}" 3600 --prepare "make setup" --user -- \
-  bash -c '"${@:2}" --junitxml /tmp/results.xml; status=$?; echo "$1"; cat /tmp/results.xml; exit $status' - "$mark" \
-  .venv/bin/python -m pytest --color=no --timeout 900 --durations 10 --slow-host "${tests[@]}" |
+in_vm "${UNISANDBOX_HOSTS_DIR:-}" 3600 --prepare "make setup" "${options[@]}" -- \
+  bash -c '"${@:2}" --junitxml /tmp/results.xml; s=$?; echo "$1"; cat /tmp/results.xml; echo; echo "$1 end"; exit $s' - "$mark" \
+  .venv/bin/python -m pytest --color=no --timeout 900 --durations 10 "${tests[@]}" |
   # Line by line, as they come: mawk would wait until it has much of it.
-  sed -u -e 's/\r$//' -e "/^$mark\$/,\$ {" -e "/^$mark\$/d" -e "w $results" -e d -e '}'
+  sed -u -e 's/\r$//' -e "/^$mark\$/,/^$mark end\$/ {" -e "/^$mark/d" -e "w $results" -e d -e '}'

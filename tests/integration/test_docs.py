@@ -111,3 +111,9 @@ def test_links_lead_to_files(page: Path) -> None:
         target = match["target"].split("#")[0]
         if target and "://" not in target and not target.startswith("mailto:"):
             assert (page.parent / target).exists(), f"{page.relative_to(ROOT)} links to {target}, which is not there"
+
+
+def test_the_unit_on_the_page_is_the_one_that_is_tried() -> None:
+    unit = (ROOT / "examples/service/worker.service").read_text()
+
+    assert unit in (ROOT / "docs/systemd.md").read_text()

@@ -165,6 +165,16 @@ def test_only_the_filter_is_named_when_only_the_filter_is_in_the_way(tmp_path: P
     seen.refused(f"{START}docker run --security-opt seccomp=unconfined", "(seccomp) forbids unshare")
 
 
+def test_a_filter_that_forbids_namespaces_but_not_the_call_is_named(tmp_path: Path) -> None:
+    """As that of systemd's RestrictNamespaces."""
+    test = {"index": 0, "value": 0x20000, "valueTwo": 0x20000, "op": "SCMP_CMP_MASKED_EQ"}
+    rule = {"names": ["unshare"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1, "args": [test]}
+    seccomp = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [rule]}
+    seen = look(PRIVILEGED.with_(seccomp=seccomp), tmp_path)
+
+    seen.refused(f"{START}docker run --security-opt seccomp=unconfined", "(seccomp) forbids unshare")
+
+
 @pytest.mark.parametrize("masked", [("/proc/keys",), ("/sys/firmware",)], ids=["proc", "sys"])
 def test_only_masked_paths_are_named_when_only_they_are_in_the_way(tmp_path: Path, masked: tuple[str, ...]) -> None:
     """Also those in /sys: crun would give the sandbox this container's own /sys, without a word."""

@@ -16,10 +16,19 @@ from unisandbox.host.power.remedies import Confined, Obstacle
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _SWITCH: Final = "/proc/sys/kernel/unprivileged_userns_clone"
 _APPARMOR: Final = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns"
+_NAMESPACES: Final = (
+    syscalls.CLONE_NEWNS
+    | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWIPC
+    | syscalls.CLONE_NEWUSER
+    | syscalls.CLONE_NEWPID
+    | syscalls.CLONE_NEWNET
+)
+_NO_FLAG: Final = 1  # of the low byte, which in clone() is the signal
 # Directories that the kernel keeps empty for others to be mounted there: nothing is hidden by that. Source: users of
 # proc_create_mount_point, register_sysctl_mount_point and sysfs_create_mount_point.
 _EMPTY: Final = {
@@ -86,17 +95,38 @@ def of_namespaces() -> list[Confined]:
 
 
 def _filtered() -> list[Confined]:
-    call = "unshare"
-    try:
-        syscalls.unshare(0)  # leaves nothing, and anybody may do so: only a filter has an objection
-        if standing.may_mount():
-            call = "pivot_root"
-            syscalls.pivot_root("", "")
-    except OSError as error:
-        if error.errno in standing.FILTERED:
-            why = f"a filter of system calls (seccomp) forbids {call} ({os.strerror(error.errno)})"
-            return [Confined("seccomp", why)]
-    return []
+    # They leave nothing, and anybody may do so: only a filter has an objection.
+    harmless: dict[str, Callable[[], object]] = {"unshare": _ask_for_namespaces, "openat2": _open_nothing}
+    if standing.may_mount():
+        harmless["mount"] = lambda: syscalls.mount("none", "", "tmpfs")  # there is no such place
+        harmless["pivot_root"] = lambda: syscalls.pivot_root("", "")
+    name = _forbidden_of(harmless)
+    return [Confined("seccomp", f"a filter of system calls (seccomp) forbids {name}")] if name else []
+
+
+def _forbidden_of(harmless: Mapping[str, Callable[[], object]]) -> str:
+    """The first of these calls that a filter forbids; whoever may make it is refused nothing but wrong arguments."""
+    for name, call in harmless.items():
+        try:
+            call()
+        except OSError as error:
+            if error.errno in standing.FILTERED:
+                return name
+    return ""
+
+
+def _ask_for_namespaces() -> None:
+    """Unshare none of them, with a flag that does not exist: the kernel says so first, a filter sees only the others.
+
+    Source: check_unshare_flags() in kernel/fork.c; seccomp_restrict_namespaces() of systemd.
+    """
+    syscalls.unshare(0)
+    syscalls.unshare(_NAMESPACES | _NO_FLAG)
+
+
+def _open_nothing() -> None:
+    """A filter cannot look into the arguments of this call; systemd's RestrictSUIDSGID forbids it altogether."""
+    os.close(syscalls.openat2(-1, "/", os.O_PATH))
 
 
 def forbidden_inside() -> str:
@@ -115,14 +145,7 @@ def forbidden_inside() -> str:
         "setns": lambda: syscalls.setns(-1),
         "umount2": lambda: syscalls.umount("", 0),
     }
-    for name, call in harmless.items():
-        try:
-            call()
-        except OSError as error:
-            # Whoever may do all here is refused nothing but wrong arguments.
-            if error.errno in standing.FILTERED:
-                return name
-    return ""
+    return _forbidden_of(harmless)
 
 
 def of_mounts() -> list[Confined]:

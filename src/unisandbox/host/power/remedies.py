@@ -1,7 +1,7 @@
-"""What gives this process what it is without, in words: the flags of the engines that make containers, or root.
+"""What gives this process what it is without, in words: flags of container engines, settings of systemd's units, or root.
 
 A flag is named only for what is missing. Source: Docker's and podman's manuals of `run`, the fields of a pod's
-securityContext.
+securityContext; systemd.exec(5).
 """
 
 from __future__ import annotations
@@ -76,6 +76,18 @@ _FLAGS: Final[dict[What, dict[Engine, str]]] = {
 }
 _FLAGS["all"] = {"docker": "--privileged", "podman": "--privileged", "kubernetes": "privileged: true"}
 
+# What of a unit's settings may keep it away.
+_SETTINGS: Final[dict[What, str]] = {
+    "seccomp": "SystemCallFilter=, RestrictNamespaces=, RestrictSUIDSGID=, ProtectHostname=",
+    "apparmor": "AppArmorProfile=",
+    "selinux": "SELinuxContext=",
+    "masked": "ProtectKernelTunables=, ProtectKernelLogs=, ProcSubset=",
+    "cgroups": "ProtectControlGroups=",
+    "mapping": "CapabilityBoundingSet=",
+    "sys_admin": "CapabilityBoundingSet=",
+    "all": "CapabilityBoundingSet=, PrivateUsers=",
+}
+
 USER_NAMESPACES: Final = "sysctl -w user.max_user_namespaces=15000"
 NEWER_KERNEL: Final = "Use a newer kernel."
 
@@ -89,10 +101,19 @@ def engine() -> Engine:
     return "docker" if os.path.exists("/.dockerenv") else ""
 
 
-def remedy(whats: Iterable[What]) -> str:
-    """How this container gets what it is without; empty when it is without nothing.
+def service() -> str:
+    """The service of systemd's that this process is in, as far as it can be seen; "" for none."""
+    if not os.path.isdir("/run/systemd/system"):
+        return ""
+    parts = standing.read("/proc/self/cgroup").replace("\n", "/").split("/")
+    units = [part for part in parts if part.endswith((".service", ".scope"))]
+    return units[-1] if units and units[-1].endswith(".service") else ""
 
-    Where no engine is seen, every engine's words are told.
+
+def remedy(whats: Iterable[What]) -> str:
+    """How this container, or this service, gets what it is without; empty when it is without nothing.
+
+    Where neither is seen, every engine's words are told.
     """
     wanted = list(dict.fromkeys(whats))
     if not wanted:
@@ -100,6 +121,10 @@ def remedy(whats: Iterable[What]) -> str:
     here = engine()
     if here:
         return f"Start this container with: {_BEGINNING[here]}{_flags(wanted, here)}"
+    unit = service()
+    if unit:
+        settings = ", ".join(dict.fromkeys(_SETTINGS[what] for what in wanted))
+        return f"Leave out of the unit {unit} what it has of {settings}"
     told = "; ".join(f"{name}: {_flags(wanted, one)}" for one, name in _NAMES.items())
     return f"If a container is around this process, start it with: {told}"
 

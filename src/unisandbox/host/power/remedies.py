@@ -1,4 +1,4 @@
-"""What gives this process what it is without, in words: flags of container engines, settings of systemd's units, or root.
+"""What gives this process what it is without, in words: flags of container engines, settings of units, or root.
 
 A flag is named only for what is missing. Source: Docker's and podman's manuals of `run`, the fields of a pod's
 securityContext; systemd.exec(5).

@@ -261,6 +261,21 @@ async def test_users_by_name_and_number(engine: Engine) -> None:
                 await sandbox.run(["true"], user=wrong)
 
 
+async def test_every_user_can_open_his_streams_by_their_names_and_nobody_those_of_others(engine: Engine) -> None:
+    script = "echo out > /dev/stdout; echo error > /dev/stderr"
+    async with engine.create(rootfs="host") as sandbox:
+        for user in ("root", "nobody", "1000"):
+            done = await sandbox.sh(script, user=user)
+            assert (done.stdout, done.stderr) == (b"out\n", b"error\n"), user
+            async with sandbox.containers.add(argv=["sh", "-c", script], user=user) as container:
+                await container.wait()
+                assert await container.logs() + await container.logs("stderr") == b"out\nerror\n", user
+        async with sandbox.exec(["sh", "-c", "echo $$; read word"], stdin="pipe", user="1000") as process:
+            pid = int(await process.stdout.receive())
+            others = await sandbox.sh(f"ls /proc/{pid}/fd; echo false > /proc/{pid}/fd/1", user="nobody")
+            assert (others.stdout, others.stderr.count(b"Permission denied")) == (b"", 2)
+
+
 async def test_a_program_outside_of_usr_is_explained(engine: Engine, tmp_path: Path) -> None:
     program = tmp_path / "tool"
     program.write_text("#!/bin/sh\n")

@@ -414,6 +414,20 @@ async def test_mounts_are_there_in_time_and_as_asked(engine: Engine, tmp_path: P
     assert (tmp_path / "new").stat().st_uid == 0
 
 
+async def test_a_mount_in_another_mount_has_its_place_there_or_that_is_said(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "file").write_text("inner")
+    outer = Mount.bind(tmp_path / "outer", "/work", readonly=False)
+    for inner in (Mount.tmpfs("/work/modules"), Mount.bind(tmp_path, "/work/modules")):
+        (tmp_path / "outer" / "modules").mkdir()
+        async with engine.create(mounts=[outer, inner]) as sandbox:
+            assert (await sandbox.sh("cat /work/modules/file")).text == ("inner" if inner.source else "")
+        (tmp_path / "outer" / "modules").rmdir()
+        with pytest.raises(InvalidArgumentError, match="'/work/modules' of 'new' is not there in the mount") as caught:
+            await engine.create(mounts=[outer, inner])
+        assert "Make it in that one's source" in caught.value.hint
+
+
 async def test_a_temporary_file_system_that_is_to_be_read_only_hides_what_is_there_and_cannot_be_written(
     engine: Engine, tmp_path: Path
 ) -> None:

@@ -171,6 +171,16 @@ async def test_too_few_open_files_are_an_error_of_ours_whatever_is_asked_for() -
                 assert said is None or "limit" in said.hint, said
 
 
+async def test_output_that_cannot_be_waited_for_with_too_few_open_files_is_told_as_that_and_not_lost() -> None:
+    async with Sandbox.create() as sandbox, sandbox.exec(["cat"], stdin="pipe") as process:
+        for free in (0, 1, 2):
+            with _descriptors_left(free), pytest.raises(UnavailableError) as caught:
+                await anext(process)
+            assert "limit" in caught.value.hint
+        await process.stdin.send(b"there")
+        assert (await anext(process)).data == b"there"
+
+
 async def test_the_end_of_a_container_is_told_once() -> None:
     async with Engine.open() as engine:
         async with engine.create() as sandbox:

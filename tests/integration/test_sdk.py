@@ -261,6 +261,21 @@ async def test_users_by_name_and_number(engine: Engine) -> None:
                 await sandbox.run(["true"], user=wrong)
 
 
+async def test_every_user_can_open_his_streams_by_their_names_and_nobody_those_of_others(engine: Engine) -> None:
+    script = "echo out > /dev/stdout; echo error > /dev/stderr"
+    async with engine.create(rootfs="host") as sandbox:
+        for user in ("root", "nobody", "1000"):
+            done = await sandbox.sh(script, user=user)
+            assert (done.stdout, done.stderr) == (b"out\n", b"error\n"), user
+            async with sandbox.containers.add(argv=["sh", "-c", script], user=user) as container:
+                await container.wait()
+                assert await container.logs() + await container.logs("stderr") == b"out\nerror\n", user
+        async with sandbox.exec(["sh", "-c", "echo $$; read word"], stdin="pipe", user="1000") as process:
+            pid = int(await process.stdout.receive())
+            others = await sandbox.sh(f"ls /proc/{pid}/fd; echo false > /proc/{pid}/fd/1", user="nobody")
+            assert (others.stdout, others.stderr.count(b"Permission denied")) == (b"", 2)
+
+
 async def test_a_program_outside_of_usr_is_explained(engine: Engine, tmp_path: Path) -> None:
     program = tmp_path / "tool"
     program.write_text("#!/bin/sh\n")
@@ -397,6 +412,20 @@ async def test_mounts_are_there_in_time_and_as_asked(engine: Engine, tmp_path: P
         assert done.text.split("\n")[:4] == ["of the host", "0", "held", str(1 << 20)]
     assert (tmp_path / "new").read_text() == "new\n"
     assert (tmp_path / "new").stat().st_uid == 0
+
+
+async def test_a_mount_in_another_mount_has_its_place_there_or_that_is_said(engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "file").write_text("inner")
+    outer = Mount.bind(tmp_path / "outer", "/work", readonly=False)
+    for inner in (Mount.tmpfs("/work/modules"), Mount.bind(tmp_path, "/work/modules")):
+        (tmp_path / "outer" / "modules").mkdir()
+        async with engine.create(mounts=[outer, inner]) as sandbox:
+            assert (await sandbox.sh("cat /work/modules/file")).text == ("inner" if inner.source else "")
+        (tmp_path / "outer" / "modules").rmdir()
+        with pytest.raises(InvalidArgumentError, match="'/work/modules' of 'new' is not there in the mount") as caught:
+            await engine.create(mounts=[outer, inner])
+        assert "Make it in that one's source" in caught.value.hint
 
 
 async def test_a_temporary_file_system_that_is_to_be_read_only_hides_what_is_there_and_cannot_be_written(

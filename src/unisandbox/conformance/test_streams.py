@@ -362,6 +362,13 @@ async def test_missing_streams_are_errors_and_never_none(sandbox: Sandbox, progr
 
 
 @pytest.mark.needs("processes")
+async def test_streams_can_be_opened_by_their_names(sandbox: Sandbox) -> None:
+    done = await sandbox.sh("cat /dev/stdin > /dev/stdout; echo error > /dev/stderr", input=b"in")
+
+    assert (done.stdout, done.stderr) == (b"in", b"error\n")
+
+
+@pytest.mark.needs("processes")
 async def test_the_end_does_not_wait_for_streams_that_others_hold(sandbox: Sandbox) -> None:
     with anyio.fail_after(20):
         done = await sandbox.sh("sleep 60 & echo started; exit 5")

@@ -25,6 +25,7 @@ from unisandbox.api import (
     TaskService,
 )
 from unisandbox.engine.logs import LOG_BYTES, LOG_STREAMS, LogReader, LogStream
+from unisandbox.host.pipes import open_pipe
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -272,7 +273,7 @@ class Programs:
             readers: list[int] = []
             writers: list[int] = []
             for _ in LOG_STREAMS:
-                reader, writer = os.pipe2(os.O_CLOEXEC)
+                reader, writer = open_pipe()
                 ends.callback(os.close, reader)
                 ends.callback(os.close, writer)
                 readers.append(reader)

@@ -13,6 +13,7 @@ import attrs
 
 from unisandbox.api import Stdio, UnavailableError
 from unisandbox.engine.held import StreamName
+from unisandbox.host.pipes import open_pipe
 from unisandbox.host.readiness import Descriptor
 
 
@@ -130,7 +131,7 @@ class Pipes:
         try:
             ends: list[tuple[int, int] | None] = []
             for wanted in (stdin, output, output):
-                pair = os.pipe2(os.O_CLOEXEC) if wanted else None
+                pair = open_pipe() if wanted else None
                 made.extend(pair or ())
                 ends.append(pair)
             into, out, err = ends

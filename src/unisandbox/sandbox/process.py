@@ -24,6 +24,7 @@ from unisandbox.api import (
     ProcessSpec,
     TaskService,
     Terminal,
+    UnavailableError,
     UnsupportedError,
     check_name,
     short_name,
@@ -383,6 +384,8 @@ class Process:
     async def aclose(self) -> None:
         """End it and all that it has started if it still runs, and close its streams. Repeating is harmless.
 
+        If it had ended, what it has left in the background goes on, and gets SIGPIPE when it writes to one of them.
+
         Raises:
             FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
         """
@@ -400,7 +403,11 @@ class Process:
         return self
 
     async def __anext__(self) -> Output:
-        """The next piece of output, of either stream; ends when nobody can write any more."""
+        """The next piece of output, of either stream; ends when nobody can write any more.
+
+        Raises:
+            UnavailableError: this process has too many open files to wait for some.
+        """
         streams: list[tuple[Literal["stdout", "stderr"], ReceiveStream]] = []
         if isinstance(self.stdout, ReceiveStream):
             streams.append(("stdout", self.stdout))
@@ -447,11 +454,17 @@ async def _any_readable(fds: Sequence[int]) -> None:
     # One epoll set is one thing to wait for, whatever the event loop. Of copies: one that its owner closes would leave
     # the set without a word.
     with contextlib.ExitStack() as stack:
-        poll = stack.enter_context(select.epoll(flags=select.EPOLL_CLOEXEC))
-        for fd in fds:
-            copy = os.dup(fd)
-            stack.callback(os.close, copy)
-            poll.register(copy, select.EPOLLIN)
+        try:
+            poll = stack.enter_context(select.epoll(flags=select.EPOLL_CLOEXEC))
+            for fd in fds:
+                copy = os.dup(fd)
+                stack.callback(os.close, copy)
+                poll.register(copy, select.EPOLLIN)
+        except OSError as error:
+            raise UnavailableError(
+                f"the output of a process cannot be waited for: {error.strerror}",
+                hint="This process has too many open files: close some, or raise the limit (ulimit -n).",
+            ) from error
         await anyio.wait_readable(poll.fileno())
 
 

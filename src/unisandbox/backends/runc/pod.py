@@ -301,7 +301,14 @@ def translate_job(
     for mount in mounts:
         # Operations say their path; a mount point's ends with the target, or with the directory that it needs.
         targets = {mount.target, os.path.dirname(mount.target)} - {"/"}
-        if error.errno in _MISTAKES and any(f"{target} (operation" in text for target in targets):
+        if not any(f"{target} (operation" in text for target in targets):
+            continue
+        if error.errno == errno.EOVERFLOW:  # root of the host has no id where the mount maps them, to make it there
+            return InvalidArgumentError(
+                f"mount target {mount.target!r} of {label!r} is not there in the mount that it lies in",
+                hint="Make it in that one's source, as a file or directory like what is mounted on it.",
+            )
+        if error.errno in _MISTAKES:
             return InvalidArgumentError(
                 f"mount target {mount.target!r} of {label!r} cannot be used: {os.strerror(error.errno or 0)}",
                 hint="It must be free, or of the same kind (file or directory), and in a place that can be written.",

@@ -104,6 +104,8 @@ def main(wish: str, record: bool, argument: str) -> None:
             os.rename(f"{name_of_wish}.next", name_of_wish, src_dir_fd=place, dst_dir_fd=place)
             return
         os.unlink(name_of_wish, dir_fd=place)
+        if wanted["victim"] == "both" and os.getpid() != keeper:
+            os.kill(keeper, signal.SIGSTOP)  # it shall not end this worker as its host's end is seen
         if wanted["victim"] != "keeper":
             os.kill(wanted["host"], signal.SIGKILL)
         if wanted["victim"] != "host":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from pathlib import Path
 
 import anyio
@@ -14,6 +16,8 @@ from unisandbox import Engine, FailedPreconditionError, NotFoundError, Process, 
 from unisandbox.api import ProcessSpec
 from unisandbox.api.plain import plain
 from unisandbox.engine.operations import digest_of
+from unisandbox.host.init import ended_now
+from unisandbox.oci import restore
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
 SMALL = Resources(memory="64M")
@@ -89,6 +93,34 @@ async def test_a_process_whose_end_was_not_noted_is_not_started_again(
             anyio_backend,
             tmp_path,
         )
+        again = await sandbox.exec(COUNTED, operation_id="job")
+        assert (await again.wait()).code == 7
+        assert await starts(sandbox) == 1
+
+
+async def test_a_process_that_ends_as_it_is_looked_for_is_not_started_again(
+    tmp_path: Path, anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def just_before(life: socket.socket) -> None:
+        while ended_now(life) is None:
+            time.sleep(0.001)
+
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL)
+        await sandbox.run(["true"])
+        killed(
+            f"""
+    from unisandbox.oci.ledger import Ledger
+    note = Ledger.process
+    def until_it_has_begun(self, facts, *held):
+        return die() if facts.started else note(self, facts, *held)
+    Ledger.process = until_it_has_begun
+    await (await engine.get("w")).exec({COUNTED!r}, operation_id="job")
+""",
+            anyio_backend,
+            tmp_path,
+        )
+        monkeypatch.setattr(restore, "ended_now", just_before)
         again = await sandbox.exec(COUNTED, operation_id="job")
         assert (await again.wait()).code == 7
         assert await starts(sandbox) == 1

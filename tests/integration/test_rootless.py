@@ -636,6 +636,31 @@ def test_the_command_line_names_the_option_to_do_without_limits(user: PlainUser)
     assert "--unlimited" in told["err"]
 
 
+def test_a_process_that_is_killed_as_it_starts_is_told_by_its_end_and_not_by_what_its_files_refuse(
+    user: PlainUser,
+) -> None:
+    told = user.run(
+        """
+        import signal
+        from unisandbox.host.init.spawn import _set_oom_score_adj
+        pid = os.posix_spawn("/bin/sleep", ["sleep", "1000"], {})
+        pidfd = os.pidfd_open(pid)
+        _set_oom_score_adj(pid, pidfd, 500)
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        try:
+            os.close(os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY))
+        except PermissionError:
+            tell(refused=True)
+        _set_oom_score_adj(pid, pidfd, 500)
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+        """
+    )
+
+    assert told == {"refused": True}
+
+
 @by_root
 @pytest.mark.timeout(1800)
 def test_the_contract_holds(user: PlainUser, pytestconfig: pytest.Config) -> None:

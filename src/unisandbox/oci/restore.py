@@ -12,9 +12,11 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import anyio
+
 from unisandbox.api import BackendError
 from unisandbox.host.cgroups import patience
-from unisandbox.host.init import ended_now
+from unisandbox.host.init import ended, ended_now
 from unisandbox.oci.ledger import ContainerFacts, Ledger, ProcessFacts, container_facts
 from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Planner
@@ -207,13 +209,15 @@ class Restorer:
             return False
         with life:
             end = ended_now(life)
-        if end is not None:
-            return os.waitstatus_to_exitcode(end.status) != _NOT_LET_GO
-        try:
-            of_init, own = (os.stat(f"/proc/{pid}/exe") for pid in (container.created.pid, facts.pid))
-        except OSError:
-            return False  # it, or init, has ended at this very moment
-        return not os.path.samestat(of_init, own)
+            if end is None:
+                try:
+                    of_init, own = (os.stat(f"/proc/{pid}/exe") for pid in (container.created.pid, facts.pid))
+                    return not os.path.samestat(of_init, own)
+                except OSError:  # it, or init, has ended at this very moment: init tells that a moment later
+                    with anyio.move_on_after(_END_SECONDS):
+                        end = await ended(life)
+        # Of what died with its init nobody knows; nothing is to be done twice.
+        return end is None or os.waitstatus_to_exitcode(end.status) != _NOT_LET_GO
 
 
 def _is_half_made(facts: ContainerFacts, processes: Sequence[ProcessFacts]) -> bool:

@@ -28,6 +28,7 @@ from unisandbox.api.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
+from unisandbox.host import pidfd as pidfds
 from unisandbox.host import stamps
 from unisandbox.host.boundary import reached
 from unisandbox.host.init import protocol
@@ -351,7 +352,9 @@ def _set_oom_score_adj(pid: int, pidfd: int, value: int) -> None:
     except (FileNotFoundError, ProcessLookupError):
         pass  # it was killed meanwhile: `ended` will say by what
     except OSError as error:
-        raise ExecFailed("oom_score_adj", error.errno or errno.EIO) from error
+        # The files of one that is ending are root's. Source: task_dump_owner(), fs/proc/base.c.
+        if not pidfds.has_ended(pidfd, _LAST_BREATH_MS / 1000):
+            raise ExecFailed("oom_score_adj", error.errno or errno.EIO) from error
 
 
 async def _placed(go: socket.socket, request: SpawnRequest) -> None:

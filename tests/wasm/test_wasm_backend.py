@@ -291,6 +291,7 @@ async def test_mounts_are_as_the_spec_says(wasm: Engine, root: Path, tmp_path: P
         Mount.bind(tmp_path / "data", "/deep/rw", readonly=False),
         Mount.bind(tmp_path / "file", "/etc/one"),
         Mount.tmpfs("/scratch", size="1M"),
+        Mount("/hidden"),
     ]
     for rootfs in (Rootfs.dir(root), Rootfs.dir(root, readonly=True)):
         async with wasm.create(isolation="wasm", rootfs=rootfs, mounts=mounts) as sandbox:
@@ -298,6 +299,7 @@ async def test_mounts_are_as_the_spec_says(wasm: Engine, root: Path, tmp_path: P
             assert (await sandbox.run(["store", "/ro/f", "x"])).exit_code != 0
             assert (await sandbox.run(["rm", "/ro/f"])).exit_code != 0
             assert (await sandbox.run(["mv", "/ro/f", "/deep/rw/g"])).exit_code != 0
+            assert (await sandbox.run(["store", "/hidden/x", "x"])).exit_code != 0
             assert (await sandbox.run(["store", "/deep/rw/written", "by a guest"])).exit_code == 0
             assert (tmp_path / "data" / "written").read_text() == "by a guest"
             filled = await sandbox.run(["fill", "/scratch/x", str(4 << 20)])

@@ -291,3 +291,30 @@ async def test_what_a_removal_ends_is_told_before_it(tmp_path: Path) -> None:
                 ("container.exited", "", 137, 9, "signaled"),
                 ("process.exited", process.id, 137, 9, "signaled"),
             ]
+
+
+async def test_the_end_of_a_ttl_is_told_when_it_comes_also_when_nobody_looks(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as reader:
+        sandbox = await engine.create(resources=SMALL, ttl=600)
+        process = await sandbox.exec(["sleep", "1000"])
+        before = time.time()
+        await sandbox._entry.sharing.set_expiry(0)  # its time is over now
+        told: list[Event] = []
+        with anyio.fail_after(20):
+            async for event in reader.events():
+                told.append(event)
+                if event.kind == "sandbox.removed":
+                    break
+        assert told[-1].sandbox_id == sandbox.id
+        assert told[-1].detail == {"reason": "ttl"}
+        assert before <= told[-1].at <= time.time()
+        assert {("process.exited", process.id), ("container.exited", "")} <= {(e.kind, e.exec_id) for e in told}
+        # Nor again by who comes to it afterwards.
+        assert await engine.list() == await reader.list() == []
+        last = await engine.create(resources=SMALL)
+        kinds = []
+        async for event in reader.events(after=told[-1].seq):
+            kinds.append((event.sandbox_id, event.kind))
+            if event.kind == "sandbox.started":
+                break
+        assert kinds == [(last.id, "sandbox.created"), (last.id, "sandbox.started")]

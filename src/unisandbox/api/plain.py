@@ -35,7 +35,6 @@ _PARTS: Final[Mapping[type, Mapping[str, type[attrs.AttrsInstance]]]] = {
     ProcessSpec: {"terminal": Terminal},
 }
 _LISTS: Final = frozenset({"mounts"})
-_FACTORY: Final[Any] = type(attrs.Factory(dict))  # to a type checker it is a function
 # Most values by far: to ask each whether it is a Mapping would cost more than all the rest.
 _SCALARS: Final = frozenset({str, int, float, bool, type(None)})
 
@@ -107,8 +106,8 @@ def _given_part(value: object) -> object:
 
 
 def _default_of(field: attrs.Attribute[Any]) -> object:
-    default = field.default
-    value = default.factory() if isinstance(default, _FACTORY) else default
+    factory = getattr(field.default, "factory", None)  # of an `attrs.Factory`
+    value = field.default if factory is None else factory()
     return field.converter(value) if callable(field.converter) else value
 
 

@@ -242,11 +242,16 @@ class Entry:
             await self._free()
 
     async def _begin(self) -> None:
+        began = time.clock_gettime(time.CLOCK_BOOTTIME)
         if self.spec.ttl is not None:
-            await self.sharing.set_expiry(self.spec.ttl)
+            await self.sharing.set_expiry(self.spec.ttl, is_told=False)
         await self._sandboxer.create(CreateSandbox(self.sandbox_id, self.spec))
         self.telling.emit("sandbox.created")
         self._is_told = True
+        if self.spec.ttl is not None:
+            # Now that readers of events know it they are told of its end, too.
+            left = began + self.spec.ttl - time.clock_gettime(time.CLOCK_BOOTTIME)
+            await self.sharing.set_expiry(max(0.0, left))
         self._task = (await self._sandboxer.start(self.sandbox_id)).task
         self._write("ready", started_at=time.time())
         self.state = "ready"

@@ -229,6 +229,12 @@ def _key(kind: EventKind, about: Mapping[str, str], identity: str) -> str:
     return f"{about['sandbox_id']}/{about['exec_id']}/{kind}" if kind in _ONCE else ""
 
 
+def removal_by_ttl(sandbox_id: str) -> tuple[Mapping[str, object], str]:
+    """What the keeper tells when a sandbox's ttl is over, and the key under which it is told once."""
+    about = {"kind": "sandbox.removed", "sandbox_id": sandbox_id, "container_id": "", "exec_id": ""}
+    return {**about, "exit": None, "detail": {"reason": "ttl"}}, _key("sandbox.removed", about, "")
+
+
 def _notice(end: HeldEnd, about: Mapping[str, str], identity: str) -> EndNotice:
     """What the keeper shall tell at the end of a process."""
 

@@ -21,6 +21,7 @@ from unisandbox.api import (
     UnavailableError,
 )
 from unisandbox.engine.cleaning import CLEANING_SECONDS
+from unisandbox.engine.events import removal_by_ttl
 from unisandbox.engine.locks import LOCK_SECONDS, locked
 from unisandbox.engine.records import Record, spec_of, status_of
 
@@ -133,10 +134,13 @@ class Sharing:
         if not is_current or (self._host.shared and self._core.records.changed(entry.sandbox_id)):
             await self.settled()
 
-    async def set_expiry(self, seconds: float | None) -> None:
-        """Let the keeper end it in so many seconds, whoever is there then; None: never."""
-        keeper = self._host.keeper
-        await keeper.expirations.set(self._prefix, seconds, files=[self._core.records.path(self._entry.sandbox_id)])
+    async def set_expiry(self, seconds: float | None, *, is_told: bool = True) -> None:
+        """Let the keeper end it in so many seconds, whoever is there then, and tell of it (`is_told`); None: never."""
+        keeper, identity = self._host.keeper, self._entry.sandbox_id
+        event, key = removal_by_ttl(identity) if is_told and self._host.shared else (None, "")
+        await keeper.expirations.set(
+            self._prefix, seconds, files=[self._core.records.path(identity)], event=event, key=key
+        )
         if seconds is None:
             keeper.drop_now([self._expiry])
         else:

@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import time
 
 from unisandbox.host import stamps
 from unisandbox.host.keeper import names, protocol
@@ -97,6 +98,11 @@ class Ends:
             return
         self._events.publish(packet, reply)
         self._holdings.on_stamp(end.name, lambda fd, at: self._ended(end, fd, at))
+
+    def tell_last(self, text: str, key: str) -> None:
+        """Tell what has happened now, an event without its time, when the ends that belong to it have been told."""
+        timed = json.dumps({**json.loads(text), "at": time.time()}, separators=(",", ":"))
+        self._loop.later(_PATIENCE, lambda: self._events.tell(timed, key))
 
     def _ended(self, end: _End, fd: int, at: float) -> None:
         packet, sent = _waiting(fd)

@@ -28,7 +28,7 @@ class EventLog:
             end: what the keeper tells of itself when what this event began has ended. Of several events that begin the
                 same, the first is told.
         """
-        message: Message = {"op": "publish", "event": _event_text(event)}
+        message: Message = {"op": "publish", "event": event_text(event)}
         if key:
             message["key"] = key
         if end is not None:
@@ -40,7 +40,7 @@ class EventLog:
                 "late": end.late,
                 "at_once": end.at_once,
                 "events": [
-                    {"event": _event_text(said.event), "key": said.key, "packets": list(said.packets)}
+                    {"event": event_text(said.event), "key": said.key, "packets": list(said.packets)}
                     for said in end.events
                 ],
             }
@@ -63,5 +63,6 @@ class EventLog:
         return EventPage(events, cast("int", message["first"]), cast("int", message["last"]))
 
 
-def _event_text(event: Mapping[str, object]) -> str:
+def event_text(event: Mapping[str, object]) -> str:
+    """As the keeper takes it."""
     return json.dumps(dict(event), separators=(",", ":"))

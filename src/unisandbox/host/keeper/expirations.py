@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from unisandbox.api.errors import InvalidArgumentError
 from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.eventlog import event_text
 from unisandbox.host.keeper.link import Link, checked
 from unisandbox.host.keeper.protocol import Message
 
@@ -21,7 +22,15 @@ class Expirations:
         self._link = link
         self._known: dict[str, None] = {}
 
-    async def set(self, prefix: str, seconds: float | None, *, files: Sequence[str] = ()) -> None:
+    async def set(
+        self,
+        prefix: str,
+        seconds: float | None,
+        *,
+        files: Sequence[str] = (),
+        event: Mapping[str, object] | None = None,
+        key: str = "",
+    ) -> None:
         """Let the keeper undo, in so many seconds, all that has a name with this prefix, whoever is there then.
 
         It runs the guards with the prefix (kills first, then the rest in reverse), drops fds, rings, notes and leases,
@@ -33,6 +42,8 @@ class Expirations:
             seconds: from now on, in place of what was said for this prefix before; None: never.
             files: that are of no use after it. Who is told of the expiry removes them; the keeper does when it ends
                 because nobody has come.
+            event: what readers of events are told when it has expired; the keeper adds "at". None: as said before.
+            key: of that event; see `EventLog.publish`.
 
         Raises:
             InvalidArgumentError: the prefix is empty or too long, or the time is not from 0 to the limit.
@@ -40,7 +51,10 @@ class Expirations:
         checked(prefix)
         if seconds is not None and not 0 <= seconds <= protocol.EXPIRE_LIMIT:
             raise InvalidArgumentError(f"seconds must be from 0 to {protocol.EXPIRE_LIMIT}, got {seconds}")
-        await self._link.tell({"op": "expire", "prefix": prefix, "seconds": seconds, "files": list(files)})
+        message: Message = {"op": "expire", "prefix": prefix, "seconds": seconds, "files": list(files)}
+        if event is not None:
+            message |= {"event": event_text(event), "key": key}
+        await self._link.tell(message)
 
     @property
     def known(self) -> frozenset[str]:

@@ -41,6 +41,7 @@ class Expiry:
         drop_held: forgets the fds of a prefix, so that what they keep busy can be removed.
         drop_rest: forgets notes of a prefix, and, if all its guards have done their work, leases too.
         tell: tells all clients of a prefix.
+        publish: tells readers of events: the event without its time, and its key.
     """
 
     def __init__(
@@ -51,16 +52,20 @@ class Expiry:
         drop_held: Callable[[str], None],
         drop_rest: Callable[[str, bool], None],
         tell: Callable[[str], None],
+        publish: Callable[[str, str], None],
     ) -> None:
         self._loop = loop
         self._guards = guards
         self._drop_held = drop_held
         self._drop_rest = drop_rest
         self._tell = tell
+        self._publish = publish
         self._times: dict[str, float] = {}
         #: What to unlink of those that will expire, by prefix.
         self._files: dict[str, list[str]] = {}
-        #: The same of those that have, as far as all of theirs was undone.
+        #: What readers of events are told of those that will expire.
+        self._events: dict[str, tuple[str, str]] = {}
+        #: Files of those that have, as far as all of theirs was undone.
         self._left_files: list[str] = []
         self._due: list[str] = []
         self._at_work: set[str] = set()
@@ -76,13 +81,17 @@ class Expiry:
         if message.get("seconds") is None:
             self._times.pop(prefix, None)
             self._files.pop(prefix, None)
+            self._events.pop(prefix, None)
         else:
             seconds = protocol.seconds(message, "seconds", protocol.EXPIRE_LIMIT)
+            event = (protocol.event(message), protocol.text(message, "key")) if "event" in message else None
             if len(self._times) >= _LIMIT and prefix not in self._times:
                 raise OSError(errno.ENOSPC, f"more than {_LIMIT} prefixes are to expire")
             files = [protocol.path(path, "file") for path in protocol.texts(message, "files")]
             self._times[prefix] = time.clock_gettime(time.CLOCK_BOOTTIME) + seconds
             self._files[prefix] = files
+            if event is not None:
+                self._events[prefix] = event
         self._arm()
         reply({})
 
@@ -156,6 +165,8 @@ class Expiry:
         self._at_work.discard(prefix)
         reached("before expiry.tell", prefix)
         self._drop_rest(prefix, is_clean)
+        if event := self._events.pop(prefix, None):
+            self._publish(*event)
         self._tell(prefix)
         reached("after expiry.tell", prefix)
         self._next()

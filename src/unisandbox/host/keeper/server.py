@@ -84,6 +84,7 @@ class Server:
             drop_held=lambda prefix: self._holdings.drop([], prefix),
             drop_rest=self._drop_expired,
             tell=self._connections.tell_expiration,
+            publish=self._ends.tell_last,
         )
         self._owner: Client | None = None
         self._owner_pidfd = -1

@@ -74,8 +74,8 @@ The names are those of `Capabilities`. What the backend has on no host is not he
 _VERSIONS: Final = """
 ## Versions of Python and of runtimes
 
-Made on the first host of those above by `make test-pythons` and `make test-runtimes`, which say what they test. Counted
-are tests that passed: those of the contract, and the others.
+Made on the first host of those above with parts of what `make test-pythons` and `make test-runtimes` run. Counted are
+tests that passed: those of the contract, and the others. Not tried: Python without its lock (3.14t).
 
 """
 

@@ -163,3 +163,11 @@ def test_a_held_namespace_is_not_taken_for_its_holders_own() -> None:
         path = held_path(os.getpid(), held.fileno())
         assert os.path.samestat(os.stat(path), os.fstat(held.fileno()))
     assert not re.match(r"/proc/\d", path)
+
+
+def test_a_message_that_is_written_on_several_lines_is_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    entry = {"msg": "the container `c1` is not in `created` or `stopped` state", "level": "error"}
+    log.write_text("odd\n" + 2 * f"{json.dumps(entry, indent=2)}\n")
+
+    assert read_log(str(log)).splitlines() == ["odd", entry["msg"], entry["msg"]]

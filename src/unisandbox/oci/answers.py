@@ -91,7 +91,13 @@ def read_log(path: str) -> str:
     lines = raw.decode("utf-8", "replace").splitlines()
     if size > _LOG_TAIL:
         lines = lines[1:] or lines
-    return "\n".join(filter(None, (_line(line) for line in lines)))
+    return "\n".join(filter(None, (_line(line) for line in _whole(lines))))
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """With each object on one line: crun with json-c (1.28 of Debian) writes it on several."""
+    text = re.sub(r"^\{\n((?: .*\n)*)\}$", lambda found: found.group().replace("\n", " "), "\n".join(lines), flags=re.M)
+    return text.split("\n")
 
 
 def _line(line: str) -> str:

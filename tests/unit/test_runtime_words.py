@@ -171,3 +171,11 @@ def test_a_message_that_is_written_on_several_lines_is_one(tmp_path: Path) -> No
     log.write_text("odd\n" + 2 * f"{json.dumps(entry, indent=2)}\n")
 
     assert read_log(str(log)).splitlines() == ["odd", entry["msg"], entry["msg"]]
+
+
+def test_a_directory_that_crun_is_to_execute_is_refused_with_126() -> None:
+    error = failure(
+        "crun exec", 1, "the path `/usr` is not a regular file: Operation not permitted", starts_program=True
+    )
+    assert isinstance(error, InvalidArgumentError)
+    assert error.exit_code == 126

@@ -33,6 +33,7 @@ _PROGRAM_MISSING: Final = rf"executable .*not found in \$PATH|{_EXECUTABLE}.*no 
 _PROGRAM_REFUSED: Final = (
     rf"{_EXECUTABLE}.*(?:permission denied|operation not permitted|exec format error|is a directory|not a directory"
     r"|does not have correct permissions)"
+    r"|the path `[^`]*` is not a regular file"  # crun 1.28
     r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory|ENOENT|EACCES|ENOTDIR)"
 )
 _NO_ROOM: Final = r"\b(?:clone3?|v?fork(?:/exec)?)\b.*(?:resource temporarily unavailable|EAGAIN)"

@@ -181,7 +181,7 @@ def page(runs: dict[str, Run], versions: dict[str, Run] | None = None) -> str:
     ]
     made = _HEAD + _table(["", *runs], rows) + _LOST + _table(["without", *runs, "why"], losses)
     if versions:
-        rows = [_version(name, run) for name, run in versions.items()]
+        rows = [_version(name, run) for name, run in sorted(versions.items())]
         made += _VERSIONS + _table(["", "of the contract", "others", "lost with it"], rows)
     return made
 

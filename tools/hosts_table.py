@@ -74,8 +74,8 @@ The names are those of `Capabilities`. What the backend has on no host is not he
 _VERSIONS: Final = """
 ## Versions of Python and of runtimes
 
-Made on the first host of those above by `make test-pythons` and `make test-runtimes`, which say what they test. Counted
-are tests that passed: those of the contract, and the others.
+Made on the first host of those above with parts of what `make test-pythons` and `make test-runtimes` run. Counted are
+tests that passed: those of the contract, and the others. Not tried: Python without its lock (3.14t).
 
 """
 
@@ -181,7 +181,7 @@ def page(runs: dict[str, Run], versions: dict[str, Run] | None = None) -> str:
     ]
     made = _HEAD + _table(["", *runs], rows) + _LOST + _table(["without", *runs, "why"], losses)
     if versions:
-        rows = [_version(name, run) for name, run in versions.items()]
+        rows = [_version(name, run) for name, run in sorted(versions.items())]
         made += _VERSIONS + _table(["", "of the contract", "others", "lost with it"], rows)
     return made
 

@@ -163,3 +163,19 @@ def test_a_held_namespace_is_not_taken_for_its_holders_own() -> None:
         path = held_path(os.getpid(), held.fileno())
         assert os.path.samestat(os.stat(path), os.fstat(held.fileno()))
     assert not re.match(r"/proc/\d", path)
+
+
+def test_a_message_that_is_written_on_several_lines_is_one(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    entry = {"msg": "the container `c1` is not in `created` or `stopped` state", "level": "error"}
+    log.write_text("odd\n" + 2 * f"{json.dumps(entry, indent=2)}\n")
+
+    assert read_log(str(log)).splitlines() == ["odd", entry["msg"], entry["msg"]]
+
+
+def test_a_directory_that_crun_is_to_execute_is_refused_with_126() -> None:
+    error = failure(
+        "crun exec", 1, "the path `/usr` is not a regular file: Operation not permitted", starts_program=True
+    )
+    assert isinstance(error, InvalidArgumentError)
+    assert error.exit_code == 126

@@ -33,6 +33,7 @@ _PROGRAM_MISSING: Final = rf"executable .*not found in \$PATH|{_EXECUTABLE}.*no 
 _PROGRAM_REFUSED: Final = (
     rf"{_EXECUTABLE}.*(?:permission denied|operation not permitted|exec format error|is a directory|not a directory"
     r"|does not have correct permissions)"
+    r"|the path `[^`]*` is not a regular file"  # crun 1.28
     r"|(?:chdir|cwd|getcwd)\b.*(?:no such file or directory|permission denied|not a directory|ENOENT|EACCES|ENOTDIR)"
 )
 _NO_ROOM: Final = r"\b(?:clone3?|v?fork(?:/exec)?)\b.*(?:resource temporarily unavailable|EAGAIN)"
@@ -91,7 +92,13 @@ def read_log(path: str) -> str:
     lines = raw.decode("utf-8", "replace").splitlines()
     if size > _LOG_TAIL:
         lines = lines[1:] or lines
-    return "\n".join(filter(None, (_line(line) for line in lines)))
+    return "\n".join(filter(None, (_line(line) for line in _whole(lines))))
+
+
+def _whole(lines: list[str]) -> list[str]:
+    """With each object on one line: crun with json-c (1.28 of Debian) writes it on several."""
+    text = re.sub(r"^\{\n((?: .*\n)*)\}$", lambda found: found.group().replace("\n", " "), "\n".join(lines), flags=re.M)
+    return text.split("\n")
 
 
 def _line(line: str) -> str:

@@ -43,7 +43,9 @@ PODMANS: Final = ["bpf", "fanotify_init", "perf_event_open", "quotactl", "setdom
 _NAMESPACES: Final = 0x7E020000
 # crun refuses a host with both cgroup versions.
 _BEFORE: Final = "[ ! -d /sys/fs/cgroup/memory ] || umount /sys/fs/cgroup/unified 2>/dev/null || true"
-_V2_BEFORE: Final = "umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup"
+# Where v2 is the host's own it stays as it is: options of a further mount are those of all.
+_V2: Final = Path("/sys/fs/cgroup/cgroup.controllers")
+_V2_BEFORE: Final = f"[ -e {_V2} ] || {{ umount -R /sys/fs/cgroup; mount -t cgroup2 none /sys/fs/cgroup; }}"
 
 
 def forbidding(names: Sequence[str], *, namespaces: bool = False) -> dict[str, object]:
@@ -66,7 +68,8 @@ class Surrounding:
         seccomp: its filter.
         masked: paths that are hidden, as Docker hides them; and `read_only`.
         cgroups: how the file systems of cgroups are mounted: "ro", "rw"; or "v2": one of v2 that may be written, in a
-            cgroup of its own, also where the host has v1 besides.
+            cgroup of its own, also where the host has v1 besides. On a host with v2 "rw" is the same: without a cgroup
+            of its own others would be in it.
         rows: of a user namespace; none: the host's own.
         marks: files by which its engine is known; `env` the same.
     """
@@ -79,6 +82,11 @@ class Surrounding:
     rows: Sequence[tuple[int, int, int]] = ()
     marks: Sequence[str] = ()
     env: Mapping[str, str] = attrs.field(factory=dict)
+
+    @property
+    def has_own_cgroup(self) -> bool:
+        """Whether it is in a cgroup of its own, of v2."""
+        return self.cgroups == "v2" or (self.cgroups == "rw" and _V2.exists())
 
     def with_(self, **changes: Any) -> Surrounding:
         """The same with changes."""
@@ -107,7 +115,7 @@ def run_inside(surrounding: Surrounding, place: Path, code: str, *arguments: str
     argv = [sys.executable, "-c", code, *arguments]
     (bundle / "config.json").write_text(json.dumps(_config(surrounding, argv, name)))
     marks = " ".join(shlex.quote(f"root{mark}") for mark in surrounding.marks)
-    manager = "cgroupfs" if surrounding.cgroups == "v2" else "disabled"
+    manager = "cgroupfs" if surrounding.has_own_cgroup else "disabled"
     script = f"""
         set -e
         cd {shlex.quote(str(bundle))}
@@ -118,7 +126,7 @@ def run_inside(surrounding: Surrounding, place: Path, code: str, *arguments: str
         mkdir -p root/run
         rm -f root/.dockerenv root/run/.containerenv
         {f"touch {marks}" if marks else ""}
-        {_V2_BEFORE if surrounding.cgroups == "v2" else _BEFORE}
+        {_V2_BEFORE if surrounding.has_own_cgroup else _BEFORE}
         exec {shlex.quote(crun)} --root state --cgroup-manager {manager} run {name}
     """
     done = subprocess.run(
@@ -142,7 +150,7 @@ def _config(surrounding: Surrounding, argv: Sequence[str], name: str) -> dict[st
         "maskedPaths": list(surrounding.masked),
         "readonlyPaths": list(surrounding.read_only),
         **({"seccomp": surrounding.seccomp} if surrounding.seccomp else {}),
-        **({"cgroupsPath": f"/{name}"} if surrounding.cgroups == "v2" else {}),
+        **({"cgroupsPath": f"/{name}"} if surrounding.has_own_cgroup else {}),
         **({"uidMappings": rows, "gidMappings": rows} if rows else {}),
     }
     return {

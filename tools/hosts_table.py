@@ -61,8 +61,10 @@ would not be here. "-" was not run there.
 
 `unisandbox doctor` says what holds for your host, and names the setting or the program that is in the way, with the
 remedy. How it is done without root is in [adr/0018](adr/0018-without-root.md). `make test-hosts` tests an ordinary user
-with a delegated subtree of cgroups; with UNISANDBOX_HOSTS_RESULTS=FILE its results can be put into this table. What
-works inside containers of Docker, podman and Kubernetes, and with which flags, is in [containers.md](containers.md).
+with a delegated subtree of cgroups; with UNISANDBOX_HOSTS_RESULTS=FILE its results can be put into this table. It has
+fewer of the many variants of a test, since it is emulated. What works inside containers of Docker, podman and
+Kubernetes, and with which flags, is in [containers.md](containers.md); services of systemd's are in
+[systemd.md](systemd.md).
 
 """
 _LOST: Final = """

@@ -26,6 +26,7 @@ in_vm() {
   shift
   if [ -z "$tree" ]; then
     tree=$(mktemp -d)
+    chmod 755 "$tree"  # over there other users than its owner look into it, too
     # shellcheck disable=SC2064 # its name as it is now
     trap "rm -rf '$tree'" EXIT
     # Uncommitted work is tested too: what git knows and what it does not ignore.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs on a machine with cgroup v2 and systemd what a host program has there that is not simply root: as user id 1000 in a
 # scope of a systemd user session, with a subtree of cgroups that was delegated to it; then, as root, services of
-# systemd's and containers around the host program. Emulated, about 20 minutes.
+# systemd's, containers around the host program, and users whom root makes up. Emulated, about 20 minutes.
 #
 #   tools/test_hosts.sh [PYTEST ARGUMENTS]      in place of the default lists of tests, as the user
 #
@@ -33,7 +33,13 @@ case ${as:=user} in
     done
     own+=(--by-turns --backend runc --slow-host)
     ;;
-  root) own=(--by-turns tests/integration/test_systemd.py tests/integration/test_inside_containers.py) ;;
+  root)
+    network=tests/integration/test_user_network.py single=tests/integration/test_rootless_single.py
+    own=(--by-turns tests/integration/test_systemd.py tests/integration/test_inside_containers.py)
+    # Of users whom root makes up: what one id costs, and networks. The rest of both would take another half an hour.
+    own+=("$single" --deselect "$single::test_the_contract_holds_with_one_id")
+    own+=("$network::test_tcp_and_udp_reach_what_is_outside" "$network::test_an_ordinary_user_has_it_too")
+    ;;
   *) echo "test-hosts: UNISANDBOX_HOSTS_AS is user or root, not $as" >&2 && exit 2 ;;
 esac
 [ ${#tests[@]} != 0 ] || tests=("${own[@]}")

@@ -31,7 +31,7 @@ from unisandbox.engine.entry import Entry
 from unisandbox.host import removal
 from unisandbox.host.identity import CALLER, Identity
 from unisandbox.sandbox import inside
-from unisandbox.sandbox.copying import PIECE, Copy, final_mode
+from unisandbox.sandbox.copying import ENTRY, PIECE, Copy, final_mode
 from unisandbox.sandbox.inside import Root, Side, named
 from unisandbox.sandbox.placing import Placer
 from unisandbox.sandbox.streams import bytes_of
@@ -138,8 +138,10 @@ class Files:
             _check_kind(path, is_directory=False)
             with root.identity.bare():
                 directory, name = stack.enter_context(root.parent(path))
-                fd = stack.enter_context(Placer(root.identity).file(directory, name, path, mode))
+                placer = Placer(root.identity, root.bounds)
+                fd = stack.enter_context(placer.file(directory, name, path, mode))
             while view:
+                placer.room(fd, min(len(view), PIECE) + ENTRY)
                 view = view[os.write(fd, view[:PIECE]) :]
                 if view:
                     await anyio.lowlevel.checkpoint()
@@ -245,6 +247,8 @@ class Files:
         with self._root() as root, named(path), root.parent(path) as (directory, name):
             if path.endswith("/"):
                 _check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
+            if root.bounds is not None:
+                root.bounds.check(directory)
             if recursive:
                 with contextlib.closing(removal.removing(directory, name, path, root.identity)) as steps:
                     for _ in steps:
@@ -280,7 +284,7 @@ class Files:
                 inside.look(root.identity, to_directory, to_name)
                 _check_kind(target, is_directory=_is_directory(moved))
             with named(f"{source} -> {target}"):
-                Placer(root.identity).rename(from_directory, from_name, to_directory, to_name)
+                Placer(root.identity, root.bounds).rename(from_directory, from_name, to_directory, to_name)
 
     @_where_it_may_be_done
     async def upload(self, local: str | os.PathLike[str], path: str) -> None:
@@ -299,7 +303,7 @@ class Files:
             with named(origin, "host"):
                 probe = os.open(origin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, probe)
-            copy = Copy(CALLER, Placer(root.identity), origin, "host", path, "sandbox", None)
+            copy = Copy(CALLER, Placer(root.identity, root.bounds), origin, "host", path, "sandbox", None)
             status = os.fstat(probe)
             if not stat.S_ISDIR(status.st_mode):
                 with named(path):
@@ -400,6 +404,10 @@ class Files:
             raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
         try:
             first, count = entry.sandboxer.host_ids(entry.sandbox_id)
+            bounds = entry.bounds
+            if bounds is not None:
+                yield Root(fd, Identity(first, count, None, (os.geteuid(), os.getegid())), bounds)
+                return
             yield Root(fd, Identity(first, count, entry.spec.security.capabilities))
         finally:
             os.close(fd)
@@ -410,7 +418,7 @@ class Files:
             return root.open_directory(path), False
         except FileNotFoundError:
             with root.parent(path) as (directory, name):
-                return Placer(root.identity).make_directory(directory, name, mode), True
+                return Placer(root.identity, root.bounds).make_directory(directory, name, mode), True
 
     def _make_directory(self, root: Root, path: str, mode: int) -> None:
         try:

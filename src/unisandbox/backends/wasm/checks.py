@@ -82,6 +82,19 @@ def check_mounts(mounts: Sequence[Mount], backend: str) -> None:
         raise UnsupportedError("a mount with idmap=False", backend, reason="guests have no users", hint="Leave it out.")
 
 
+def check_copied_mounts(mounts: Sequence[Mount], backend: str, why: str, remedy: str) -> None:
+    """The same where nothing may be mounted, for the reason `why`: guests can be given directories only."""
+    for mount in mounts:
+        is_directory = bool(mount.source) and (os.path.isdir(mount.source) or not os.path.exists(mount.source))
+        if not is_directory:
+            raise UnsupportedError(
+                f"a mount of {'a single file' if mount.source else 'a tmpfs'}",
+                backend,
+                reason=f"nothing may be mounted here ({why})",
+                hint=f"Mount a directory, or: {remedy}",
+            )
+
+
 def check_own_container(container: ContainerSpec, backend: str) -> None:
     """The same for a container that can have limits of its own below the sandbox's, but for those of its disk."""
     _check_parts(container, backend)

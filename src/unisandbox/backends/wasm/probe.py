@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import sys
@@ -69,25 +70,42 @@ async def probe(*, deep: bool = False) -> Probe:
         if failure:
             hint = "Is this processor one that wasmtime compiles for?"
             return Probe(NAME, available=False, reason=failure, hint=hint, facts=facts, deep=True)
-        return Probe(NAME, available=True, reason="a module was compiled and run", facts=facts, deep=True)
-    return Probe(NAME, available=True, reason=f"wasmtime {facts['wasmtime']} found, nothing forbids it", facts=facts)
+        ran = "a module was compiled and run"
+        return Probe(NAME, available=True, reason=ran, facts=facts, deep=True, warnings=_warnings())
+    found = f"wasmtime {facts['wasmtime']} found, nothing forbids it"
+    return Probe(NAME, available=True, reason=found, facts=facts, warnings=_warnings())
+
+
+@functools.cache
+def unmountable() -> tuple[str, str]:
+    """Why this process may mount nothing, and what gives it that; two empty strings where it may. Looked at once."""
+    if os.geteuid() != 0:
+        return "this process is not root", "Run as root."
+    if not subordinate.may_mount():
+        return "this process is root without CAP_SYS_ADMIN", confinement.remedy(["sys_admin"])
+    if forbidden := confinement.of_mounts():
+        return "; ".join(one.reason for one in forbidden), confinement.remedy(one.what for one in forbidden)
+    release = os.uname().release.split(".")
+    numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release[:2])
+    if numbers < _OLDEST_KERNEL:
+        return f"this kernel is {os.uname().release}, older than 5.12", "Use a newer kernel."
+    return "", ""
 
 
 def _obstacles() -> Iterator[tuple[str, str]]:
     """What forbids it, and what to do about that."""
     if os.uname().machine not in {"x86_64", "aarch64"}:
         yield f"wasmtime compiles for x86_64 and aarch64, this is {os.uname().machine}", "Use another machine."
-    if os.geteuid() != 0:
-        yield "the files of a sandbox are mounts, which need root", "Run as root."
-    elif not subordinate.may_mount():
-        why = "the files of a sandbox are mounts, and this process is root without CAP_SYS_ADMIN"
-        yield why, confinement.remedy(["sys_admin"])
-    elif forbidden := confinement.of_mounts():
-        yield "; ".join(one.reason for one in forbidden), confinement.remedy(one.what for one in forbidden)
-    release = os.uname().release.split(".")
-    numbers = tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in release[:2])
-    if numbers < _OLDEST_KERNEL:
-        yield f"this kernel is {os.uname().release}, older than 5.12", "Use a newer kernel."
+
+
+def _warnings() -> tuple[str, ...]:
+    reason, remedy = unmountable()
+    if not reason:
+        return ()
+    return (
+        f"Nothing may be mounted ({reason}): a sandbox has a copy of its root directory, and no mounts of single files"
+        f" or of a tmpfs. To have them: {confinement.lower_first(remedy)}",
+    )
 
 
 async def _try() -> str:

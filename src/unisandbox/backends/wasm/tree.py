@@ -242,8 +242,9 @@ class TreeMaker:
                 fds.append(above.top)
                 made = [{"op": "mkdir", "path": path} for path in ("/c", part)]
                 steps.append({"do": "mounts", "root": {"name": "above"}, "ops": made})
-            steps.append({"do": "mounts", "root": {"name": rw}, "ops": _part_ops(part, readonly=readonly)})
-            plan = _root_ops(rw, part, mounts, readonly=readonly, in_keeper=not here) + _mount_ops(mounts)
+            missing = [name for name in WRITABLE if not _has(sources.root, name)]
+            steps.append({"do": "mounts", "root": {"name": rw}, "ops": _part_ops(part, missing, readonly=readonly)})
+            plan = _root_ops(rw, part, mounts, missing, readonly=readonly, in_keeper=not here) + _mount_ops(mounts)
             steps.append({"do": "mounts", "root": {"name": "top"}, "ops": plan})
             steps.append({"do": "dirfd", "path": {"name": "top", "path": "/root"}, "name": "root"})
             try:
@@ -318,14 +319,26 @@ def _steps_in_keeper(work_dir: str, place: str, layer: Layer, image: str) -> lis
     ]
 
 
-def _part_ops(part: str, *, readonly: bool) -> list[Op]:
-    """The directories of a root in the layer."""
+def _has(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _part_ops(part: str, missing: Sequence[str], *, readonly: bool) -> list[Op]:
+    """The directories of a root in the layer; `missing` are those of `WRITABLE` that the user's directory lacks."""
     if readonly:
         return [{"op": "mkdir", "path": f"{part}/{name}", "mode": mode} for name, mode in WRITABLE.items()]
-    return [{"op": "mkdir", "path": f"{part}/{name}"} for name in ("upper", "work")]
+    ops: list[Op] = [{"op": "mkdir", "path": f"{part}/{name}"} for name in ("upper", "work")]
+    # Through the overlay each takes three times as long.
+    return ops + [{"op": "mkdir", "path": f"{part}/upper/{name}", "mode": WRITABLE[name]} for name in missing]
 
 
-def _root_ops(rw: str, part: str, mounts: Sequence[Mount], *, readonly: bool, in_keeper: bool) -> list[Op]:
+def _root_ops(
+    rw: str, part: str, mounts: Sequence[Mount], missing: Sequence[str], *, readonly: bool, in_keeper: bool
+) -> list[Op]:
     """Mount the root at /root, over the first descriptor of the request; its directories in the layer are `part`."""
     ops: list[Op] = [{"op": "mkdir", "path": "/root"}]
     lower: object = {"fd": 0}
@@ -347,7 +360,8 @@ def _root_ops(rw: str, part: str, mounts: Sequence[Mount], *, readonly: bool, in
         return ops
     upper, work = ({"name": rw, "path": f"{part}/{name}"} for name in ("upper", "work"))
     ops.append({**overlay, "upper": upper, "work": work})
-    return ops + [{"op": "mkdir", "path": f"/root/{name}", "mode": mode} for name, mode in WRITABLE.items()]
+    there = [(name, mode) for name, mode in WRITABLE.items() if name not in missing]
+    return ops + [{"op": "mkdir", "path": f"/root/{name}", "mode": mode} for name, mode in there]
 
 
 def _mount_point(path: str, mount: Mount) -> list[Op]:

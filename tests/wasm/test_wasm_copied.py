@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,6 +212,30 @@ async with Engine.open() as engine:
     finally:
         os.close(keeper)
     assert not Path(there).exists()
+
+
+def test_the_next_engine_removes_what_a_machine_that_failed_has_left(user: PlainUser, root: Path) -> None:
+    """Host process and keeper are killed at once; of one sandbox there is no record any more."""
+    process = user.start(f"""
+async with Engine.open(Path(HOME) / "state") as engine:
+    for name in ("a", "b"):
+        await engine.create(name=name, isolation="wasm", rootfs=Path({str(root)!r}) / "root")
+    tell(keeper=engine._core.host.keeper.pid)
+    await anyio.sleep_forever()
+""")
+    state = user.home / "state"
+    with process:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        assert len(list(state.glob("*.files"))) == 2
+        os.kill(told["keeper"], signal.SIGKILL)
+        process.kill()
+    assert len(list(state.glob("*.files"))) == 2
+    next(iter((state / "sandboxes").iterdir())).unlink()
+
+    told = user.run('async with Engine.open(Path(HOME) / "state") as engine:\n    tell(left=len(await engine.list()))')
+
+    assert (told["left"], list(state.glob("*.files"))) == (0, [])
 
 
 @pytest.mark.timeout(1800)

@@ -170,6 +170,36 @@ def test_what_is_written_in_directories_of_the_host_is_not_counted(runner: Runne
     assert really_used(place) <= LIMIT
 
 
+def test_nothing_is_moved_between_what_is_counted_and_what_is_not(runner: Runner, place: Path, tmp_path: Path) -> None:
+    """As between file systems, also where they are one; within each it goes."""
+    host = tmp_path / "host"
+    for directory in (place, host):
+        directory.mkdir(exist_ok=True)
+        (directory / "f").write_text("x")
+    f, g = "(i32.const 1024) (i32.const 1)", "(i32.const 1025) (i32.const 1)"
+
+    def said(call: str, errno: int) -> str:
+        return f"(if (i32.ne (call {call}) (i32.const {errno})) (then (call $exit (i32.const {errno + 1}))))"
+
+    text = program(
+        said(f"$rename (i32.const 3) {f} (i32.const 4) {g}", 75)
+        + said(f"$rename (i32.const 4) {f} (i32.const 3) {g}", 75)
+        + said(f"$link (i32.const 4) (i32.const 0) {f} (i32.const 3) {g}", 75)
+        + said(f"$link (i32.const 3) (i32.const 0) {f} (i32.const 4) {g}", 75)
+        + said(f"$rename (i32.const 3) {f} (i32.const 3) {g}", 0)
+        + said(f"$rename (i32.const 4) {f} (i32.const 4) {g}", 0)
+        + said(f"$link (i32.const 3) (i32.const 0) {g} (i32.const 3) {f}", 0)
+        + said(f"$link (i32.const 4) (i32.const 0) {g} (i32.const 4) {f}", 0)
+    )
+
+    end = runner.end(
+        text, spec(place, Disk(str(place), LIMIT), Preopen(str(host), "/data", writable=True, counted=False))
+    )
+
+    assert end.code == 0, end
+    assert [sorted(os.listdir(directory)) for directory in (place, host)] == [["f", "g"]] * 2
+
+
 def test_no_name_that_is_moved_while_it_is_counted_is_missed(runner: Runner, place: Path) -> None:
     """One guest moves a large file to and fro between two directories; another one fills the rest again and again."""
     for name in "dg":

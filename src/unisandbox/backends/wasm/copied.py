@@ -272,7 +272,8 @@ def _places(
             return fd
 
         if readonly:
-            places += [Place(held(os.open(name, _HELD, dir_fd=root)), f"/{name}") for name in WRITABLE]
+            own = [name for name in WRITABLE if not any(mount.target == f"/{name}" for mount in mounts)]
+            places += [Place(held(os.open(name, _HELD, dir_fd=root)), f"/{name}") for name in own]
         for mount, source in zip(mounts, sources.mounts, strict=True):
             point = held(_mount_point(root, mount.target, writer, label))
             fd = held(os.dup(source))

@@ -362,7 +362,8 @@ class Guest:
         if limits.cpu_seconds is not None and used - self._used_before >= limits.cpu_seconds:
             self._note("cpu", None, 137)
             return False
-        if limits.cpu is not None:
+        # Never in a call of ours, which may hold what others wait for: it is charged when it is over.
+        if limits.cpu is not None and not self.in_call:
             owed = limits.cpu.charge(used - self._charged)
             self._charged = used
             while owed > 0:

@@ -166,11 +166,16 @@ _COUNTING: Final = f"""
 (func $path_symlink (param i32 i32 i32 i32 i32) (result i32) (local $errno i32)
   {_take("(local.get 2)", "(i64.const 4096)")}
   (call $native_path_symlink (local.get 0) (local.get 1) (local.get 2) (local.get 3) (local.get 4)))
-;; these two while nobody counts: ours calls "moved_now" when it may be done
+;; these two while nobody counts: ours calls "moved_now" when it may be done. Between what is counted and what is not
+;; they are refused, as between file systems (75 is xdev)
 (func $path_link (param i32 i32 i32 i32 i32 i32 i32) (result i32) (local $errno i32)
+  (if (i32.ne (call $is_free (local.get 0)) (call $is_free (local.get 4))) (then (return (i32.const 75))))
+  (if (call $is_free (local.get 0)) (then (return (call $native_path_link {_gets(0, 7)}))))
   {_take("(local.get 4)")}
   (call $move (i32.const 1) {_gets(0, 7)}))
 (func $path_rename (param i32 i32 i32 i32 i32 i32) (result i32) (local $errno i32)
+  (if (i32.ne (call $is_free (local.get 0)) (call $is_free (local.get 3))) (then (return (i32.const 75))))
+  (if (call $is_free (local.get 0)) (then (return (call $native_path_rename {_gets(0, 6)}))))
   {_take("(local.get 3)")}
   (call $move (i32.const 0) {_gets(0, 6)} (i32.const 0)))
 (func (export "moved_now") (param $link i32) (param i32 i32 i32 i32 i32 i32 i32) (result i32)

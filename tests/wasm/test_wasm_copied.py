@@ -125,6 +125,13 @@ for readonly in (False, True):
             tell(**{f"refused {readonly}": [done.exit_code != 0, "Read-only" in error.message]})
         await s.run(["fill", f"/data/rw/large-{readonly}", str(8 << 20), "keep"], check=True)
         await s.files.write(f"/data/rw/outside-{readonly}", bytes(8 << 20))
+        for gone in (s.files.remove("/data/ro"), s.files.remove("/data/rw", recursive=True),
+                     s.files.rename("/data/ro", "/tmp/ro")):
+            try:
+                await gone
+            except FailedPreconditionError:
+                continue
+            tell(gone=True)
         # A link leads where it leads for a guest, but not out.
         await s.files.upload(place_link, "/home/link")
         tell(**{f"link {readonly}": (await s.files.read("/home/link")).decode()})

@@ -22,6 +22,7 @@ import anyio.lowlevel
 from unisandbox.api import (
     AlreadyExistsError,
     FailedPreconditionError,
+    FileBounds,
     FileInfo,
     InvalidArgumentError,
     NotFoundError,
@@ -248,7 +249,7 @@ class Files:
             if path.endswith("/"):
                 _check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
             if root.bounds is not None:
-                root.bounds.check(directory)
+                _check_bounds(root.bounds, directory, inside.look(root.identity, directory, name))
             if recursive:
                 with contextlib.closing(removal.removing(directory, name, path, root.identity)) as steps:
                     for _ in steps:
@@ -276,6 +277,8 @@ class Files:
             with named(source):
                 from_directory, from_name = stack.enter_context(root.parent(source))
                 moved = inside.look(root.identity, from_directory, from_name)
+                if root.bounds is not None:
+                    _check_bounds(root.bounds, from_directory, moved)
                 if moved is None:
                     raise NotFoundError(f"{source!r} does not exist")
                 _check_kind(source, is_directory=_is_directory(moved))
@@ -466,6 +469,13 @@ class Files:
             gid=id_inside(status.st_gid),
             target=target() if kind == "symlink" else "",
         )
+
+
+def _check_bounds(bounds: FileBounds, directory: int, status: os.stat_result | None) -> None:
+    """Where the kernel does not say it: nothing goes from a place that is read-only, and no mount point does."""
+    bounds.check(directory)
+    if status is not None and (status.st_dev, status.st_ino) in bounds.places:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def _bytes_for(path: str, data: bytes | str) -> memoryview:

@@ -194,12 +194,12 @@ def test_a_directory_with_records_is_left_to_an_engine(tmp_path: Path) -> None:
         own = short_name(engine, told["sandbox"])
         for cgroup in cgroups_of(engine):
             os.mkdir(f"{cgroup}/{stranger}")
-        (state / f"unisandbox-{engine}-{stranger}.img").touch()
+        (state / f"unisandbox-{engine}-{stranger}.files" / "root").mkdir(parents=True)
         (state / f"unisandbox-{engine}-{own}.img").touch()
         found_of = {leftover.kind: leftover for leftover in left_of(engine)}
         assert sorted(found_of) == ["cgroup", "image", "state"]
         assert set(found_of["cgroup"].paths) == {f"{cgroup}/{stranger}" for cgroup in cgroups_of(engine)}
-        assert found_of["image"].what == str(state / f"unisandbox-{engine}-{stranger}.img")
+        assert found_of["image"].what == str(state / f"unisandbox-{engine}-{stranger}.files")
         leftovers.remove(found_of["cgroup"])
         leftovers.remove(found_of["image"])
         assert kinds(left_of(engine)) == ["state"]
@@ -293,6 +293,8 @@ def test_only_our_own_names_are_ours(tmp_path: Path) -> None:
                 made(place / "unisandbox-x.img", kind="file")
                 made(place / f"unisandbox-{engine_id}-{'a' * 10}.img2", kind="file")
                 made(place / f"unisandbox-{engine_id}-{'b' * 10}.img", kind="directory")
+                made(place / f"unisandbox-{engine_id}-{'e' * 10}.files", kind="file")
+                made(place / f"unisandbox-{engine_id}-{'f' * 10}.files", kind="link")
                 made(place / f"unisandbox-{engine_id}-{'c' * 10}.img", kind="file", owner=12345)
                 made(place / f"unisandbox-{engine_id}-{'d' * 10}.img", kind="link")
             kill_both(running, told)

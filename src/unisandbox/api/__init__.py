@@ -36,10 +36,12 @@ if TYPE_CHECKING:
     from unisandbox.api.resources import Resources
     from unisandbox.api.sandboxer import (
         CreateSandbox,
+        FileBounds,
         RecoverSandbox,
         Sandboxer,
         StartedSandbox,
         SupportsContainerRoots,
+        SupportsFileBounds,
         SupportsGrace,
         SupportsPrefetch,
     )
@@ -78,6 +80,7 @@ __all__ = [
     "Exit",
     "ExitReason",
     "FailedPreconditionError",
+    "FileBounds",
     "FileInfo",
     "GrpcStatus",
     "InvalidArgumentError",
@@ -105,6 +108,7 @@ __all__ = [
     "Stdio",
     "SupportsCheckpoint",
     "SupportsContainerRoots",
+    "SupportsFileBounds",
     "SupportsGrace",
     "SupportsOomNotice",
     "SupportsPause",
@@ -132,7 +136,8 @@ _HOME = {
         "network": "Dns Network",
         "recovery": "DamagedRecord RecoveryAction RecoveryReport SandboxRecovered",
         "resources": "Resources",
-        "sandboxer": "CreateSandbox RecoverSandbox Sandboxer StartedSandbox SupportsContainerRoots SupportsGrace"
+        "sandboxer": "CreateSandbox FileBounds RecoverSandbox Sandboxer StartedSandbox SupportsContainerRoots"
+        " SupportsFileBounds SupportsGrace"
         " SupportsPrefetch",
         "spec": "DEFAULT_CAPABILITIES ContainerSpec ProcessSpec SandboxSpec Security Terminal",
         "status": "ContainerStatus FileInfo Metrics SandboxStatus",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -169,6 +170,36 @@ class SupportsContainerRoots(Protocol):
         Raises:
             NotFoundError: it is gone, or has the sandbox's root.
         """
+        ...
+
+
+class FileBounds(Protocol):
+    """What holds work with a sandbox's files where the kernel does not: its directories are those of this process."""
+
+    @property
+    def places(self) -> Mapping[tuple[int, int], int]:
+        """Descriptors of directories that are seen in the place of others, by the device and inode of those."""
+        ...
+
+    def check(self, fd: int) -> None:
+        """Raises OSError (EROFS) when nothing may be changed in what is open there."""
+        ...
+
+    def take(self, fd: int, size: int) -> None:
+        """The same; and so many bytes are about to be written there, or there is no room (ENOSPC)."""
+        ...
+
+    def still(self) -> AbstractContextManager[object]:
+        """A block in which a file may be moved: nobody counts what is there meanwhile."""
+        ...
+
+
+@runtime_checkable
+class SupportsFileBounds(Protocol):
+    """A sandboxer whose sandboxes have files that the kernel does not hold, and that are this process's own."""
+
+    def file_bounds(self, sandbox_id: str) -> FileBounds | None:
+        """What holds work with the files of this sandbox; None: the kernel does."""
         ...
 
 

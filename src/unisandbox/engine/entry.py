@@ -16,6 +16,7 @@ from unisandbox.api import (
     CreateSandbox,
     DeadlineExceededError,
     FailedPreconditionError,
+    FileBounds,
     Metrics,
     NotFoundError,
     Resources,
@@ -23,6 +24,7 @@ from unisandbox.api import (
     SandboxError,
     SandboxSpec,
     SandboxStatus,
+    SupportsFileBounds,
     SupportsGrace,
     TaskService,
     UnavailableError,
@@ -94,7 +96,13 @@ class Entry:
     @property
     def clerk(self) -> Clerk | None:
         """Who works with its files, where this process may not."""
-        return self._core.clerk
+        return None if self.bounds is not None else self._core.clerk
+
+    @property
+    def bounds(self) -> FileBounds | None:
+        """What holds work with its files, where the kernel does not."""
+        sandboxer = self._sandboxer
+        return sandboxer.file_bounds(self.sandbox_id) if isinstance(sandboxer, SupportsFileBounds) else None
 
     @property
     def engine_open(self) -> bool:

@@ -29,6 +29,7 @@ from unisandbox.engine.state_files import is_engine_id
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups, ending, patience
+from unisandbox.host.removal import remove_tree
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -218,19 +219,27 @@ class Recovery:
         """Paths of disk images by short names of sandboxes: one has a name only until it is mounted, or for good when
         that was cut."""
         host = self._core.host
-        mark, suffix = f"unisandbox-{host.engine_id}-", ".img"
+        mark, found = f"unisandbox-{host.engine_id}-", {}
         with os.scandir(host.disk_dir) as entries:
-            return {
-                entry.name[len(mark) : -len(suffix)]: entry.path
-                for entry in entries
-                if entry.name.startswith(mark) and entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False)
-            }
+            for entry in entries:
+                if not entry.name.startswith(mark):
+                    continue
+                short, _, suffix = entry.name[len(mark) :].partition(".")
+                # Or a directory in the place of one, where nothing may be mounted.
+                if (suffix == "img" and entry.is_file(follow_symlinks=False)) or (
+                    suffix == "files" and entry.is_dir(follow_symlinks=False)
+                ):
+                    found[short] = entry.path
+        return found
 
     @staticmethod
     def _unlink(image: str) -> None:
         reached("before image.unlink", image)
-        with contextlib.suppress(FileNotFoundError):  # it went with its sandbox
-            os.unlink(image)
+        if os.path.isdir(image):
+            remove_tree(image)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # it went with its sandbox
+                os.unlink(image)
         reached("after image.unlink", image)
 
     async def _free_stray(self, short: str, dirs: Sequence[str]) -> None:

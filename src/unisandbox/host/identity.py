@@ -35,12 +35,16 @@ class Identity:
         first: the id of this host that is 0 there.
         count: how many ids from there on it has.
         capabilities: those of that root ("CAP_..."); what does not concern files is left out. None: the caller.
+        owner: user and group of what the caller makes, with exactly the mode that is given; None: as usual.
     """
 
-    def __init__(self, first: int, count: int, capabilities: Iterable[str] | None) -> None:
+    def __init__(
+        self, first: int, count: int, capabilities: Iterable[str] | None, owner: tuple[int, int] | None = None
+    ) -> None:
         self._first = first
         self._end = first + count
         self._is_caller = capabilities is None
+        self._owner = owner if self._is_caller else (first, first)
         self._mask = 0
         for name in capabilities or ():
             self._mask |= _OVER_FILES.get(name, 0)
@@ -49,7 +53,7 @@ class Identity:
     @property
     def owner(self) -> tuple[int, int] | None:
         """Whom it is on this host: user and group; None: the caller."""
-        return None if self._is_caller else (self._first, self._first)
+        return self._owner
 
     def has(self, uid: int, gid: int) -> bool:
         """Whether these ids of the host are ids there."""

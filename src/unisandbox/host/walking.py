@@ -6,10 +6,13 @@ thread's capabilities would count for every directory on the way, and those of a
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 from unisandbox.host import syscalls
@@ -24,9 +27,12 @@ _LINKS: Final = 40
 _LEVELS: Final = 128
 _PARTS: Final = 4096
 _ST_NOSYMFOLLOW: Final = 0x2000  # source: include/linux/statfs.h
+_NONE: Final[Mapping[tuple[int, int], int]] = MappingProxyType({})
 
 
-def open_inside(root: int, path: str, flags: int, identity: Identity) -> int:
+def open_inside(
+    root: int, path: str, flags: int, identity: Identity, places: Mapping[tuple[int, int], int] = _NONE
+) -> int:
     """Open a path as the identity whose root directory this is would, with its rights. Raises OSError.
 
     Args:
@@ -34,12 +40,12 @@ def open_inside(root: int, path: str, flags: int, identity: Identity) -> int:
         path: links in it are followed.
         flags: O_PATH, O_DIRECTORY, O_NOFOLLOW; what is read must be a directory, or be looked at first.
         identity: who opens it.
+        places: descriptors of directories that are seen in the place of others, by the device and inode of those.
     """
-    try:
-        with identity.bare():
+    if not places:
+        with contextlib.suppress(PermissionError), identity.bare():
             return _resolved(root, path, flags)
-    except PermissionError:
-        probe = _walk(root, path, identity, follow=not flags & os.O_NOFOLLOW)
+    probe = _walk(root, path, identity, places, follow=not flags & os.O_NOFOLLOW)
     try:
         if not flags & os.O_PATH:
             return identity.reopen(probe, flags)
@@ -59,13 +65,14 @@ def _resolved(root: int, path: str, flags: int) -> int:
     raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
 
 
-def _walk(root: int, path: str, identity: Identity, *, follow: bool) -> int:
+def _walk(root: int, path: str, identity: Identity, places: Mapping[tuple[int, int], int], *, follow: bool) -> int:
     """An O_PATH descriptor of what `path` names below `root`; no link and no ".." leads out.
 
     Args:
         root: descriptor of the root directory.
         path: of any form.
         identity: who walks.
+        places: see `open_inside`.
         follow: also a link in the last place.
 
     Raises:
@@ -87,7 +94,11 @@ def _walk(root: int, path: str, identity: Identity, *, follow: bool) -> int:
                     os.close(way.pop())
                 continue
             way.append(fd)
-            if stat.S_ISLNK(os.fstat(fd).st_mode) and (parts or follow):
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) in places:
+                way[-1] = os.dup(places[status.st_dev, status.st_ino])
+                os.close(fd)
+            elif stat.S_ISLNK(status.st_mode) and (parts or follow):
                 links += 1
                 target = _followed(way[-2], fd, identity)
                 os.close(way.pop())

@@ -28,6 +28,7 @@ class _Standing:
     """What `Files` needs of a sandbox's entry, where only its root is known. It is its own sharing and sandboxer."""
 
     clerk: None = None
+    bounds: None = None
 
     def __init__(self, root: int, capabilities: list[str], label: str) -> None:
         self._root = root

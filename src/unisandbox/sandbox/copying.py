@@ -232,6 +232,7 @@ class Copy:
                     os.ftruncate(target, position)
                     return
                 self._count(len(piece))
+                self._placer.room(target, len(piece) + ENTRY)
                 view = memoryview(piece)
                 while view:
                     written = os.pwrite(target, view, position)

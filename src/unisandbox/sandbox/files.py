@@ -22,6 +22,7 @@ import anyio.lowlevel
 from unisandbox.api import (
     AlreadyExistsError,
     FailedPreconditionError,
+    FileBounds,
     FileInfo,
     InvalidArgumentError,
     NotFoundError,
@@ -31,7 +32,7 @@ from unisandbox.host import removal
 from unisandbox.host.identity import CALLER, Identity
 from unisandbox.sandbox import inside
 from unisandbox.sandbox.arguments import check_kind, check_limit, check_mode, content_of, local_path
-from unisandbox.sandbox.copying import PIECE, Copy, final_mode
+from unisandbox.sandbox.copying import ENTRY, PIECE, Copy, final_mode
 from unisandbox.sandbox.inside import Root, Side, named
 from unisandbox.sandbox.placing import Placer
 from unisandbox.sandbox.reaching import root_of, where_it_may_be_done
@@ -110,8 +111,10 @@ class Files:
             check_kind(path, is_directory=False)
             with root.identity.bare():
                 directory, name = stack.enter_context(root.parent(path))
-                fd = stack.enter_context(Placer(root.identity).file(directory, name, path, mode))
+                placer = Placer(root.identity, root.bounds)
+                fd = stack.enter_context(placer.file(directory, name, path, mode))
             while view:
+                placer.room(fd, min(len(view), PIECE) + ENTRY)
                 view = view[os.write(fd, view[:PIECE]) :]
                 if view:
                     await anyio.lowlevel.checkpoint()
@@ -217,6 +220,8 @@ class Files:
         with root_of(self._entry) as root, named(path), root.parent(path) as (directory, name):
             if path.endswith("/"):
                 check_kind(path, is_directory=_is_directory(inside.look(root.identity, directory, name)))
+            if root.bounds is not None:
+                _check_bounds(root.bounds, directory, inside.look(root.identity, directory, name))
             if recursive:
                 with contextlib.closing(removal.removing(directory, name, path, root.identity)) as steps:
                     for _ in steps:
@@ -244,6 +249,8 @@ class Files:
             with named(source):
                 from_directory, from_name = stack.enter_context(root.parent(source))
                 moved = inside.look(root.identity, from_directory, from_name)
+                if root.bounds is not None:
+                    _check_bounds(root.bounds, from_directory, moved)
                 if moved is None:
                     raise NotFoundError(f"{source!r} does not exist")
                 check_kind(source, is_directory=_is_directory(moved))
@@ -252,7 +259,7 @@ class Files:
                 inside.look(root.identity, to_directory, to_name)
                 check_kind(target, is_directory=_is_directory(moved))
             with named(f"{source} -> {target}"):
-                Placer(root.identity).rename(from_directory, from_name, to_directory, to_name)
+                Placer(root.identity, root.bounds).rename(from_directory, from_name, to_directory, to_name)
 
     @where_it_may_be_done
     async def upload(self, local: str | os.PathLike[str], path: str) -> None:
@@ -271,7 +278,7 @@ class Files:
             with named(origin, "host"):
                 probe = os.open(origin, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
                 stack.callback(os.close, probe)
-            copy = Copy(CALLER, Placer(root.identity), origin, "host", path, "sandbox", None)
+            copy = Copy(CALLER, Placer(root.identity, root.bounds), origin, "host", path, "sandbox", None)
             status = os.fstat(probe)
             if not stat.S_ISDIR(status.st_mode):
                 with named(path):
@@ -330,7 +337,7 @@ class Files:
             return root.open_directory(path), False
         except FileNotFoundError:
             with root.parent(path) as (directory, name):
-                return Placer(root.identity).make_directory(directory, name, mode), True
+                return Placer(root.identity, root.bounds).make_directory(directory, name, mode), True
 
     def _make_directory(self, root: Root, path: str, mode: int) -> None:
         try:
@@ -378,6 +385,13 @@ class Files:
             gid=id_inside(status.st_gid),
             target=target() if kind == "symlink" else "",
         )
+
+
+def _check_bounds(bounds: FileBounds, directory: int, status: os.stat_result | None) -> None:
+    """Where the kernel does not say it: nothing goes from a place that is read-only, and no mount point does."""
+    bounds.check(directory)
+    if status is not None and (status.st_dev, status.st_ino) in bounds.places:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
 
 def _is_directory(status: os.stat_result | None) -> bool:

@@ -23,6 +23,7 @@ from unisandbox.api import (
     SandboxError,
     UnavailableError,
 )
+from unisandbox.api.sandboxer import FileBounds
 from unisandbox.api.status import FileKind
 from unisandbox.host import syscalls, walking
 from unisandbox.host.identity import Identity
@@ -67,10 +68,11 @@ def absolute(path: str) -> str:
 
 
 class Root(NamedTuple):
-    """A sandbox's root directory, and who looks something up below it."""
+    """A sandbox's root directory, who looks something up below it, and what holds him where the kernel does not."""
 
     fd: int
     identity: Identity
+    bounds: FileBounds | None = None
 
     def open(self, path: str, flags: int) -> int:
         """Open a path as the sandbox's root would, with its rights. Raises OSError.
@@ -79,7 +81,9 @@ class Root(NamedTuple):
             path: absolute; links in it are followed.
             flags: O_PATH, O_DIRECTORY, O_NOFOLLOW; what is read must be a directory, or be looked at first.
         """
-        return walking.open_inside(self.fd, absolute(path), flags, self.identity)
+        if self.bounds is None:
+            return walking.open_inside(self.fd, absolute(path), flags, self.identity)
+        return walking.open_inside(self.fd, absolute(path), flags, self.identity, self.bounds.places)
 
     def open_directory(self, path: str) -> int:
         """Open a directory to read it; links inside are followed. Raises OSError."""

@@ -11,15 +11,18 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 from unisandbox.api import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError
+from unisandbox.api.sandboxer import FileBounds
 from unisandbox.host.identity import Identity
 from unisandbox.sandbox.inside import ON_THIS_MOUNT, ONE_STEP, look, pinned
 
 # File systems without O_TMPFILE (NFS, FUSE, overlayfs before Linux 6.1); source: open(2).
 _NO_TMPFILE: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL})
+# Bytes that a new name may take, with what it stands for.
+_ENTRY: Final = 16384
 # How often a name may change under our hands before that is an error.
 _ATTEMPTS: Final = 100
 
@@ -31,9 +34,16 @@ class Placer:
     path; `path` is what to call it in messages.
     """
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(self, identity: Identity, bounds: FileBounds | None = None) -> None:
+        """Args: bounds: see `inside.Root`."""
         self.identity = identity
         self._owner = identity.owner
+        self._bounds = bounds
+
+    def room(self, fd: int, size: int = _ENTRY) -> None:
+        """See that so much may be written where `fd` is, before it is."""
+        if self._bounds is not None:
+            self._bounds.take(fd, size)
 
     @contextmanager
     def file(self, directory: int, name: str, path: str, mode: int | None) -> Iterator[int]:
@@ -46,6 +56,7 @@ class Placer:
             old = look(self.identity, directory, name)
             if old is not None and stat.S_ISDIR(old.st_mode):
                 raise InvalidArgumentError(f"{path!r} is a directory")
+            self.room(directory)
             kept = old if self._owner is not None and old is not None and stat.S_ISREG(old.st_mode) else None
             if mode is None:
                 mode = 0o644 if kept is None else stat.S_IMODE(kept.st_mode)
@@ -70,6 +81,7 @@ class Placer:
             old = look(self.identity, directory, name)
             if old is not None and stat.S_ISDIR(old.st_mode):
                 raise InvalidArgumentError(f"{path!r} is a directory")
+            self.room(directory)
             self._name(directory, name, None, old, lambda free: os.symlink(target, free, dir_fd=directory))
 
     def make_directory(self, directory: int, name: str, mode: int) -> int:
@@ -78,6 +90,7 @@ class Placer:
             return self._make_directory(directory, name, mode)
 
     def _make_directory(self, directory: int, name: str, mode: int) -> int:
+        self.room(directory)
         with self.identity.over(directory):
             os.mkdir(name, mode, dir_fd=directory)
         fd = self.identity.open_directory(directory, name, ON_THIS_MOUNT)
@@ -119,7 +132,12 @@ class Placer:
 
     def rename(self, from_directory: int, from_name: str, to_directory: int, to_name: str) -> None:
         """rename(2); neither may be a mount point."""
-        with self.identity.bare():
+        still: AbstractContextManager[object] = contextlib.nullcontext()
+        if self._bounds is not None:
+            self._bounds.check(from_directory)
+            still = self._bounds.still()
+        self.room(to_directory)
+        with still, self.identity.bare():
             with pinned(self.identity, from_directory, from_name) as moved:
                 old = look(self.identity, to_directory, to_name)
                 status = os.fstat(moved)

@@ -51,7 +51,11 @@ def root_of(entry: Entry) -> Iterator[Root]:
         raise UnavailableError(f"the files of sandbox {entry.label!r} cannot be reached: {error}") from error
     try:
         first, count = entry.sandboxer.host_ids(entry.sandbox_id)
-        yield Root(fd, Identity(first, count, entry.spec.security.capabilities))
+        bounds = entry.bounds
+        if bounds is None:
+            yield Root(fd, Identity(first, count, entry.spec.security.capabilities))
+        else:
+            yield Root(fd, Identity(first, count, None, (os.geteuid(), os.getegid())), bounds)
     finally:
         os.close(fd)
 

@@ -12,15 +12,16 @@ import ctypes
 import errno
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Final, Protocol
 
 import wasmtime
 from wasmtime import _ffi as ffi
 
+from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.memory import LinearMemory
 from unisandbox.backends.wasm.streams import Stream
-from unisandbox.backends.wasm.trampoline import OURS
+from unisandbox.backends.wasm.trampoline import OURS, WASI
 from unisandbox.backends.wasm.waiting import Waiter
 
 _SUCCESS: Final = 0
@@ -89,6 +90,18 @@ class Caller(Protocol):
         """Its monotonic clock in nanoseconds; uses 8 bytes of its memory at `at`."""
         ...
 
+    writer: Hashable
+    """Who it is for `disk`."""
+
+    @property
+    def disk(self) -> Disk:
+        """What it writes is counted there; only for one of which that is so."""
+        ...
+
+    def move(self, arguments: Sequence[int]) -> int:
+        """Have the gate link or rename a file now; the errno."""
+        ...
+
 
 def _buffers(memory: memoryview, at: int, count: int) -> list[memoryview]:
     size = len(memory)
@@ -152,6 +165,27 @@ def proc_exit(guest: Caller, code: int) -> None:
     """proc_exit: wasmtime's own knows codes up to 125 only."""
     guest.exit(code)
     raise EndNow
+
+
+def room(guest: Caller, size: int) -> int:
+    """So many bytes, or more, that it may write; 0: there is no room."""
+
+    def nap(seconds: float) -> None:
+        guest.waiter.clear()
+        if guest.ending:
+            raise EndNow
+        guest.waiter.wait(seconds)
+
+    try:
+        return guest.disk.take(guest.writer, size, nap)
+    except OSError:  # also where what is there cannot be counted
+        return 0
+
+
+def move(guest: Caller, *arguments: int) -> int:
+    """path_rename (0) or path_link (1) while nobody counts what is there."""
+    with guest.disk.lock:
+        return guest.move(arguments)
 
 
 def poll_oneoff(guest: Caller, subscriptions: int, events: int, count: int, result: int) -> int:
@@ -235,8 +269,10 @@ _FUNCTIONS: Final[tuple[tuple[str, str, Callable[..., int | None], int, bool], .
     (OURS, "moved", moved, 2, False),
     (OURS, "flags", flags, 1, True),
     (OURS, "set_flags", set_flags, 2, True),
-    ("wasi_snapshot_preview1", "poll_oneoff", poll_oneoff, 4, True),
-    ("wasi_snapshot_preview1", "proc_exit", proc_exit, 1, False),
+    (OURS, "room", room, 1, True),
+    (OURS, "move", move, 8, True),
+    (WASI, "poll_oneoff", poll_oneoff, 4, True),
+    (WASI, "proc_exit", proc_exit, 1, False),
 )
 
 _nothing = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+import attrs
+
 from unisandbox.api import Capabilities
 
 NAME: Final = "wasm"
@@ -37,4 +39,15 @@ CAPABILITIES: Final = Capabilities(
     survives_host_crash=False,
     host_exceptions=("thread tokio-rt-worker",),
     start_seconds=0.002,
+)
+
+# Where nothing may be mounted.
+COPYING: Final = attrs.evolve(
+    CAPABILITIES,
+    notes=(
+        "Nothing may be mounted by this process, so each sandbox has a copy of its root directory, on the disk, which"
+        " counts in Resources.disk.",
+        "A single file or a tmpfs cannot be mounted, and no link leads from one mount into another.",
+        "What is read-only is so by wasmtime, not by the kernel.",
+    ),
 )

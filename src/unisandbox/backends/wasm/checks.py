@@ -20,6 +20,7 @@ from unisandbox.api import (
 from unisandbox.backends.wasm.programs import PATH
 from unisandbox.backends.wasm.trampoline import MOST_DESCRIPTORS
 from unisandbox.host import syscalls
+from unisandbox.host.power.remedies import Obstacle
 
 _ROOT_USERS: Final = frozenset({"0", "root", "0:0", "root:root"})
 """What a user may be called. WASI preview 1 has none: no guest can ask who it is, nor become another one."""
@@ -80,6 +81,19 @@ def check_mounts(mounts: Sequence[Mount], backend: str) -> None:
     """The same for mounts of guests that are threads of this process: their files have no mapping of ids."""
     if not all(mount.idmap for mount in mounts):
         raise UnsupportedError("a mount with idmap=False", backend, reason="guests have no users", hint="Leave it out.")
+
+
+def check_copied_mounts(mounts: Sequence[Mount], backend: str, obstacle: Obstacle) -> None:
+    """The same where nothing may be mounted: guests can be given directories only."""
+    for mount in mounts:
+        is_directory = bool(mount.source) and (os.path.isdir(mount.source) or not os.path.exists(mount.source))
+        if not is_directory:
+            raise UnsupportedError(
+                f"a mount of {'a single file' if mount.source else 'a tmpfs'}",
+                backend,
+                reason=f"nothing may be mounted here ({obstacle.reason})",
+                hint=f"Mount a directory, or: {obstacle.remedy}",
+            )
 
 
 def check_own_container(container: ContainerSpec, backend: str) -> None:

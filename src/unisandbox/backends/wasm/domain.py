@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Final, NamedTuple
 
 import wasmtime
@@ -17,13 +17,21 @@ from unisandbox.backends.wasm.calls import Calls
 from unisandbox.backends.wasm.config import WASM_STACK_BYTES, configuration
 from unisandbox.backends.wasm.memory import create_memories_for
 from unisandbox.backends.wasm.threads import Threads
-from unisandbox.backends.wasm.trampoline import FRONT, GATE, GUARDED, MOST_DESCRIPTORS
+from unisandbox.backends.wasm.trampoline import (
+    COUNTED,
+    COUNTED_FRONT,
+    COUNTED_GATE,
+    FRONT,
+    GATE,
+    GUARDED,
+    MOST_DESCRIPTORS,
+    WASI,
+)
 from unisandbox.backends.wasm.waiting import Watch
 
 _STACK_BYTES: Final = WASM_STACK_BYTES + 1024 * 1024
 """Of a guest's thread: its own frames, and below them wasmtime's and Python's (addresses only, touched as used)."""
 
-_WASI: Final = "wasi_snapshot_preview1"
 _COMPONENT_HEADER: Final = b"\0asm\x0d\x00\x01\x00"
 """Source: component-model/design/mvp/Binary.md: version 13, layer 1."""
 
@@ -34,17 +42,26 @@ class GuestModule(NamedTuple):
     Attributes:
         module: wasmtime's.
         calls: it imports calls that go through our gate.
+        writes: or such that do where what it writes is counted.
         problem: why it cannot be started, or None.
     """
 
     module: wasmtime.Module
     calls: bool
+    writes: bool
     problem: str | None
 
     def check(self) -> None:
         """Raises InvalidArgumentError when it cannot be started."""
         if self.problem is not None:
             raise InvalidArgumentError(self.problem, exit_code=126)
+
+
+class _Passage(NamedTuple):
+    """The two modules between a guest and its calls; see `trampoline`."""
+
+    front: Any
+    gate: wasmtime.Module
 
 
 class Domain:
@@ -71,8 +88,7 @@ class Domain:
         self._linker.define_wasi()
         self._linker.allow_shadowing = True
         self._calls.define(self._linker)
-        self._front = self._linker.instantiate_pre(wasmtime.Module(self.engine, FRONT))
-        self._gate = wasmtime.Module(self.engine, GATE)
+        self._passages: dict[bool, _Passage] = {}
 
     @classmethod
     def get(cls, *, trust_signals: bool = False, fuel: bool = False) -> Domain:
@@ -106,7 +122,8 @@ class Domain:
                 del self._domains[self._key]
         self.threads.close()
         self.watch.close()
-        for part in (self._front, self._gate, self._linker, self.engine):
+        passages, self._passages = self._passages, {}
+        for part in (*(part for passage in passages.values() for part in passage), self._linker, self.engine):
             part.close()
 
     @classmethod
@@ -146,14 +163,15 @@ class Domain:
 
     def _checked(self, module: wasmtime.Module) -> GuestModule:
         imports = [(one.module, one.name or "") for one in module.imports]
-        calls = any(origin == _WASI and name in GUARDED for origin, name in imports)
+        names = {name for origin, name in imports if origin == WASI}
         exports = {export.name: export.type for export in module.exports}
-        return GuestModule(module=module, calls=calls, problem=self._problem(module, imports, exports))
+        problem = self._problem(module, imports, exports)
+        return GuestModule(module, bool(names & GUARDED), bool(names & COUNTED), problem)
 
     def _problem(self, module: wasmtime.Module, imports: list[tuple[str, str]], exports: dict[str, Any]) -> str | None:
-        strangers = sorted({f"{origin}.{name}" for origin, name in imports if origin != _WASI})
+        strangers = sorted({f"{origin}.{name}" for origin, name in imports if origin != WASI})
         if strangers:
-            return f"the module imports {', '.join(strangers[:8])}: a guest is given {_WASI} and nothing else"
+            return f"the module imports {', '.join(strangers[:8])}: a guest is given {WASI} and nothing else"
         try:
             self._linker.instantiate_pre(module).close()
         except wasmtime.WasmtimeError as error:
@@ -162,10 +180,22 @@ class Domain:
         if not isinstance(start, wasmtime.FuncType) or start.params or start.results:
             return "the module exports no function _start without parameters and results: it is no program (a library?)"
         if imports and not isinstance(exports.get("memory"), wasmtime.MemoryType):
-            return f"the module imports from {_WASI} and does not export its memory as 'memory'"
+            return f"the module imports from {WASI} and does not export its memory as 'memory'"
         return None
 
-    def instance(self, context: Any, module: Any, files: int, *, calls: bool) -> Instance:
+    def _passage(self, *, counted: bool) -> _Passage:
+        """Made when first needed: few processes need both."""
+        found = self._passages.get(counted)
+        if found is None:
+            front, gate = (COUNTED_FRONT, COUNTED_GATE) if counted else (FRONT, GATE)
+            with self._guard:
+                found = self._passages.get(counted)
+                if found is None:
+                    pre = self._linker.instantiate_pre(wasmtime.Module(self.engine, front))
+                    found = self._passages[counted] = _Passage(pre, wasmtime.Module(self.engine, gate))
+        return found
+
+    def instance(self, context: Any, module: Any, files: int, *, calls: bool, counted: bool = False) -> Instance:
         """Make the instances of one guest in its store, in the guest's thread; runs the module's start function.
 
         Args:
@@ -173,6 +203,7 @@ class Domain:
             module: wasmtime's, which nobody closes meanwhile.
             files: it may have open, at most `MOST_DESCRIPTORS`.
             calls: see `GuestModule`.
+            counted: what it writes is counted.
 
         Raises:
             CallError: it could not be made, or its start function did not return.
@@ -187,8 +218,8 @@ class Domain:
                 ctypes.byref(guest),
             )
             return Instance(context, guest)
-        front = ffi.wasmtime_instance_t()
-        _checked_call(ffi.wasmtime_instance_pre_instantiate, self._front.ptr(), context, ctypes.byref(front))
+        front, passage = ffi.wasmtime_instance_t(), self._passage(counted=counted)
+        _checked_call(ffi.wasmtime_instance_pre_instantiate, passage.front.ptr(), context, ctypes.byref(front))
         with self._linked() as linker:
             _checked_error(ffi.wasmtime_linker_define_instance(linker, context, *_WASI_NAME, ctypes.byref(front)))
             _checked_call(ffi.wasmtime_linker_instantiate, linker, context, module, ctypes.byref(guest))
@@ -201,7 +232,7 @@ class Domain:
             ):
                 _checked_error(ffi.wasmtime_linker_define(linker, context, *_GUEST_NAME, *name, ctypes.byref(item)))
             made.gate = ffi.wasmtime_instance_t()
-            _checked_call(ffi.wasmtime_linker_instantiate, linker, context, self._gate.ptr(), ctypes.byref(made.gate))
+            _checked_call(ffi.wasmtime_linker_instantiate, linker, context, passage.gate.ptr(), ctypes.byref(made.gate))
         if files < MOST_DESCRIPTORS:
             made.bound(files)
         return made
@@ -295,6 +326,20 @@ class Instance:
         values[0].i32 = files
         self._ask_gate(_BOUND_NAME, values)
 
+    def free(self, fd: int) -> None:
+        """Do not count what is written below this directory that it begins with."""
+        values = (ffi.wasmtime_val_raw_t * 1)()
+        values[0].i32 = fd
+        self._ask_gate(_FREE_NAME, values)
+
+    def move(self, arguments: Sequence[int]) -> int:
+        """Link (1) or rename (0) a file, with the arguments of that call; the errno."""
+        values = (ffi.wasmtime_val_raw_t * len(arguments))()
+        for value, argument in zip(values, arguments, strict=True):
+            value.i32 = ctypes.c_int32(argument).value
+        self._ask_gate(_MOVE_NAME, values)
+        return int(values[0].i32)
+
     def _ask_gate(self, name: tuple[Any, int], values: Any) -> None:
         item = _export(self.context, self.gate, name)
         _checked_call(ffi.wasmtime_func_call_unchecked, self.context, ctypes.byref(item.of.func), values, len(values))
@@ -323,7 +368,7 @@ def _name(text: str) -> tuple[Any, int]:
     return ctypes.create_string_buffer(text.encode()), len(text)
 
 
-_WASI_NAME: Final = _name(_WASI)
+_WASI_NAME: Final = _name(WASI)
 _GUEST_NAME: Final = _name("guest")
 _MEMORY_NAME: Final = _name("memory")
 _GATE_NAME: Final = _name("gate")
@@ -331,6 +376,8 @@ _START_NAME: Final = _name("_start")
 _KIND_NAME: Final = _name("kind")
 _NOW_NAME: Final = _name("now")
 _BOUND_NAME: Final = _name("bound")
+_FREE_NAME: Final = _name("free")
+_MOVE_NAME: Final = _name("moved_now")
 
 
 def _is_component(path: str) -> bool:

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Final
 
 from unisandbox.api import Capabilities, Probe, Sandboxer
-from unisandbox.backends.wasm.capabilities import CAPABILITIES, NAME
+from unisandbox.backends.wasm.capabilities import CAPABILITIES, COPYING, NAME
 from unisandbox.backends.wasm.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class WasmBackend:
     @property
     def capabilities(self) -> Capabilities:
         """What it can do where it runs."""
-        return CAPABILITIES
+        from unisandbox.backends.wasm.probe import unmountable
+
+        return COPYING if unmountable() else CAPABILITIES
 
     async def probe(self, *, deep: bool = False) -> Probe:
         """Whether it can run here; see `probe.probe`."""

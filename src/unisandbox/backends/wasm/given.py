@@ -27,7 +27,7 @@ from unisandbox.api import (
 )
 from unisandbox.backends.wasm.artefacts import Root
 from unisandbox.backends.wasm.checks import NOT_EXECUTABLE, check_directory, environment
-from unisandbox.backends.wasm.programs import Program, Programs
+from unisandbox.backends.wasm.programs import Originals, Program, Programs
 
 Streams = tuple[int | None, int | None, int | None]
 """Descriptors of standard input, output and error."""
@@ -105,7 +105,7 @@ class Surroundings:
 
 @contextlib.asynccontextmanager
 async def found(
-    programs: Programs, argv0: str, around: Surroundings, root: int, lower: int, label: str
+    programs: Programs, argv0: str, around: Surroundings, root: int, lower: Originals, label: str
 ) -> AsyncIterator[Program]:
     """The module that a command means, open while this is.
 

@@ -8,7 +8,7 @@ import ctypes
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, Final
 
 import wasmtime
@@ -16,6 +16,7 @@ from wasmtime import _ffi as ffi
 
 from unisandbox.api import InvalidArgumentError, UnavailableError, UnsupportedError
 from unisandbox.backends.wasm import memory, running, thread
+from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.domain import CallError, Domain, GuestModule, Instance
 from unisandbox.backends.wasm.memory import LinearMemory, MemoryOwner
 from unisandbox.backends.wasm.spec import EndReason, GuestEnd, GuestLimits, GuestSpec, Preopen
@@ -30,6 +31,7 @@ _STOPPING_SIGNALS: Final = frozenset({signal.SIGSTOP, signal.SIGTSTP, signal.SIG
 _UNREACHABLE: Final = wasmtime.TrapCode.UNREACHABLE.value
 _OUT_OF_FUEL: Final = wasmtime.TrapCode.OUT_OF_FUEL.value
 
+_FIRST_PREOPEN: Final = 3  # after the three streams
 _DETAIL_CHARACTERS: Final = 8192
 _TEXTS: Final = ctypes.POINTER(ctypes.POINTER(ctypes.c_char))
 _LONGEST_NAP_SECONDS: Final = 0.1
@@ -51,6 +53,7 @@ class Guest:
         self.in_call = False
         self.memories: MemoryOwner = MemoryOwner(spec.limits.memory)
         self.waiter: Waiter = Waiter()
+        self.writer: Hashable = self.waiter
         self.streams = tuple(
             Stream(fd, number, output=number > 0, watch=domain.watch, waiter=self.waiter)
             for number, fd in enumerate((spec.stdin, spec.stdout, spec.stderr))
@@ -115,6 +118,17 @@ class Guest:
         """Its monotonic clock, in nanoseconds."""
         assert self._instance is not None  # noqa: S101
         return self._instance.now(at)
+
+    @property
+    def disk(self) -> Disk:
+        """Where what it writes is counted."""
+        assert self._spec.disk is not None  # noqa: S101
+        return self._spec.disk
+
+    def move(self, arguments: Sequence[int]) -> int:
+        """Have the gate link or rename a file now; the errno."""
+        assert self._instance is not None  # noqa: S101
+        return self._instance.move(arguments)
 
     # For others; from any thread.
 
@@ -285,7 +299,7 @@ class Guest:
                 ffi.wasmtime_context_set_fuel(context, fuel)
             if self.waiter.ending:
                 return None
-            self._instance = self._domain.instance(context, module, limits.files, calls=self._module.calls)
+            self._instance = self._made(context, module)
             if self.waiter.ending:
                 return None
             self._instance.run()
@@ -296,7 +310,20 @@ class Guest:
             self._instance = None
             self._memory = None
             ffi.wasmtime_store_delete(store)
+            if self._spec.disk is not None:
+                self._spec.disk.forget(self.writer)
         return None
+
+    def _made(self, context: Any, module: Any) -> Instance:
+        files, guest, disk = self._spec.limits.files, self._module, self._spec.disk
+        if disk is None:
+            return self._domain.instance(context, module, files, calls=guest.calls)
+        made = self._domain.instance(context, module, files, calls=guest.writes, counted=True)
+        if guest.writes:
+            for number, preopen in enumerate(self._spec.preopens):
+                if not preopen.counted:
+                    made.free(_FIRST_PREOPEN + number)
+        return made
 
     def _how(self, failure: CallError | None) -> GuestEnd:
         cpu = time.thread_time() - self._used_before
@@ -335,7 +362,8 @@ class Guest:
         if limits.cpu_seconds is not None and used - self._used_before >= limits.cpu_seconds:
             self._note("cpu", None, 137)
             return False
-        if limits.cpu is not None:
+        # Never in a call of ours, which may hold what others wait for: it is charged when it is over.
+        if limits.cpu is not None and not self.in_call:
             owed = limits.cpu.charge(used - self._charged)
             self._charged = used
             while owed > 0:

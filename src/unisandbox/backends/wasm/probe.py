@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
@@ -16,6 +17,7 @@ import anyio.lowlevel
 from unisandbox.api import Probe, UnavailableError
 from unisandbox.backends.wasm.capabilities import NAME
 from unisandbox.host.power import obstacles, remedies, standing
+from unisandbox.host.power.remedies import Obstacle
 
 TESTED: Final = ((50, 0), (51, 0))
 """Versions of wasmtime, from the first to before the second: its C API is used below what it promises."""
@@ -77,23 +79,40 @@ async def probe(*, deep: bool = False) -> Probe:
         if failure:
             hint = "Is this processor one that wasmtime compiles for?"
             return Probe(NAME, available=False, reason=failure, hint=hint, facts=facts, deep=True)
-        return Probe(NAME, available=True, reason="a module was compiled and run", facts=facts, deep=True)
-    return Probe(NAME, available=True, reason=f"wasmtime {facts['wasmtime']} found, nothing forbids it", facts=facts)
+        ran = "a module was compiled and run"
+        return Probe(NAME, available=True, reason=ran, facts=facts, deep=True, warnings=_warnings())
+    found = f"wasmtime {facts['wasmtime']} found, nothing forbids it"
+    return Probe(NAME, available=True, reason=found, facts=facts, warnings=_warnings())
+
+
+@functools.cache
+def unmountable() -> Obstacle | None:
+    """Why this process may mount nothing, and what gives it that; None where it may. Looked at once."""
+    if os.geteuid() != 0:
+        return Obstacle("this process is not root", "Run as root.")
+    if not standing.may_mount():
+        return Obstacle("this process is root without CAP_SYS_ADMIN", remedies.remedy(["sys_admin"]))
+    if forbidden := remedies.of_all(obstacles.of_mounts()):
+        return forbidden
+    if standing.kernel() < _OLDEST_KERNEL:
+        return Obstacle(f"this kernel is {os.uname().release}, older than 5.12", remedies.NEWER_KERNEL)
+    return None
 
 
 def _obstacles() -> Iterator[tuple[str, str]]:
     """What forbids it, and what to do about that."""
     if os.uname().machine not in {"x86_64", "aarch64"}:
         yield f"wasmtime compiles for x86_64 and aarch64, this is {os.uname().machine}", "Use another machine."
-    if os.geteuid() != 0:
-        yield "the files of a sandbox are mounts, which need root", "Run as root."
-    elif not standing.may_mount():
-        why = "the files of a sandbox are mounts, and this process is root without CAP_SYS_ADMIN"
-        yield why, remedies.remedy(["sys_admin"])
-    elif forbidden := remedies.of_all(obstacles.of_mounts()):
-        yield forbidden
-    if standing.kernel() < _OLDEST_KERNEL:
-        yield f"this kernel is {os.uname().release}, older than 5.12", remedies.NEWER_KERNEL
+
+
+def _warnings() -> tuple[str, ...]:
+    obstacle = unmountable()
+    if obstacle is None:
+        return ()
+    return (
+        f"Nothing may be mounted ({obstacle.reason}): a sandbox has a copy of its root directory, and no mounts of"
+        f" single files or of a tmpfs. To have them: {remedies.within(obstacle.remedy)}",
+    )
 
 
 async def _try() -> str:

@@ -37,7 +37,12 @@ _SETTLED_SECONDS: Final = 2.0
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
 
-_Identity = tuple[int, int, int, int, int]
+Identity = tuple[int, int, int, int, int]
+"""Of a file as it is: device, inode, size, and the times of its last changes in nanoseconds."""
+
+Originals = int | Mapping[Identity, Identity]
+"""A descriptor of the user's directory below a root: what nobody has changed in the root is the file there. Or the
+identities of his files by those of their copies in a root."""
 
 
 @attrs.define(eq=False)
@@ -79,9 +84,9 @@ class Programs:
     """Finds programs, and remembers what it has read. One for an engine."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[_Identity, str] = OrderedDict()
+        self._known: OrderedDict[Identity, str] = OrderedDict()
 
-    async def find(self, argv0: str, env: Mapping[str, str], root: int, lower: int, *, cwd: str = "/") -> Program:
+    async def find(self, argv0: str, env: Mapping[str, str], root: int, lower: Originals, *, cwd: str = "/") -> Program:
         """The module that a command's first word means.
 
         A word with "/" is a path in the root (from `cwd` when it is relative), any other one is looked for in PATH;
@@ -91,7 +96,7 @@ class Programs:
             argv0: the word.
             env: of the process.
             root: descriptor of the root.
-            lower: descriptor of the user's directory below it: what nobody has changed in the root is the file there.
+            lower: where the user's own files are.
             cwd: absolute.
 
         Returns:
@@ -121,7 +126,7 @@ class Programs:
             exit_code=_NOT_FOUND,
         )
 
-    async def _look(self, fd: int, path: str, argv0: str, lower: int) -> str:
+    async def _look(self, fd: int, path: str, argv0: str, lower: Originals) -> str:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             what = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
@@ -131,10 +136,10 @@ class Programs:
                 f"cannot start {argv0!r}: {path} has {status.st_size} bytes; a module has at most {LARGEST_MODULE}",
                 exit_code=_NOT_EXECUTABLE,
             )
-        identity = _original(lower, path, status) or _identity(status)
-        known = self._known.get(identity)
+        original = _original(lower, path, status) or identity(status)
+        known = self._known.get(original)
         if known is not None:
-            self._known.move_to_end(identity)
+            self._known.move_to_end(original)
             return known
         digest = await _digest(fd, path)
         if digest is None:
@@ -143,8 +148,8 @@ class Programs:
                 hint="A Wasm sandbox runs no programs of this machine; use isolation='runc' for these.",
                 exit_code=_NOT_EXECUTABLE,
             )
-        if time.time() - status.st_ctime > _SETTLED_SECONDS and _identity(os.fstat(fd)) == _identity(status):
-            self._known[identity] = digest
+        if time.time() - original[-1] / 1e9 > _SETTLED_SECONDS and identity(os.fstat(fd)) == identity(status):
+            self._known[original] = digest
             while len(self._known) > _KNOWN:
                 self._known.popitem(last=False)
         return digest
@@ -177,24 +182,27 @@ def _open(root: int, path: str) -> int:
     return -1
 
 
-def _identity(status: os.stat_result) -> _Identity:
+def identity(status: os.stat_result) -> Identity:
+    """Of what has this status."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _original(lower: int, path: str, status: os.stat_result) -> _Identity | None:
+def _original(lower: Originals, path: str, status: os.stat_result) -> Identity | None:
     """The identity of the file below the sandbox's layer, if that is what was found: every sandbox has its own devices.
 
     An overlay shows the inode number and the times of the file below; one that was changed has a later ctime, which
     nobody can set. Source: Documentation/filesystems/overlayfs.rst, "Inode properties".
     """
+    if not isinstance(lower, int):
+        return lower.get(identity(status))
     fd = _open(lower, path)
     if fd < 0:
         return None
     try:
-        below = _identity(os.fstat(fd))
+        below = identity(os.fstat(fd))
     finally:
         os.close(fd)
-    return below if below[1:] == _identity(status)[1:] else None
+    return below if below[1:] == identity(status)[1:] else None
 
 
 async def _digest(fd: int, path: str) -> str | None:

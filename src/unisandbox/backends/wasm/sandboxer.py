@@ -18,8 +18,10 @@ from unisandbox.api import (
     ContainerStatus,
     CreateSandbox,
     Exit,
+    FileBounds,
     InvalidArgumentError,
     Metrics,
+    Mount,
     NotFoundError,
     RecoverSandbox,
     Resources,
@@ -32,12 +34,14 @@ from unisandbox.api import (
 )
 from unisandbox.backends.wasm.artefacts import Images, Root
 from unisandbox.backends.wasm.capabilities import NAME
-from unisandbox.backends.wasm.checks import check_mounts, check_resources, check_spec
+from unisandbox.backends.wasm.checks import check_copied_mounts, check_mounts, check_resources, check_spec
 from unisandbox.backends.wasm.compiled import Compiled
 from unisandbox.backends.wasm.compiling import CompileLimits, Compiler
+from unisandbox.backends.wasm.copied import Bounds, CopyMaker
 from unisandbox.backends.wasm.domain import Domain
 from unisandbox.backends.wasm.given import Surroundings
 from unisandbox.backends.wasm.modules import Modules
+from unisandbox.backends.wasm.probe import unmountable
 from unisandbox.backends.wasm.programs import Programs
 from unisandbox.backends.wasm.shares import Shares
 from unisandbox.backends.wasm.store import Store, default_directory
@@ -61,6 +65,7 @@ class _Sandbox:
     roots: list[Root] = attrs.field(factory=list)
     sources: Sources | None = None
     tree: SandboxTree | None = None
+    bounds: Bounds | None = None
     shares: Shares | None = None
     task: WasmTasks | None = None
     started_at: float | None = None
@@ -97,7 +102,9 @@ class WasmSandboxer:
         store = Store(cache if cache is not None else default_directory())
         self._modules = Modules(Compiled(Compiler(host, settings, compile_limits), store, **settings))
         self._programs = Programs()
-        self._trees = TreeMaker(host)
+        self._unmountable = unmountable()
+        self._copies = CopyMaker(host)
+        self._trees = self._copies if self._unmountable else TreeMaker(host)
         self._images = Images(host)
         self._sandboxes: dict[str, _Sandbox] = {}
 
@@ -107,7 +114,7 @@ class WasmSandboxer:
         if request.sandbox_id in self._sandboxes:
             raise AlreadyExistsError(f"sandbox {request.sandbox_id!r} exists already")
         check_spec(spec, NAME)
-        check_mounts(spec.mounts, NAME)
+        self._check_mounts(spec.mounts)
         self._check_owner()
         sandbox = self._new(request.sandbox_id, spec)
         sandbox.root = await self._take_root(sandbox, spec.rootfs.path)
@@ -117,10 +124,15 @@ class WasmSandboxer:
             await self._free_roots(sandbox)
             raise
         self._sandboxes[request.sandbox_id] = sandbox
-        if sandbox.layer.in_memory:
+        if sandbox.layer.in_memory or self._unmountable:
             await anyio.lowlevel.checkpoint_if_cancelled()
         else:
             await self._host.keeper.guard([Guard(f"{sandbox.short}/image", "unlink", (sandbox.image,))])
+
+    def _check_mounts(self, mounts: Sequence[Mount]) -> None:
+        check_mounts(mounts, NAME)
+        if self._unmountable:
+            check_copied_mounts(mounts, NAME, self._unmountable)
 
     def _new(self, sandbox_id: str, spec: SandboxSpec) -> _Sandbox:
         host, short = self._host, short_name(self._host.engine_id, sandbox_id)
@@ -171,7 +183,7 @@ class WasmSandboxer:
             )
         root, host = os.fstat(sandbox.tree.root), os.stat("/")
         below = os.fstat(sources.root)
-        if root.st_dev in {below.st_dev, host.st_dev}:
+        if sandbox.tree.disk is None and root.st_dev in {below.st_dev, host.st_dev}:
             raise BackendError(f"sandbox {sandbox.label!r}: its root directory is not its own")
         sandbox.shares = Shares.of(spec.resources)
         sandbox.task = WasmTasks(
@@ -192,6 +204,7 @@ class WasmSandboxer:
         """The files of a container that has some of its own: its layer is a part of the sandbox's."""
         rootfs = container.rootfs or sandbox.spec.rootfs
         mounts = (*sandbox.spec.mounts, *container.mounts)
+        self._check_mounts(mounts)
         root = await self._take_root(sandbox, rootfs.path)
         sources = Sources.open(root.path, mounts, f"{sandbox.label}/{container.name}")
         try:
@@ -317,11 +330,14 @@ class WasmSandboxer:
             await self._trees.free(sandbox.tree)
         if sandbox.sources is not None:
             sandbox.sources.close()
+        if self._unmountable or sandbox.tree is None:
+            await self._copies.remove(sandbox.short)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(sandbox.image)
         if keeper.alive and (not sandbox.layer.in_memory or sandbox.tree is None or sandbox.tree.short):
             await keeper.drop(prefix=f"{sandbox.short}/")
-            self._trees.sweep(sandbox.short)
+            if isinstance(self._trees, TreeMaker):
+                self._trees.sweep(sandbox.short)
             await keeper.unguard([f"{sandbox.short}/image"])
         await self._free_roots(sandbox)
         self._sandboxes.pop(sandbox_id, None)
@@ -357,10 +373,19 @@ class WasmSandboxer:
             raise NotFoundError(f"sandbox {sandbox.label!r} has no files before it is started")
         return os.dup(sandbox.tree.root)
 
+    def file_bounds(self, sandbox_id: str) -> FileBounds | None:
+        """See `SupportsFileBounds.file_bounds`."""
+        sandbox = self._sandboxes.get(sandbox_id)
+        if sandbox is None or sandbox.tree is None or sandbox.tree.disk is None:
+            return None
+        if sandbox.bounds is None:
+            sandbox.bounds = Bounds(sandbox.tree)
+        return sandbox.bounds
+
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`: guests have no ids; what they write belongs to this process's user."""
         self._get(sandbox_id)
-        return 0, 2**32 - 1
+        return (0, 2**32 - 1) if os.geteuid() == 0 else (os.geteuid(), 1)
 
     def abandon(self) -> None:
         """See `Sandboxer.abandon`: the guests end, and the trees with the last descriptor of them."""

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
 from unisandbox.backends.wasm.budget import Budget, CpuRate
+from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.trampoline import MOST_DESCRIPTORS
 
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
@@ -21,11 +22,13 @@ class Preopen(NamedTuple):
         path: on the host; opened when the guest starts (`/proc/self/fd/N` for a held directory).
         target: the guest's absolute path of it.
         writable: False: nothing in it can be changed.
+        counted: what is written in it is counted in the guest's `disk`, if it has one.
     """
 
     path: str
     target: str
     writable: bool = False
+    counted: bool = True
 
 
 class GuestLimits(NamedTuple):
@@ -64,6 +67,7 @@ class GuestSpec(NamedTuple):
             or closes them. None: an empty input, an output that is thrown away.
         limits: what it may use.
         cwd: told to it as PWD, and by nothing else: preview 1 has no working directory.
+        disk: what it writes in its directories is counted there before; None: the kernel bounds it.
     """
 
     argv: Sequence[str]
@@ -74,6 +78,7 @@ class GuestSpec(NamedTuple):
     stderr: int | None = None
     limits: GuestLimits = GuestLimits()
     cwd: str = "/"
+    disk: Disk | None = None
 
 
 class GuestEnd(NamedTuple):

@@ -166,16 +166,18 @@ class WasmTasks:
         await anyio.lowlevel.checkpoint_if_cancelled()
         spec, tree = process.given.spec, container.tree
         around = self._around.within(container.spec, spec)
-        async with found(self._programs, spec.argv[0], around, tree.root, tree.lower, self._label) as program:
+        lower = tree.lower if tree.originals is None else tree.originals
+        async with found(self._programs, spec.argv[0], around, tree.root, lower, self._label) as program:
             module = self._modules.loaded(program) or await self._modules.get(self._domain, program, self._label)
         self._containers.check_startable(container, exec_id, killed=process.killed)
         check_room(self._shares.resources.pids, self.running, f"sandbox {self._label!r}")
         here = sum(each.running for each in container.processes.values())
         check_room(container.shares.resources.pids, here, f"container {container.spec.name!r}")
-        root = Preopen(f"/proc/self/fd/{tree.root}", "/", writable=True)
+        begin = [Preopen(f"/proc/self/fd/{at.fd}", at.target, at.writable, at.counted) for at in tree.begin]
         limits = self._limits(container.shares)
         streams = process.given.streams
-        guest = Guest(self._domain, module, GuestSpec(spec.argv, around.env, (root,), *streams, limits, around.cwd))
+        given = GuestSpec(spec.argv, around.env, begin, *streams, limits, around.cwd, tree.disk)
+        guest = Guest(self._domain, module, given)
         try:
             guest.start()
         except InvalidArgumentError as error:

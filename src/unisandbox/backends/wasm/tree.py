@@ -15,13 +15,15 @@ import errno
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import attrs
 
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, Resources
 from unisandbox.api.resources import LEAST_DISK
 from unisandbox.api.units import GIB
+from unisandbox.backends.wasm.disk import Disk
+from unisandbox.backends.wasm.programs import Identity
 from unisandbox.host import jobs
 from unisandbox.host.keeper import JobFailed
 from unisandbox.host.power import standing
@@ -34,7 +36,7 @@ _DETACHED_SINCE: Final = (6, 15)
 _JOB_SECONDS: Final = 60.0
 _SAFE: Final = ["nosuid", "nodev"]
 _SAFE_READONLY: Final = ["readonly", "nosuid", "nodev"]
-_WRITABLE: Final = {"tmp": 0o1777, "run": 0o755, "home": 0o755}
+WRITABLE: Final = {"tmp": 0o1777, "run": 0o755, "home": 0o755}
 # A tmpfs inode costs about 1 KiB, so small files fit.
 _BYTES_PER_INODE: Final = 8192
 _LARGEST_TMPFS: Final = GIB
@@ -116,6 +118,24 @@ def _open(path: str, flags: int, what: str) -> int:
     return fd
 
 
+class Place(NamedTuple):
+    """A directory that guests begin with.
+
+    Attributes:
+        fd: O_PATH descriptor of it.
+        target: the guest's path of it.
+        writable: False: wasmtime lets no guest change anything in it.
+        counted: what is written in it is counted in the tree's `disk`.
+        point: O_PATH descriptor of what it is seen in the place of, in the root; -1: it lies there itself.
+    """
+
+    fd: int
+    target: str
+    writable: bool = True
+    counted: bool = True
+    point: int = -1
+
+
 @attrs.define(eq=False)
 class SandboxTree:
     """A made tree. Attributes are O_PATH descriptors of ours.
@@ -125,24 +145,41 @@ class SandboxTree:
         root: what guests see as "/".
         lower: the user's directory below it.
         short: under which the keeper holds it; empty when it is detached.
+        places: what guests begin with beside the root; without mounts these are no places in the root.
+        root_writable: guests may change what is in the root, as far as the kernel lets them.
+        disk: what is written is counted there; None: the kernel bounds it.
+        originals: identities of the user's files by those of their copies.
     """
 
     top: int
     root: int
     lower: int
     short: str = ""
+    places: Sequence[Place] = ()
+    root_writable: bool = True
+    disk: Disk | None = None
+    originals: dict[Identity, Identity] | None = None
+
+    @property
+    def begin(self) -> tuple[Place, ...]:
+        """All that guests begin with."""
+        return Place(self.root, "/", self.root_writable), *self.places
 
     def usage(self) -> int:
         """Bytes that are written in the private layer."""
+        if self.disk is not None:
+            return self.disk.used()
         layer = os.statvfs(self.top)
         return (layer.f_blocks - layer.f_bfree) * layer.f_frsize
 
     def close(self) -> None:
         """Close what is ours. Repeating is harmless."""
-        for fd in (self.root, self.lower, self.top):
+        places = [fd for place in self.places for fd in (place.fd, place.point)]
+        for fd in (self.root, self.lower, self.top, *places):
             if fd >= 0:
                 os.close(fd)
         self.root = self.lower = self.top = -1
+        self.places = ()
 
 
 class TreeMaker:
@@ -205,8 +242,9 @@ class TreeMaker:
                 fds.append(above.top)
                 made = [{"op": "mkdir", "path": path} for path in ("/c", part)]
                 steps.append({"do": "mounts", "root": {"name": "above"}, "ops": made})
-            steps.append({"do": "mounts", "root": {"name": rw}, "ops": _part_ops(part, readonly=readonly)})
-            plan = _root_ops(rw, part, mounts, readonly=readonly, in_keeper=not here) + _mount_ops(mounts)
+            missing = [name for name in WRITABLE if not _has(sources.root, name)]
+            steps.append({"do": "mounts", "root": {"name": rw}, "ops": _part_ops(part, missing, readonly=readonly)})
+            plan = _root_ops(rw, part, mounts, missing, readonly=readonly, in_keeper=not here) + _mount_ops(mounts)
             steps.append({"do": "mounts", "root": {"name": "top"}, "ops": plan})
             steps.append({"do": "dirfd", "path": {"name": "top", "path": "/root"}, "name": "root"})
             try:
@@ -281,14 +319,26 @@ def _steps_in_keeper(work_dir: str, place: str, layer: Layer, image: str) -> lis
     ]
 
 
-def _part_ops(part: str, *, readonly: bool) -> list[Op]:
-    """The directories of a root in the layer."""
+def _has(directory: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _part_ops(part: str, missing: Sequence[str], *, readonly: bool) -> list[Op]:
+    """The directories of a root in the layer; `missing` are those of `WRITABLE` that the user's directory lacks."""
     if readonly:
-        return [{"op": "mkdir", "path": f"{part}/{name}", "mode": mode} for name, mode in _WRITABLE.items()]
-    return [{"op": "mkdir", "path": f"{part}/{name}"} for name in ("upper", "work")]
+        return [{"op": "mkdir", "path": f"{part}/{name}", "mode": mode} for name, mode in WRITABLE.items()]
+    ops: list[Op] = [{"op": "mkdir", "path": f"{part}/{name}"} for name in ("upper", "work")]
+    # Through the overlay each takes three times as long.
+    return ops + [{"op": "mkdir", "path": f"{part}/upper/{name}", "mode": WRITABLE[name]} for name in missing]
 
 
-def _root_ops(rw: str, part: str, mounts: Sequence[Mount], *, readonly: bool, in_keeper: bool) -> list[Op]:
+def _root_ops(
+    rw: str, part: str, mounts: Sequence[Mount], missing: Sequence[str], *, readonly: bool, in_keeper: bool
+) -> list[Op]:
     """Mount the root at /root, over the first descriptor of the request; its directories in the layer are `part`."""
     ops: list[Op] = [{"op": "mkdir", "path": "/root"}]
     lower: object = {"fd": 0}
@@ -300,17 +350,18 @@ def _root_ops(rw: str, part: str, mounts: Sequence[Mount], *, readonly: bool, in
     overlay: Op = {"op": "overlay", "path": "/root", "lower": [lower], "attributes": _SAFE}
     if readonly:
         # In front of the user's directory lies one that holds the mount points, so that nothing is made in his.
-        ops += [{"op": "mkdir", "path": f"/front/{name}", "parents": True} for name in _WRITABLE]
+        ops += [{"op": "mkdir", "path": f"/front/{name}", "parents": True} for name in WRITABLE]
         for mount in mounts:
             ops += _mount_point(f"/front{mount.target}", mount)
         ops.append({**overlay, "front": [{"name": "top", "path": "/front"}]})
-        for name in _WRITABLE:
+        for name in WRITABLE:
             own: Op = {"source": {"name": rw, "path": f"{part}/{name}"}, "recursive": False, "attributes": _SAFE}
             ops.append({"op": "bind", "path": f"/root/{name}", **own})
         return ops
     upper, work = ({"name": rw, "path": f"{part}/{name}"} for name in ("upper", "work"))
     ops.append({**overlay, "upper": upper, "work": work})
-    return ops + [{"op": "mkdir", "path": f"/root/{name}", "mode": mode} for name, mode in _WRITABLE.items()]
+    there = [(name, mode) for name, mode in WRITABLE.items() if name not in missing]
+    return ops + [{"op": "mkdir", "path": f"/root/{name}", "mode": mode} for name, mode in there]
 
 
 def _mount_point(path: str, mount: Mount) -> list[Op]:

@@ -151,7 +151,7 @@ _REMOVE: Final[Mapping[Kind, Callable[[Leftover], None]]] = {
     "cgroup": _end_cgroup,
     "loop": _detach_loop,
     "mount": _unmount,
-    "image": _unlink,
+    "image": lambda leftover: remove_tree(leftover.what) if os.path.isdir(leftover.what) else _unlink(leftover),
     "directory": lambda leftover: remove_tree(leftover.what),
     "file": lambda leftover: end_leases(os.path.dirname(leftover.what)),
     "link": _unlink,

@@ -24,8 +24,9 @@ from unisandbox.host.keeper.starting import LOCK_BYTES, holder_in
 
 _MARK: Final = "unisandbox-"
 _KEEPER: Final = b"unisandbox-keep"
-# The second form is a node of a loop device's that lives for the time of one open (host/loop.py).
-_IMAGE: Final = re.compile(r"unisandbox-([a-z2-7]{10})-([a-z2-7]{10})\.img(\.loop\d+)?")
+# The second form is a node of a loop device's that lives for the time of one open (host/loop.py), the third a directory
+# in the place of an image, where nothing may be mounted.
+_IMAGE: Final = re.compile(r"unisandbox-([a-z2-7]{10})-([a-z2-7]{10})\.(?:img(\.loop\d+)?|(files))")
 # What is below an engine's cgroup: its sandboxes, by their short names, and what a backend has beside them.
 _BELOW: Final = re.compile(r"[a-z2-7]{10}|[a-z]+-[0-9a-f]{8}")
 # Gone, or not for our eyes. Anything else, such as a full table of descriptors, must not look like "nothing is there".
@@ -133,8 +134,11 @@ class HostTraces:
         for place in sorted(places):
             for entry in _scan(place):
                 match = _IMAGE.fullmatch(entry.name)
-                # A file, or a node of a block device: neither a directory nor a link.
-                if match and (entry.is_file(follow_symlinks=False) or match[3]) and not entry.is_symlink():
+                if not match or entry.is_symlink():
+                    continue
+                # A file, or a node of a block device; or that directory.
+                is_directory = entry.is_dir(follow_symlinks=False)
+                if is_directory if match[4] else entry.is_file(follow_symlinks=False) or match[3]:
                     self.of(match[1]).images.append(entry.path)
         if os.geteuid() == 0:
             for number, path in loop.attached():

@@ -131,7 +131,11 @@ def remedy(whats: Iterable[What]) -> str:
 
 def remedy_within(whats: Iterable[What]) -> str:
     """The same for the middle of a sentence."""
-    text = remedy(whats)
+    return within(remedy(whats))
+
+
+def within(text: str) -> str:
+    """A remedy for the middle of a sentence."""
     return text[:1].lower() + text[1:]
 
 

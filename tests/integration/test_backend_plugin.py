@@ -100,6 +100,7 @@ def test_a_backend_that_is_not_installed_is_told_in_one_line(tmp_path: Path) -> 
     assert re.fullmatch(r"ERROR: --backend nosuch: not installed; there are: .*runc.*", said), said
 
 
+@pytest.mark.timeout(1800)
 def test_it_passes_the_conformance_suite(
     installed: Mapping[str, str], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

@@ -29,6 +29,7 @@ def own_places(basetemp: str | None) -> Iterator[None]:
     """
     Path("/var/lib/unisandbox").mkdir(exist_ok=True)
     disk = tempfile.mkdtemp(prefix="tests-", dir=_ON_DISK)
+    os.chmod(disk, 0o1777)  # as /var/tmp is
     unshare(CLONE_NEWNS)
     mount("none", "/", flags=MS_REC | MS_PRIVATE)
     _take_run()

@@ -113,3 +113,14 @@ def test_the_group_of_a_reaped_process_is_killed_and_no_other() -> None:
     finally:
         os.close(fd)
         _end(stranger)
+
+
+def test_one_that_was_killed_is_ending_and_stays_so() -> None:
+    pid = _sleeper()
+    assert not pidfd.is_ending(pid)
+    assert not pidfd.is_ending(os.getpid())
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert pidfd.is_ending(pid)
+    os.waitpid(pid, 0)
+    assert pidfd.is_ending(pid)

@@ -13,6 +13,9 @@ import signal
 
 from unisandbox.host import syscalls
 
+_EXITING = 0x4
+_KILL = 1 << (signal.SIGKILL - 1)
+
 
 class Identity:
     """Which process: comparable also after a restart of everything but the kernel.
@@ -48,12 +51,31 @@ def start_time(pid: int) -> int:
 
     Source: proc_pid_stat(5). The name in field 2 may hold spaces and brackets: fields are counted after the last ")".
     """
+    return int(_stat(pid)[19])
+
+
+def is_ending(pid: int) -> bool:
+    """Whether the process is about to end, or has: killed, or in the middle of its exit, which nobody is told of yet.
+
+    Source: SigPnd and ShdPnd of proc_pid_status(5), of which the kernel takes SIGKILL only to begin the exit; flags of
+    proc_pid_stat(5) with PF_EXITING (include/linux/sched.h).
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb", buffering=0) as file:
+            pending = [int(line.split()[1], 16) for line in file.read(1 << 16).splitlines() if line[3:5] == b"Pn"]
+        return bool(int(_stat(pid)[6]) & _EXITING) or any(mask & _KILL for mask in pending)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of /proc/PID/stat from the third on. Raises ProcessLookupError."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             text = file.read(4096)
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(errno.ESRCH, f"process {pid} does not exist") from None
-    return int(text[text.rindex(b")") + 2 :].split(maxsplit=20)[19])
+    return text[text.rindex(b")") + 2 :].split(maxsplit=20)
 
 
 def identity(pid: int) -> Identity:

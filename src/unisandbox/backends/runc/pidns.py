@@ -22,7 +22,8 @@ from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.init.protocol import STEPS
 from unisandbox.host.keeper import Guard, Keeper
-from unisandbox.host.pidfd import has_ended
+from unisandbox.host.pidfd import has_ended, is_ending
+from unisandbox.host.readiness import readable
 from unisandbox.host.services import Host
 from unisandbox.oci import calls
 from unisandbox.oci.ends import wait_end_of_init
@@ -107,7 +108,11 @@ class SharedPids:
             pidfd = await host.keeper.take(name)
         except FileNotFoundError:
             return None  # ended meanwhile
-        return cls(cgroup, Created(*noted, pidfd, ""))
+        found = cls(cgroup, Created(*noted, pidfd, ""))
+        if is_ending(found.created.pid):  # whoever stopped the sandbox was cut: nothing can begin in it any more
+            with anyio.move_on_after(_END_SECONDS):
+                await readable(pidfd)
+        return found
 
     @property
     def has_ended(self) -> bool:

@@ -13,16 +13,18 @@ import errno
 import struct
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import wasmtime
 from wasmtime import _ffi as ffi
 
-from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.memory import LinearMemory
 from unisandbox.backends.wasm.streams import Stream
 from unisandbox.backends.wasm.trampoline import OURS, WASI
 from unisandbox.backends.wasm.waiting import Waiter
+
+if TYPE_CHECKING:
+    from unisandbox.backends.wasm.disk import Disk
 
 _SUCCESS: Final = 0
 _BADF: Final = 8

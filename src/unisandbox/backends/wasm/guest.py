@@ -9,19 +9,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import wasmtime
 from wasmtime import _ffi as ffi
 
 from unisandbox.api import InvalidArgumentError, UnavailableError, UnsupportedError
 from unisandbox.backends.wasm import memory, running, thread
-from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.domain import CallError, Domain, GuestModule, Instance
 from unisandbox.backends.wasm.memory import LinearMemory, MemoryOwner
 from unisandbox.backends.wasm.spec import EndReason, GuestEnd, GuestLimits, GuestSpec, Preopen
 from unisandbox.backends.wasm.streams import Stream
 from unisandbox.backends.wasm.waiting import Waiter
+
+if TYPE_CHECKING:
+    from unisandbox.backends.wasm.disk import Disk
 
 __all__ = ["EndReason", "Guest", "GuestEnd", "GuestLimits", "GuestSpec", "Preopen"]
 

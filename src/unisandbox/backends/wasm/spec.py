@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 from unisandbox.backends.wasm.budget import Budget, CpuRate
-from unisandbox.backends.wasm.disk import Disk
 from unisandbox.backends.wasm.trampoline import MOST_DESCRIPTORS
+
+if TYPE_CHECKING:
+    from unisandbox.backends.wasm.disk import Disk
 
 _NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
 

@@ -89,14 +89,14 @@ class Round:
         victim: who is killed.
         policy: of the engine.
         on_recover: what the next engine does.
-        names: every name has a case, and not only every step; with `--long` every point, and not only every name in
-            every step.
+        sample: what has a case each: every name and every step, every step, or every story; with `--long` every point
+            for the first, and every name in every step for the others.
     """
 
     victim: Victim
     policy: Literal["stop", "keep"]
     on_recover: Literal["adopt", "stop"]
-    names: bool
+    sample: Literal["names", "steps", "stories"]
 
     def fits(self, point: Point) -> bool:
         """Whether this can be done at a point."""
@@ -121,11 +121,11 @@ class Round:
 
 
 ROUNDS: Final = (
-    Round("host", "keep", "adopt", names=True),
-    Round("keeper", "keep", "adopt", names=True),
-    Round("both", "keep", "adopt", names=False),
-    Round("host", "keep", "stop", names=False),
-    Round("host", "stop", "adopt", names=False),
+    Round("host", "keep", "adopt", "names"),
+    Round("keeper", "keep", "adopt", "names"),
+    Round("both", "keep", "adopt", "steps"),
+    Round("host", "keep", "stop", "stories"),
+    Round("host", "stop", "adopt", "stories"),
 )
 
 
@@ -136,15 +136,19 @@ def always_missed(answers: Sequence[dict[str, Any]]) -> set[str]:
 
 
 def chosen(points: Sequence[Point], how: Round, *, is_long: bool) -> list[Point]:
-    """Some of them: every step has one, and every name if that is wanted. Each round has others."""
+    """Some of them; see `Round.sample`. Each round has others."""
     print(f"seed {SEED}")
     dice = random.Random(f"{SEED} {how}")
     names: set[str] = set()
     steps: set[tuple[str, ...]] = set()
     taken: list[Point] = []
     for point in dice.sample(points, len(points)):
-        step = (point.story, point.step, point.name) if is_long else (point.story, point.step)
-        by_name = how.names and not (point.is_within and how.victim == "host")  # there it is about the keeper
+        step: tuple[str, ...] = (point.story,)
+        if is_long or how.sample != "stories":
+            step += (point.step, point.name) if is_long else (point.step,)
+        by_name = how.sample == "names" and not (
+            point.is_within and how.victim == "host"
+        )  # there it is about the keeper
         if (point.name in names or not by_name) and step in steps:
             continue
         names.add(point.name)
@@ -159,7 +163,7 @@ def test_after_a_kill_at_any_boundary_all_is_as_promised(
 ) -> None:
     fitting = [point for point in reached() if how.fits(point)]
     is_long = count(10) > 1
-    points = fitting if is_long and how.names else chosen(fitting, how, is_long=is_long)
+    points = fitting if is_long and how.sample == "names" else chosen(fitting, how, is_long=is_long)
     cases = [how.case(point, number) for number, point in enumerate(points)]
     record_property("cases", len(cases))
     answers = play(cases)

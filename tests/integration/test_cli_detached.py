@@ -440,7 +440,7 @@ def test_ttl_ends_a_sandbox_with_nobody_there(state: Path) -> None:
     assert listed() == {"sandboxes": [], "recovered": [], "damaged": []}
 
 
-def test_many_commands_at_once_neither_corrupt_nor_wait_for_ever(state: Path) -> None:
+def test_many_commands_at_once_neither_corrupt_nor_wait_for_ever(state: Path, count: Callable[[int], int]) -> None:
     script = """
         name=$1; cli="$2"
         $cli run -d --memory 64M --name $name sh -c "echo $name; sleep 1000" || exit 2
@@ -450,7 +450,7 @@ def test_many_commands_at_once_neither_corrupt_nor_wait_for_ever(state: Path) ->
         $cli rm -f $name || exit 6
     """
     before = Inventory.take()
-    for _ in range(2):
+    for _ in range(count(10)):
         many = [
             subprocess.Popen(
                 ["sh", "-c", script, "sh", f"n{number}", " ".join(CLI)], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -43,7 +43,7 @@ def kept(cache: Path) -> list[Path]:
     return sorted(cache.iterdir())
 
 
-def bomb(functions: int = 1500, depth: int = 220) -> str:
+def bomb(functions: int = 6000, depth: int = 220) -> str:
     """A module whose text is small and whose compilation is not: blocks in blocks, and a table of jumps to them all."""
     blocks = "(block " * depth
     jumps = " ".join(str(n) for n in range(depth))

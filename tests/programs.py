@@ -17,7 +17,7 @@ from typing_extensions import Unpack
 DEADLINE = 60.0
 
 PRELUDE = """\
-import json, os, signal, sys, threading, time
+import json, os, select, signal, sys, threading, time
 import anyio
 import unisandbox
 from unisandbox import Engine, Mount, Resources, Sandbox, SandboxError

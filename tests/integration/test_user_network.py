@@ -349,7 +349,11 @@ async with Engine.open(state, policy=policy) as engine:
                 time.sleep(0.001)
             tell(helpers=helpers())
             if victim != "host":
+                end = os.pidfd_open(keeper)
                 os.kill(keeper, signal.SIGKILL)
+                if victim == "keeper":
+                    select.select([end], [], [])  # what is killed a moment after the creation has not cut it
+                os.close(end)
             if victim != "keeper":
                 os.kill(os.getpid(), signal.SIGKILL)
     watch(hook)

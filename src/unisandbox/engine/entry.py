@@ -262,6 +262,7 @@ class Entry:
             await self.sharing.set_expiry(max(0.0, left))
         self._task = (await self._sandboxer.start(self.sandbox_id)).task
         self._write("ready", started_at=time.time())
+        self._core.check_keeper()  # not each step has asked it for something
         self.state = "ready"
 
     def _write(self, phase: Phase, **changes: float | None) -> None:
@@ -286,6 +287,7 @@ class Entry:
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
             self._write("ready", started_at=time.time(), stopped_at=None)
+            self._core.check_keeper()
         self.telling.emit("sandbox.started")
 
     async def stop(self, grace: float) -> None:

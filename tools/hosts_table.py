@@ -136,10 +136,7 @@ class Results:
         if not self.passed | self.others:
             sys.exit(f"hosts_table: {', '.join(map(str, results))}: no test has passed")
         self.told = [
-            (item.get("name") or "", item.get("value") or "")
-            for root in roots
-            for suite in root.iter("testsuite")
-            for item in suite.iterfind("properties/property")
+            (item.get("name") or "", item.get("value") or "") for root in roots for item in root.iter("property")
         ]
 
     def of_the_backend(self, name: str) -> set[str]:

@@ -9,7 +9,7 @@
 #   cargo install youki --no-default-features --features v1,v2,seccomp                 (the same)
 # A crun of another release of Debian needs the libc of that: `patchelf --set-interpreter ... --force-rpath --set-rpath`
 # lets it find both in a directory.
-#   UNISANDBOX_RUNTIMES_TESTS     arguments of pytest in place of the default ones
+#   UNISANDBOX_RUNTIMES_TESTS     which tests, in place of the default ones
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ "$(id -u)" = 0 ] || { echo "test-runtimes: needs root: what is mounted hides the other runtimes" >&2 && exit 77; }
@@ -18,6 +18,8 @@ if [ ${#tests[@]} = 0 ]; then
   tests=(tests/integration/test_runtime.py tests/integration/test_task_service.py tests/integration/test_adapted_bundles.py)
   tests+=(--pyargs unisandbox.conformance --backend runc)
 fi
+# As `make test` has it: a file to a worker, and the long ones on one of the two event loops.
+shared=(-n "$(nproc)" --dist loadfile --no-loadscope-reorder --by-turns)
 places=(/usr/local/sbin /usr/local/bin /usr/sbin /usr/bin)
 known=(crun runc youki)
 given=("$@")
@@ -49,7 +51,7 @@ for program in "${given[@]}"; do
   read -r name _ version _ <<<"${said/version:/version}"
   echo "test-runtimes: $name $version ($program)"
   unshare --mount --propagation slave bash -euc "$only" - "$(realpath "$program")" "$name" \
-    .venv/bin/python -m pytest -q --junitxml "build/runtimes/$name-$version.xml" "${tests[@]}" ||
+    .venv/bin/python -m pytest -q "${shared[@]}" --junitxml "build/runtimes/$name-$version.xml" "${tests[@]}" ||
     failed+=("$name $version")
 done
 [ ${#failed[@]} = 0 ] || { printf 'test-runtimes: failed with %s\n' "${failed[@]}" && exit 1; }

@@ -29,7 +29,8 @@ def write(results: Path, *cases: str, without: str = "limits:memory") -> Path:
         CASE.format(loop, number, case) for number, case in enumerate(cases) for loop in ("asyncio", "trio")
     )
     told = f"<properties>{WITHOUT.format(without)}</properties>"
-    results.write_text(f"<testsuites><testsuite>{told}{tests}</testsuite></testsuites>")
+    first = f'<testcase classname="first" name="it">{told}<skipped/></testcase>'
+    results.write_text(f"<testsuites><testsuite>{first}{tests}</testsuite></testsuites>")
     return results
 
 
@@ -76,7 +77,8 @@ def test_of_a_version_is_told_how_much_passed_and_what_is_lost_with_it(results: 
         for value in ("runc not with youki 0.7.0: share_pid. Remedy: apt install crun", "runc it is late", "wasm old")
     )
     other = '<testcase classname="tests.integration.test_x" name="test_it[{}]"/>'
-    extra = f"<testsuite><properties>{warnings}</properties>{other.format('asyncio')}{other.format('trio')}</testsuite>"
+    first = f'<testcase classname="first" name="it"><properties>{warnings}</properties><skipped/></testcase>'
+    extra = f"<testsuite>{first}{other.format('asyncio')}{other.format('trio')}</testsuite>"
     results.write_text(results.read_text().replace("</testsuites>", f"{extra}</testsuites>"))
 
     run = hosts_table.read_version(results)

@@ -92,15 +92,23 @@ async def _use(candidate: selection.Candidate, rootfs: str) -> None:
         await sandbox.run(programs.shows("/tmp/once"))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _capabilities_told(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> None:
-    """What every backend does not claim here, and warns of, is in the results, when they are written (--junitxml)."""
+@pytest.fixture(scope="session")
+def _untold(pytestconfig: pytest.Config) -> list[tuple[str, str]]:
+    """What every backend does not claim here, and warns of."""
+    told: list[tuple[str, str]] = []
     for candidate in selection.candidates(pytestconfig):
         if not candidate.why_not and candidate.backend is not None:
-            for need in selection.without(candidate.backend.capabilities):
-                record_testsuite_property(selection.WITHOUT, f"{candidate.name} {need}")
-            for warning in candidate.warnings:
-                record_testsuite_property(selection.WARNING, f"{candidate.name} {warning}")
+            needs = selection.without(candidate.backend.capabilities)
+            told += [(selection.WITHOUT, f"{candidate.name} {need}") for need in needs]
+            told += [(selection.WARNING, f"{candidate.name} {warning}") for warning in candidate.warnings]
+    return told
+
+
+@pytest.fixture(autouse=True)
+def _capabilities_told(_untold: list[tuple[str, str]], record_property: Callable[[str, object], None]) -> None:
+    """It is in the results, when they are written (--junitxml): with the first test, as xdist hands on nothing else."""
+    while _untold:
+        record_property(*_untold.pop(0))
 
 
 @pytest.fixture(autouse=True)

@@ -229,7 +229,7 @@ async def without_keeper(engine: Engine) -> None:
             "add": await raised_by(lambda: sandbox.containers.add(argv=["true"])),
         }
         assert {kind for kind, _ in later.values()} == {UnavailableError}, later
-        assert all("keeper" in text for _, text in later.values()), later
+        assert all("keeper" in text and "open another one" in text for _, text in later.values()), later
         await raised_by(process.aclose)
 
 
@@ -245,6 +245,32 @@ tell(ok=True)
 """
     with program(code, anyio_backend) as host:
         assert host.heard() == {"ok": True}
+        assert host.finish() == (0, "", "")
+
+
+@pytest.mark.anyio
+async def test_after_the_death_of_its_keeper_the_default_engine_is_another_one(anyio_backend: str) -> None:
+    """Nobody could close it, to open another one; what there was of it is cleaned up at the end of the event loop."""
+    code = """
+async def main():
+    first = await Sandbox.create(resources=Resources(memory="64M"))
+    await first.exec(["sleep", "1000"])
+    keeper = first._entry._core.host.keeper
+    os.kill(keeper.pid, signal.SIGKILL)
+    while keeper.alive:
+        await anyio.sleep(0.001)
+    async with Sandbox.create(resources=Resources(memory="64M")) as second:
+        text = (await second.run(["echo", "here"])).text
+        third = await Sandbox.create(resources=Resources(memory="64M"))
+        same = third._entry._core is second._entry._core
+    try:
+        await first.run(["true"])
+    except SandboxError as error:
+        tell(text=text, same=same, error=type(error).__name__, says="keeper" in str(error))
+anyio.run(main, backend=sys.argv[1])
+"""
+    with program(code, anyio_backend) as host:
+        assert host.heard() == {"text": "here\n", "same": True, "error": "UnavailableError", "says": True}
         assert host.finish() == (0, "", "")
 
 

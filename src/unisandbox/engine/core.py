@@ -180,6 +180,7 @@ class EngineCore:
             UnsupportedError, UnavailableError: it cannot be had; nothing was done.
         """
         self.check_open()
+        self.check_keeper()
         self.records.check_place()
         identity = check_id(sandbox_id) if sandbox_id is not None else os.urandom(16).hex()
         if operation_id:

@@ -248,6 +248,78 @@ tell(ok=True)
         assert host.finish() == (0, "", "")
 
 
+def test_a_fork_of_the_host_process_that_ends_as_programs_do_ends_nothing_of_it() -> None:
+    """Between two uses of an event loop, as in a notebook: its hooks at exit know of the engine, too."""
+    code = """
+import asyncio
+
+async def main(sandbox=None):
+    sandbox = sandbox or await Sandbox.create(resources=Resources(memory="64M"))
+    return sandbox, (await sandbox.run(["echo", "here"])).text
+
+loop = asyncio.new_event_loop()
+sandbox, _ = loop.run_until_complete(main())
+child = os.fork()
+if child == 0:
+    sys.exit(3)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+tell(code=code, text=loop.run_until_complete(main(sandbox))[1])
+loop.run_until_complete(loop.shutdown_asyncgens())
+loop.close()
+"""
+    with program(code) as host:
+        assert host.heard() == {"code": 3, "text": "here\n"}
+        assert host.finish()[0] == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("end", ["os._exit(3)", "await in_another_loop()"])
+async def test_a_fork_of_the_host_process_ends_nothing_of_it(anyio_backend: str, end: str, tmp_path: Path) -> None:
+    """Whatever it does with what it has inherited."""
+    code = """
+async def in_another_loop():
+    thread = threading.Thread(target=anyio.run, args=(use,), kwargs={"backend": sys.argv[1]})
+    thread.start()
+    thread.join()
+    os._exit(told)
+
+async def use():
+    global told
+    for call in (calls["remove"], calls["kill"], calls["run"], calls["signal"]):
+        try:
+            await call()
+        except SandboxError as error:
+            told += "of which this is a fork" in str(error)
+    await calls["leave"]()
+    await calls["close"]()
+    async with Sandbox.create(resources=SMALL) as own:
+        told += (await own.run(["echo", "own"])).text == "own\\n"
+    told -= 2
+
+told, calls, SMALL = 0, {}, Resources(memory="64M")
+
+async def main():
+    sandbox = await Sandbox.create(resources=SMALL)
+    async with Engine.open(sys.argv[2]) as engine, engine.create(resources=SMALL) as other:
+        async with other.exec(["sleep", "1000"]) as process:
+            await sandbox.run(["true"])
+            calls.update(remove=other.remove, kill=process.kill, run=lambda: sandbox.run(["true"]))
+            calls.update(signal=lambda: process.signal(9), leave=process.aclose, close=engine.close)
+            child = os.fork()
+            if child == 0:
+                END
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [(await each.run(["echo", "here"])).text for each in (sandbox, other)]
+            lives = process.exit is None and os.path.exists(f"/proc/{process.pid}/fd/0")
+    tell(code=code, texts=texts, lives=lives)
+
+anyio.run(main, backend=sys.argv[1])
+""".replace("END", end)
+    with program(code, anyio_backend, str(tmp_path / "state")) as host:
+        assert host.heard() == {"code": 3, "texts": ["here\n", "here\n"], "lives": True}
+        assert host.finish()[::2] == (0, "")
+
+
 @pytest.mark.anyio
 async def test_after_the_death_of_its_keeper_the_default_engine_is_another_one(anyio_backend: str) -> None:
     """Nobody could close it, to open another one; what there was of it is cleaned up at the end of the event loop."""

@@ -86,7 +86,6 @@ class EngineCore:
         owner: whether its end is what the keeper's policy speaks of; otherwise it is one client beside others.
         policy: what becomes of the sandboxes at the owner's end.
         recovery: what was found of a former engine.
-        closed: it has been closed, or is being closed.
         gone: nothing of it is left here.
         left: what was found and is not to be touched (`on_recover="report"`), or could not be recovered, by id.
         regaining: how to have the state directory when the keeper is dead.
@@ -103,7 +102,7 @@ class EngineCore:
         self.owner = owner
         self.policy: Policy = policy
         self.recovery: RecoveryReport = RecoveryReport("attached")
-        self.closed: bool = False
+        self._closed: bool = False
         self.gone: bool = False
         self.records: RecordStore = RecordStore(
             os.path.join(host.state_dir, SANDBOXES), durable=state.durable, place=host.keeper.directory
@@ -131,6 +130,15 @@ class EngineCore:
         self._entries: dict[str, Entry] = {}
         # By id, also of those that are known no more and may be again, in a new generation.
         self._streams: dict[str, OpenStreams] = {}
+
+    @property
+    def closed(self) -> bool:
+        """It has been closed, or is being closed, or is that of the process of which this one is a fork."""
+        return self._closed or self.loop.is_of_fork
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._closed = closed
 
     async def explain(self, spec: SandboxSpec) -> Choice:
         """Which backend a sandbox would get, and why; nothing is created."""

@@ -110,6 +110,11 @@ class Entry:
         return not self._core.closed
 
     @property
+    def in_fork(self) -> bool:
+        """Whether this process is a fork of the one whose sandbox it is."""
+        return self._core.loop.is_of_fork
+
+    @property
     def removed(self) -> bool:
         """Whether it is gone for good."""
         return self.state == "removed"
@@ -360,7 +365,7 @@ class Entry:
 
     def kill_now(self) -> None:
         """End every process by synchronous system calls, whoever changes it now."""
-        if self._core.gone or self.state in {"new", "removed"}:
+        if self._core.gone or self.in_fork or self.state in {"new", "removed"}:
             return
         if self._core.host.shared and self.sharing.is_of_other_generation:
             return  # it is another engine's, and whoever asks is about to be told so

@@ -25,7 +25,8 @@ from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
 from unisandbox.engine.closing import abandon
 from unisandbox.engine.leftovers import Leftover, traces, verdicts
-from unisandbox.engine.records import Record, RecordStore
+from unisandbox.engine.record import Record
+from unisandbox.engine.records import RecordStore
 from unisandbox.engine.runtime_directory import RUNTIME_DIRECTORY, end_leases
 from unisandbox.engine.state import StateDirectory
 from unisandbox.host import loop, syscalls

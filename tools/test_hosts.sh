@@ -27,7 +27,7 @@ case ${as:=user} in
   user)
     options=(--user)
     # What differs most from root's: ids, limits, ends and files.
-    own=(tests/integration/test_rootless.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
+    own=(tests/integration/test_rootless{,_refused,_files}.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
     for part in capabilities defaults exits limits isolation; do
       own+=("src/unisandbox/conformance/test_$part.py")
     done

@@ -11,7 +11,8 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
@@ -401,11 +402,20 @@ async def test_a_client_without_free_fds_gets_an_error_and_its_keeper_goes_on(tm
         assert (await sh_exit(keeper, "exit 4")).status == 4 << 8
 
 
-async def test_a_full_disk_keeps_no_exit_from_being_exact(tmp_path: Path) -> None:
-    full = tmp_path / "full"
+@contextmanager
+def small_disk(place: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    full = place / "full"
     full.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
     try:
+        yield full
+    finally:
+        subprocess.run(["umount", str(full)], check=True)
+
+
+async def test_a_full_disk_keeps_no_exit_from_being_exact(tmp_path: Path) -> None:
+    with small_disk(tmp_path) as full:
         async with keeper_at(full) as keeper:
             with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
                 file.write(b"x" * (1 << 20))
@@ -413,15 +423,10 @@ async def test_a_full_disk_keeps_no_exit_from_being_exact(tmp_path: Path) -> Non
             assert [record.status >> 8 for record in records] == list(range(100))
             report = await keeper.close()
             assert report.failures == 0
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
 
 
 async def test_a_keeper_whose_owner_is_gone_ends_also_when_it_cannot_note_that(tmp_path: Path) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
-    try:
+    with small_disk(tmp_path) as full:
         async with keeper_at(full) as keeper:
             os.truncate(full / "state/lock", 0)
             with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
@@ -429,15 +434,10 @@ async def test_a_keeper_whose_owner_is_gone_ends_also_when_it_cannot_note_that(t
             pid = keeper.pid
             keeper.abandon()
             wait_ended(pid)
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
 
 
 async def test_a_full_disk_repeats_no_number_of_an_event(tmp_path: Path) -> None:
-    full = tmp_path / "full"
-    full.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(full)], check=True)
-    try:
+    with small_disk(tmp_path) as full:
         async with keeper_at(full) as keeper:
             with pytest.raises(OSError, match="No space"), open(full / "filler", "wb") as file:
                 file.write(b"x" * (1 << 20))
@@ -452,8 +452,6 @@ async def test_a_full_disk_repeats_no_number_of_an_event(tmp_path: Path) -> None
             await publish(keeper, {})
             assert (await keeper.events.after(0)).last > 100_000
             await keeper.close()
-    finally:
-        subprocess.run(["umount", str(full)], check=True)
 
 
 async def test_what_was_in_the_keepers_file_system_is_never_made_on_the_host(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a process with streams, signals, a terminal and an exit code."""
+"""The command line as a user meets it: a process with streams, options, an exit code and answers for programs."""
 
 from __future__ import annotations
 

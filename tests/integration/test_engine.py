@@ -1,4 +1,4 @@
-"""Engines: two of them, two loops one after the other, the end of a loop or of the interpreter with a live sandbox."""
+"""Engines: their sandboxes, names and directories, and two of them beside each other."""
 
 # ruff: noqa: ASYNC240 - a test may block its own event loop
 

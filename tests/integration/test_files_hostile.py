@@ -1,4 +1,4 @@
-"""Files of a hostile sandbox: swapped links, mounts, depth, width, holes, names, and calls that are cut short."""
+"""Files of a hostile sandbox: swapped links, mounts, and directories of others."""
 
 from __future__ import annotations
 

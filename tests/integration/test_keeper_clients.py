@@ -1,4 +1,4 @@
-"""What clients of one keeper share: notes, events, locks; who they are to each other, and when it may retire."""
+"""What clients of one keeper share: notes and locks; who they are to each other, and when it may retire."""
 
 # ruff: noqa: ASYNC240 - a test may block its own event loop
 

@@ -1,4 +1,4 @@
-"""The launcher: what it makes of an order, how it fails, and who dies in the middle of it."""
+"""The launcher: what it makes of an order, and how it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same library for a user who is not root: what he has, what he is refused, and what he is told."""
+"""The same library for a user who is not root: what he has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Root inside a container gets no hold of init, and a hostile init gets no hold of the host.
+"""Root inside a container gets no hold of init, and no request, however it is made up, ends it.
 
 The attacker is root of the container's user namespace with CAP_SYS_PTRACE and CAP_SYS_ADMIN on top, which no sandbox
 of ours gives. The same attacks succeed where init's program may be read: so these tests can fail.

@@ -29,9 +29,6 @@ from unisandbox.host.keeper import Keeper, protocol
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 
-# --- hostile clients ---
-
-
 async def in_thread(action: Callable[[], None]) -> None:
     await anyio.to_thread.run_sync(action)
 

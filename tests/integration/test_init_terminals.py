@@ -22,9 +22,6 @@ from tests.keepers import files_of
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 
-# ---- terminals ----
-
-
 def _resize(master: int, rows: int, columns: int) -> None:
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 

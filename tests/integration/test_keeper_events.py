@@ -19,9 +19,6 @@ from unisandbox.host.keeper import EndEvent, EndNotice, EventPage
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 
-# --- events ---
-
-
 async def test_every_client_reads_the_same_events_in_order(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper, client_of(tmp_path) as other:
         assert await other.events.after(0) == EventPage([], 1, 0)

@@ -33,9 +33,6 @@ from unisandbox.host.keeper.launches import binary_path
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 
-# --- who dies in the middle ---
-
-
 class Held:
     """A launch by a keeper that stops in its middle: it has been born, and opens a FIFO that nobody reads yet."""
 

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import anyio
 import pytest
@@ -91,6 +91,24 @@ async def _attack(container: Container, victim: int, **options: object) -> set[s
     return set(worked)
 
 
+async def _held(container: Container, before_exec: Callable[[int, int, int], Awaitable[None]]) -> int | None:
+    """How a process ends when this is done between its start and its exec."""
+    null = os.open("/dev/null", os.O_RDWR)
+    try:
+        process = await spawn(
+            container.control,
+            make_request("true"),
+            (null, null, null),
+            before_exec=lambda pid, pidfd: None,
+            hold_life=before_exec,
+            timeout=20,
+        )
+        async with closing(process):
+            return await status_of(process.life)
+    finally:
+        os.close(null)
+
+
 # ---- from inside ----
 
 
@@ -129,20 +147,7 @@ async def test_a_process_is_out_of_reach_between_its_start_and_its_exec(containe
         inside = int(text(f"/proc/{waiting}/status").split("NSpid:")[1].split("\n")[0].split()[-1])
         worked.append(await _attack(container, inside, no_new_privs=False))
 
-    null = os.open("/dev/null", os.O_RDWR)
-    try:
-        process = await spawn(
-            container.control,
-            make_request("true"),
-            (null, null, null),
-            before_exec=lambda pid, pidfd: None,
-            hold_life=attack,
-            timeout=20,
-        )
-        async with closing(process):
-            assert await status_of(process.life) == 0
-    finally:
-        os.close(null)
+    assert await _held(container, attack) == 0
     assert worked == [set()]
 
 
@@ -171,20 +176,7 @@ async def test_a_process_killed_from_inside_before_exec_is_told_exactly(containe
     async def kill(fd: int, pid: int, pidfd: int) -> None:
         assert await container.status("python3", "-c", script) == 0
 
-    null = os.open("/dev/null", os.O_RDWR)
-    try:
-        process = await spawn(
-            container.control,
-            make_request("true"),
-            (null, null, null),
-            before_exec=lambda pid, pidfd: None,
-            hold_life=kill,
-            timeout=20,
-        )
-        async with closing(process):
-            assert await status_of(process.life) == signal.SIGKILL
-    finally:
-        os.close(null)
+    assert await _held(container, kill) == signal.SIGKILL
 
 
 async def test_limits_lowered_from_inside_harm_that_container_alone_and_are_typed(container: Container) -> None:

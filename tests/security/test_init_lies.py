@@ -19,9 +19,6 @@ from unisandbox.host.init import Started, ended, protocol, spawn
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 
-# ---- hostile answers ----
-
-
 class _Request:
     """What a fake init has got: it owns the fds of one request."""
 

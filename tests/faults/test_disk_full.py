@@ -19,11 +19,9 @@ from unisandbox import (
     Engine,
     FailedPreconditionError,
     InvalidArgumentError,
-    Mount,
     Resources,
     SandboxError,
     UnavailableError,
-    UnsupportedError,
 )
 from unisandbox.engine.record import spec_of
 from unisandbox.host import syscalls
@@ -144,19 +142,6 @@ async def test_a_container_in_a_sandbox_whose_programs_have_filled_its_disk(exha
         assert (await sandbox.sh("rm -r /tmp/filler")).exit_code == 0
         own = await sandbox.containers.add(rootfs="host", argv=["sh", "-c", "exit 3"])
         assert (await own.wait()).code == 3
-
-
-async def test_sixty_mounts_of_the_host(tmp_path: Path) -> None:
-    """As many as there may be, in the sandbox and again in a container with a root of its own."""
-    mounts = [Mount.bind(tmp_path, f"/data{number}") for number in range(60)]
-    command = ["sh", "-c", "ls -d /data* | wc -l"]
-    async with Engine.open() as engine, engine.create(resources=SMALL, mounts=mounts) as sandbox:
-        assert (await sandbox.run(command)).text == "60\n"
-        container = await sandbox.containers.add(rootfs="host", argv=command)
-        assert (await container.wait()).code == 0
-        assert await container.logs() == b"60\n"
-        with pytest.raises(UnsupportedError, match="more than 60 mounts of the host"):
-            await sandbox.containers.add(rootfs="host", argv=command, mounts=[Mount.bind(tmp_path, "/more")])
 
 
 async def test_limits_that_cannot_be_written_down_are_not_set(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from unisandbox import (
     Engine,
     FailedPreconditionError,
     InvalidArgumentError,
+    Mount,
     NotFoundError,
     Process,
     Resources,
     Sandbox,
+    UnsupportedError,
 )
 from unisandbox.api import Sandboxer
 from unisandbox.backends.runc import RuncBackend
@@ -348,3 +350,20 @@ async def test_events_are_numbered_and_tell_the_life_of_a_sandbox() -> None:
     assert numbers == list(range(1, len(numbers) + 1))
     wanted = ["sandbox.created", "sandbox.started", "container.started", "process.started", "process.exited"]
     assert [kind for kind in kinds if kind in wanted] == wanted
+
+
+@pytest.mark.anyio
+async def test_sixty_mounts_of_the_host(tmp_path: Path) -> None:
+    """As many as there may be, in the sandbox and again in a container with a root of its own."""
+    mounts = [Mount.bind(tmp_path, f"/data{number}") for number in range(60)]
+    command = ["sh", "-c", "ls -d /data* | wc -l"]
+    async with Engine.open() as engine, engine.create(resources=SMALL, mounts=mounts) as sandbox:
+        assert (await sandbox.run(command)).text == "60\n"
+        container = await sandbox.containers.add(rootfs="host", argv=command)
+        assert (await container.wait()).code == 0
+        assert await container.logs() == b"60\n"
+        more, refused = Mount.bind(tmp_path, "/more"), r"more than 60 mounts of the host.*\. Mount a directory"
+        with pytest.raises(UnsupportedError, match=refused):
+            await sandbox.containers.add(rootfs="host", argv=command, mounts=[more])
+        with pytest.raises(UnsupportedError, match=refused):
+            await engine.create(mounts=[*mounts, more])

@@ -83,8 +83,7 @@ class Entry:
         self._sandboxer = sandboxer
         self._task: TaskService | None = None
         self._prefix = core.host.prefix(record.sandbox_id)
-        # Whether nothing is left of it but its record.
-        self._is_free = False
+        self._is_free = False  # whether nothing is left of it but its record
         # Whether readers of events may know it: not while it is being made here.
         self._is_told = True
 

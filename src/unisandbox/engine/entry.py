@@ -286,6 +286,8 @@ class Entry:
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
+            # Before the record: where the disk does not take that, the old one says the same.
+            self.sharing.forget_stop()
             self._write("ready", started_at=time.time(), stopped_at=None)
             self._core.check_keeper()
         self.telling.emit("sandbox.started")
@@ -294,7 +296,8 @@ class Entry:
         """End every process; the files stay. Repeating is harmless.
 
         Raises:
-            BackendError: all has ended, and that cannot be written down (a full disk): to others it is still ready.
+            BackendError: all has ended, and that cannot be written down (a full disk). Others know it all the same, as
+                long as the keeper lives, and nothing of the sandbox outlives that.
         """
         if self.ended_with_engine():
             return
@@ -324,6 +327,8 @@ class Entry:
                 if MAIN in containers:
                     await self.programs.forget_main()
                 unwritten = self._note("stopped")
+                if unwritten is not None:
+                    await self.sharing.note_stop()
 
             try:
                 await self._sandboxer.stop(self.sandbox_id, grace=grace)
@@ -478,6 +483,7 @@ class Entry:
         containers = self.telling.identities()
         if self.record.expires_at is not None and self._core.host.keeper.alive:
             await self.sharing.set_expiry(None)
+        self.sharing.forget_stop()
         await self._sandboxer.remove(self.sandbox_id)
         await self.telling.containers_exited(containers)
         self.state = "removed"

@@ -286,8 +286,7 @@ class Entry:
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
-            # Before the record: where the disk does not take that, the old one says the same.
-            self.sharing.forget_stop()
+            self.sharing.forget_stop()  # before the record, in case the disk does not take that
             self._write("ready", started_at=time.time(), stopped_at=None)
             self._core.check_keeper()
         self.telling.emit("sandbox.started")
@@ -296,8 +295,7 @@ class Entry:
         """End every process; the files stay. Repeating is harmless.
 
         Raises:
-            BackendError: all has ended, and that cannot be written down (a full disk). Others know it all the same, as
-                long as the keeper lives, and nothing of the sandbox outlives that.
+            BackendError: all has ended, which cannot be written down (a full disk); others know it from the keeper.
         """
         if self.ended_with_engine():
             return

@@ -23,7 +23,7 @@ from unisandbox import (
     SandboxError,
     UnavailableError,
 )
-from unisandbox.engine.records import spec_of
+from unisandbox.engine.record import spec_of
 from unisandbox.host import syscalls
 from unisandbox.host.removal import remove_tree
 
@@ -358,7 +358,8 @@ anyio.run(main)
 
 async def test_a_store_that_fails_in_the_middle_keeps_the_old_record(tmp_path: Path) -> None:
     """A record is whole or it is the one before, also on a disk that takes half of it."""
-    from unisandbox.engine.records import Record, Records, RecordStore
+    from unisandbox.engine.record import Record
+    from unisandbox.engine.records import Records, RecordStore
 
     await anyio.lowlevel.checkpoint()
     with mounted("tmpfs", tmp_path / "disk", "size=32k,mode=0700") as disk:

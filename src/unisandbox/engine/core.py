@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import attrs
@@ -30,15 +30,16 @@ from unisandbox.api import (
     check_id,
 )
 from unisandbox.api.plain import plain_given
-from unisandbox.api.status import SandboxState
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
 from unisandbox.engine.held import OpenStreams
+from unisandbox.engine.left import Left
 from unisandbox.engine.locks import locked
 from unisandbox.engine.loops import OwnLoop
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
-from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, status_of, this_process
+from unisandbox.engine.record import Record, boot_id, plain_spec, spec_of, this_process
+from unisandbox.engine.records import RecordStore
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
@@ -51,30 +52,6 @@ if TYPE_CHECKING:
 
 # A keeper that is killed closes its files first; its end can be seen a moment later. Source: do_exit(), kernel/exit.c.
 _DYING_SECONDS: Final = 0.05
-
-
-class Left(NamedTuple):
-    """A sandbox that is written down and cannot be had in this engine.
-
-    Attributes:
-        record: of it.
-        why: it cannot; "" when it was only to be reported.
-        hint: what to do.
-        lived: its keeper has not ended since it was written down.
-    """
-
-    record: Record
-    why: str = ""
-    hint: str = ""
-    lived: bool = True
-
-    @property
-    def status(self) -> SandboxStatus:
-        """As it is written down."""
-        state: SandboxState = "created" if self.record.phase == "creating" else "stopped"
-        if self.record.phase == "ready" and self.lived:
-            state = "ready"
-        return attrs.evolve(status_of(self.record, state), unusable=". ".join(filter(None, [self.why, self.hint])))
 
 
 class EngineCore:

@@ -34,7 +34,7 @@ from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.programs import MAIN, Programs
-from unisandbox.engine.records import Phase, Record, plain_spec, this_process
+from unisandbox.engine.record import Phase, Record, plain_spec, this_process
 from unisandbox.engine.sharing import Sharing
 from unisandbox.engine.telling import Telling, tell_recovered
 from unisandbox.host.cgroups import ending

@@ -62,7 +62,10 @@ class EventLog:
         identity: str = "",
         end: HeldEnd | None = None,
     ) -> None:
-        """Number the event and keep it; readers are woken, nobody is waited for."""
+        """Number the event and keep it; readers are woken, nobody is waited for.
+
+        Nobody else tells the same: `identity` and `end`, by which a `SharedEventLog` knows that, say nothing here.
+        """
         if kind in _WHILE_THERE and sandbox_id in self._removed:
             return
         if kind == "sandbox.removed":

@@ -23,7 +23,7 @@ from unisandbox.api import (
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.events import removal_by_ttl
 from unisandbox.engine.locks import LOCK_SECONDS, locked
-from unisandbox.engine.records import Record, spec_of, status_of
+from unisandbox.engine.record import Record, spec_of, status_of
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore

@@ -202,6 +202,35 @@ async def test_a_state_directory_that_became_read_only(tmp_path: Path) -> None:
             await Engine.open(disk)
 
 
+async def test_a_stop_that_the_disk_did_not_take_is_known_to_all(tmp_path: Path) -> None:
+    async def states() -> set[str]:
+        return {(await each.status()).state for each in (ours, theirs)} | {each.state for each in await other.list()}
+
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+        ours = await engine.create(name="w", resources=SMALL)
+        await ours.run(["true"])
+        theirs = await other.get("w")
+        assert await states() == {"ready"}
+        with read_only(tmp_path):
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await ours.stop(grace=0)
+            assert await states() == {"stopped"}
+            assert (await theirs.status()).stopped_at is not None
+            for each in (ours, theirs):
+                with pytest.raises(FailedPreconditionError, match="is stopped"):
+                    await each.run(["true"])
+                await each.stop(grace=0)
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await theirs.start()
+            assert await states() == {"ready"}
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await theirs.stop(grace=0)
+        assert await states() == {"stopped"}
+        await ours.start()
+        assert await states() == {"ready"}
+        assert (await theirs.run(["true"])).exit_code == 0
+
+
 async def test_a_removal_whose_record_could_not_go_is_finished_by_the_next_call(tmp_path: Path) -> None:
     async with Engine.open(tmp_path) as engine:
         sandbox = await engine.create(name="w", resources=SMALL)

@@ -194,6 +194,9 @@ async def test_a_keeper_with_sandboxes_does_not_go_because_their_records_are_not
     records.rename(tmp_path / "elsewhere")
     with pytest.raises(UnavailableError, match="sandboxes"):
         await engine.list()
+    with pytest.raises(UnavailableError, match="sandboxes"):
+        await engine.create(resources=SMALL)
+    assert not records.exists(), "nothing is in the way of those that are somewhere else"
     await engine.close()
     assert await attached.list() == [], "it has never seen any"
     await attached.close()

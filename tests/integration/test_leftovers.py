@@ -304,6 +304,17 @@ async def test_a_cgroup_that_only_has_the_name_of_an_engines_is_not_ours(tmp_pat
                 os.makedirs(place, exist_ok=True)
             with standing_in(places[:1]):
                 assert left_of("containerd") == []
+            # Nobody is in it, and what is below it may be a sandbox's by its name, too.
+            for place in places:
+                os.makedirs(f"{place}/experiment")
+            found = [leftover for leftover in leftovers.find() if leftover.what in places]
+            assert {leftover.what for leftover in found} == set(places)
+            assert not any(leftover.removable for leftover in found)
+            for leftover in found:
+                with pytest.raises(FailedPreconditionError, match="nothing but its name"):
+                    leftovers.remove(leftover)
+            for place in places:
+                os.rmdir(f"{place}/experiment")
         finally:
             for place in places:
                 os.rmdir(place)

@@ -290,6 +290,7 @@ class Entry:
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
+            self.sharing.forget_stop()  # before the record, in case the disk does not take that
             self._write("ready", started_at=time.time(), stopped_at=None)
             self._core.check_keeper()
         self.telling.emit("sandbox.started")
@@ -298,7 +299,7 @@ class Entry:
         """End every process; the files stay. Repeating is harmless.
 
         Raises:
-            BackendError: all has ended, and that cannot be written down (a full disk): to others it is still ready.
+            BackendError: all has ended, which cannot be written down (a full disk); others know it from the keeper.
         """
         if self.ended_with_engine():
             return
@@ -328,6 +329,8 @@ class Entry:
                 if MAIN in containers:
                     await self.programs.forget_main()
                 unwritten = self._note("stopped")
+                if unwritten is not None:
+                    await self.sharing.note_stop()
 
             try:
                 await self._sandboxer.stop(self.sandbox_id, grace=grace)
@@ -482,6 +485,7 @@ class Entry:
         containers = self.telling.identities()
         if self.record.expires_at is not None and self._core.host.keeper.alive:
             await self.sharing.set_expiry(None)
+        self.sharing.forget_stop()
         await self._sandboxer.remove(self.sandbox_id)
         await self.telling.containers_exited(containers)
         self.state = "removed"

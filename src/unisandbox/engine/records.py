@@ -79,9 +79,9 @@ class RecordStore:
         Raises:
             BackendError: the disk is full or not writable; the old record is still there.
             InvalidArgumentError: it is larger than any that will be read.
-            UnavailableError: see `check_place`.
+            UnavailableError: see `check_place`; or the records were moved, and would find another directory on return.
         """
-        self.check_place()
+        self._check_missing()
         path = self.path(record.sandbox_id)
         line = line_of(RECORD_VERSION, record._asdict())
         if len(line) > RECORD_LIMIT:
@@ -175,7 +175,7 @@ class RecordStore:
             )
 
     def _check_missing(self) -> None:
-        """A record is not there, or none is: has it been removed as a record is?"""
+        """That a record is not there, or none is, says something only while their directory is there."""
         self.check_place()
         if self._was_there and not os.path.isdir(self._directory):
             raise UnavailableError(

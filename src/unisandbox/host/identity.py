@@ -13,6 +13,7 @@ import os
 from stat import S_ISDIR
 
 from unisandbox.host import subordinate, syscalls
+from unisandbox.host.entries import open_entry
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
@@ -81,10 +82,10 @@ class Identity:
         """Open the directory `name` to read it. Raises OSError: ENOTDIR or ELOOP for a link."""
         kind = os.O_DIRECTORY | os.O_NOFOLLOW
         if self._is_caller:
-            return syscalls.openat2(directory, name, os.O_RDONLY | kind, resolve=resolve)
+            return open_entry(directory, name, os.O_RDONLY | kind, resolve=resolve)
         with self.bare():
             with self.over(directory):
-                probe = syscalls.openat2(directory, name, os.O_PATH | kind, resolve=resolve)
+                probe = open_entry(directory, name, os.O_PATH | kind, resolve=resolve)
             try:
                 return self.reopen(probe, os.O_DIRECTORY)
             finally:

@@ -170,7 +170,7 @@ def passes_on(path: str, propagation: str) -> bool:
     """Whether what is mounted later below a path without symbolic links is passed on so: "shared", or "slave"."""
     fd = open_source(path)
     try:
-        number = _mount_of(fd)
+        number = mount_of(fd)
     finally:
         os.close(fd)
     tags = [b"shared:"] if propagation == "shared" else [b"shared:", b"master:"]
@@ -180,7 +180,7 @@ def passes_on(path: str, propagation: str) -> bool:
     return any(word.startswith(tuple(tags)) for word in line.partition(b" - ")[0].split()[6:])
 
 
-def _mount_of(fd: int) -> bytes:
+def mount_of(fd: int) -> bytes:
     """The number of the mount that a descriptor is open on. Source: proc_pid_fdinfo(5)."""
     with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
         return next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
@@ -251,7 +251,7 @@ def seen_below(path: str) -> list[tuple[str, list[str]]]:
                 raise
             continue  # hidden, or gone
         try:
-            if _mount_of(fd) == number:
+            if mount_of(fd) == number:
                 seen.append((point, [*options.decode().split(","), *map(bytes.decode, others)]))
         finally:
             os.close(fd)

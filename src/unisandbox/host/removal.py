@@ -13,6 +13,7 @@ import stat
 
 from unisandbox.host import syscalls
 from unisandbox.host.boundary import reached
+from unisandbox.host.entries import open_entry
 from unisandbox.host.identity import CALLER
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
@@ -100,7 +101,7 @@ def _look(identity: Identity, directory: int, name: str, status: os.stat_result 
     Source: fs/namei.c, vfs_unlink: is_local_mountpoint() looks at the caller's namespace, detach_mounts() at all.
     """
     with identity.over(directory if status is None else status):
-        probe = syscalls.openat2(directory, name, os.O_PATH | os.O_NOFOLLOW, resolve=_BENEATH)
+        probe = open_entry(directory, name, os.O_PATH, resolve=_BENEATH)
     try:
         return os.fstat(probe)
     finally:

@@ -48,6 +48,14 @@ class RuncBackend:
         from unisandbox.oci.features import pick_runtime
         from unisandbox.oci.runtime import Runtime
 
+        if not host.keeper.hello.private_mounts and not standing.lacking():
+            # What it mounts would be mounted on the host, for everybody, and stay there.
+            raise UnavailableError(
+                "backend 'runc' cannot be used: the keeper has no mounts of its own, since the process that started it"
+                f" may make no namespaces, see {host.state_dir}/{LOG_NAME}",
+                hint="Open the engine with a program that may: look for what confines that one (a filter of system"
+                " calls, RestrictNamespaces= in its unit).",
+            )
         if standing.lacking() and host.keeper.ids is None:
             from unisandbox.host.power import obstacles
 

@@ -23,7 +23,9 @@ TESTED: Final = ((50, 0), (51, 0))
 """Versions of wasmtime, from the first to before the second: its C API is used below what it promises."""
 
 _HINT: Final = "Install it: pip install 'unisandbox[wasm]'."
-# mount_setattr(2) and openat2(2) together came with 5.12, overlays from descriptors need nothing newer.
+# openat2(2), by which what guests name is looked up, mounted or not.
+_OLDEST_LOOKUPS: Final = (5, 6)
+# mount_setattr(2) came with 5.12, overlays from descriptors need nothing newer.
 _OLDEST_KERNEL: Final = (5, 12)
 _DEEP_SECONDS: Final = 30.0
 # A module that ends with 7, compiled and run where it can do no harm to this process.
@@ -103,6 +105,10 @@ def _obstacles() -> Iterator[tuple[str, str]]:
     """What forbids it, and what to do about that."""
     if os.uname().machine not in {"x86_64", "aarch64"}:
         yield f"wasmtime compiles for x86_64 and aarch64, this is {os.uname().machine}", "Use another machine."
+    if standing.kernel() < _OLDEST_LOOKUPS:
+        yield f"it needs Linux 5.6, this is {os.uname().release}", remedies.NEWER_KERNEL
+    elif forbidden := remedies.of_all(obstacles.of_lookups()):
+        yield forbidden
 
 
 def _warnings() -> tuple[str, ...]:

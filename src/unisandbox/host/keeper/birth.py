@@ -165,8 +165,9 @@ def own_mount_namespace(hide: Sequence[str], workdir: str, *, is_user: bool = Fa
     former = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
     try:
         syscalls.unshare(syscalls.CLONE_NEWNS)
-    except PermissionError:
+    except PermissionError as error:
         os.close(former)
+        note(f"no mounts of our own: {error.strerror}")
         return View()
     # Slave: what the host mounts later is seen here, what we mount is seen by nobody else.
     syscalls.mount("none", "/", flags=syscalls.MS_REC | syscalls.MS_SLAVE)

@@ -91,15 +91,24 @@ def _of_mapping() -> list[Confined]:
 
 def of_namespaces() -> list[Confined]:
     """What keeps this process from namespaces of its own, with mounts in them, whatever capabilities it has there."""
-    return [*_filtered(), *of_mounts()]
+    return [*_of_calls(), *of_mounts()]
 
 
-def _filtered() -> list[Confined]:
+def of_lookups() -> list[Confined]:
+    """What keeps this process from looking files up where a stranger has named them."""
+    return _filtered({"openat2": _open_nothing})
+
+
+def _of_calls() -> list[Confined]:
     # They leave nothing, and anybody may do so: only a filter has an objection.
     harmless: dict[str, Callable[[], object]] = {"unshare": _ask_for_namespaces, "openat2": _open_nothing}
     if standing.may_mount():
         harmless["mount"] = lambda: syscalls.mount("none", "", "tmpfs")  # there is no such place
         harmless["pivot_root"] = lambda: syscalls.pivot_root("", "")
+    return _filtered(harmless)
+
+
+def _filtered(harmless: Mapping[str, Callable[[], object]]) -> list[Confined]:
     name = _forbidden_of(harmless)
     return [Confined("seccomp", f"a filter of system calls (seccomp) forbids {name}")] if name else []
 

@@ -296,3 +296,14 @@ def runtime_container(runtime: str) -> Iterator[Container]:
         command += ["run", "--preserve-fds", "2", "--bundle", str(bundle), f"init-test-{os.getpid()}"]
         with Container(runtime=command) as container:
             yield container
+
+
+async def read_until(master: int, word: bytes) -> bytes:
+    """What a terminal shows, up to `word`."""
+    read = b""
+    with anyio.move_on_after(10):
+        while word not in read:
+            await anyio.wait_readable(master)
+            read += os.read(master, 4096)
+    assert word in read
+    return read

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import anyio
 
+from unisandbox import Engine
 from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import ExitRecord, Keeper, Spawned
 
@@ -198,6 +199,21 @@ async def adopt(place: Path) -> Keeper:
     """Own a keeper whose former owner is gone, also if the keeper has not heard of that."""
     with anyio.fail_after(DEADLINE):
         return await Keeper.attach(f"{place}/state", own=True)
+
+
+@asynccontextmanager
+async def client_of(place: Path) -> AsyncIterator[Keeper]:
+    """A client beside the owner."""
+    keeper = await Keeper.attach(f"{place}/state")
+    try:
+        yield keeper
+    finally:
+        keeper.abandon()
+
+
+def keeper_of(engine: Engine) -> int:
+    """The process id of an engine's keeper."""
+    return engine._core.host.keeper.pid
 
 
 @contextmanager

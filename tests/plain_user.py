@@ -22,9 +22,13 @@ from typing import Any
 import pytest
 
 import unisandbox
+from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.power.ids import maps, scarcity
 from unisandbox.host.power.obstacles import of_user_namespaces
 
+KERNEL = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
+# What root changes for a program, or what only those have whom root makes up: they have no cgroup to write.
+by_root = pytest.mark.root
 # Of the one whom root makes up.
 _UID = 23456
 _FIRST_SUBORDINATE = 200_000
@@ -194,3 +198,8 @@ def _python() -> str:
         if done.returncode == 0:
             return python
     pytest.skip(f"no Python 3.{sys.version_info.minor} here may be executed by an ordinary user")
+
+
+def has_subtree() -> bool:
+    """Whether these tests are an ordinary user's who may limit memory and processes."""
+    return os.geteuid() != 0 and {"memory", "pids"} <= Cgroups.detect("unisandbox-x").controllers

@@ -27,7 +27,7 @@ case ${as:=user} in
   user)
     options=(--user)
     # What differs most from root's: ids, limits, ends and files.
-    own=(tests/integration/test_rootless.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
+    own=(tests/integration/test_rootless{,_refused,_files}.py tests/unit/test_subordinate.py tests/unit/test_inventory.py)
     for part in capabilities defaults exits limits isolation; do
       own+=("src/unisandbox/conformance/test_$part.py")
     done
@@ -38,7 +38,7 @@ case ${as:=user} in
     own=(--by-turns tests/integration/test_systemd.py tests/integration/test_inside_containers.py)
     # Of users whom root makes up: what one id costs, and networks. The rest of both would take another half an hour.
     own+=("$single" --deselect "$single::test_the_contract_holds_with_one_id")
-    own+=("$network::test_tcp_and_udp_reach_what_is_outside" "$network::test_an_ordinary_user_has_it_too")
+    own+=("$network::test_tcp_and_udp_reach_what_is_outside" "${network%.py}_rootless.py::test_an_ordinary_user_has_it_too")
     ;;
   *) echo "test-hosts: UNISANDBOX_HOSTS_AS is user or root, not $as" >&2 && exit 2 ;;
 esac

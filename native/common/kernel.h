@@ -81,7 +81,7 @@ void *memset(void *to, int byte, u64 size)
 
 /* ---- the kernel's words (include/uapi/linux, asm-generic) ---- */
 enum { ENOENT = 2, EINTR = 4, EBADF = 9, EAGAIN = 11, ENOMEM = 12, EACCES = 13, ENOTDIR = 20, EINVAL = 22, ENAMETOOLONG = 36,
-	ECONNRESET = 104 };
+	ECONNRESET = 104, ECANCELED = 125 };
 enum { POLLIN = 1, POLLERR = 8, POLLHUP = 16, POLLNVAL = 32, POLLRDHUP = 0x2000 };
 enum { SOL_SOCKET = 1, SCM_RIGHTS = 1, MSG_CTRUNC = 8, MSG_TRUNC = 0x20, MSG_DONTWAIT = 0x40, MSG_NOSIGNAL = 0x4000,
 	MSG_CMSG_CLOEXEC = 0x40000000 };

@@ -7,8 +7,10 @@
  *                                share; see `begin` and `wait_only`. With a third word it keeps its groups
  *
  * One request is one packet on fd 3: `struct request` and file descriptors by SCM_RIGHTS, in this order:
- *   life   SOCK_SEQPACKET, ours until the process has ended: STARTED (with its pidfd) or FAILED, later ENDED
- *   go     SOCK_SEQPACKET, the child's: one byte from the host says go, EOF says never mind. The child answers with
+ *   life   SOCK_SEQPACKET, ours until the process has ended: STARTED (with its pidfd) or FAILED, later ENDED. The child has
+ *          it until its exec, and says FAILED here, too, before our ENDED: so whoever comes after a host that was killed
+ *          can tell that a program has never run from one that has ended with the same status
+ *   go     SOCK_SEQPACKET, the child's: one byte from the host says go, EOF says never mind (FAILED). The child answers with
  *          PLACED where it got `tasks`, TTY (with the master) where a terminal was asked for, and FAILED where a step failed. EOF says that exec
  *          has worked, since the fd is close-on-exec.
  *   spec   memfd: groups, rlimits, cwd, argv, env. Only the child reads it, so that nothing of variable size ever
@@ -45,14 +47,15 @@
 
 /* ---- the protocol; src/unisandbox/host/init/protocol.py says the same ---- */
 enum { MAGIC = 0x54494e55 /* "UNIT" */, VERSION = 2 };
-enum { CONTROL = 3, SIGNALS = 4, FIRST_FREE = 5, MAX_FDS = 253 /* SCM_MAX_FD */, MAX_LIVE = 4096 };
+enum { CONTROL = 3, SIGNALS = 4, MAX_FDS = 253 /* SCM_MAX_FD */, MAX_LIVE = 4096 };
+enum { GO = 3, LIFE = 4, SPEC = 5 }; /* of the child */
 enum { FLAG_TTY = 1, FLAG_NO_NEW_PRIVS = 2, FLAG_AMBIENT = 4, FLAG_MAIN = 8, FLAG_CGROUP = 16, FLAG_DENY_CLONE3 = 32,
 	FLAG_KEEP_GROUPS = 64, FLAGS = 127 };
 enum { MAX_SPEC = 8 << 20, MAX_GROUPS = 65536, MAX_RLIMITS = 16, MAX_TASKS = 8 };
 enum { STARTED = 1, ENDED = 2, FAILED = 3, TTY = 4, PLACED = 5 };
 enum { STEP_TABLE = 1, STEP_CLONE, STEP_REPLY, STEP_FDS, STEP_SPEC, STEP_SETSID, STEP_TTY, STEP_RLIMITS, STEP_BOUNDING,
 	STEP_GROUPS, STEP_GID, STEP_UID, STEP_CAPABILITIES, STEP_AMBIENT, STEP_NO_NEW_PRIVS, STEP_CWD, STEP_SIGNALS,
-	STEP_EXEC, STEP_CGROUP, STEP_NAMESPACES, STEP_ROOT };
+	STEP_EXEC, STEP_CGROUP, STEP_NAMESPACES, STEP_ROOT, STEP_GO };
 struct request {
 	u32 magic;
 	u16 version, flags;
@@ -85,7 +88,8 @@ static long answer(int to, u32 kind, int a, int b, int fd)
 /* ---- the child: everything between clone and execve ---- */
 static void fail(int step, long error)
 {
-	answer(3, FAILED, step, (int)-error, -1);
+	answer(GO, FAILED, step, (int)-error, -1);
+	answer(LIFE, FAILED, step, (int)-error, -1); /* whoever reads `go` may be about to be killed */
 	exit(127);
 }
 
@@ -109,10 +113,10 @@ static void child_tty(const struct request *r)
 	int slave = (int)must(STEP_TTY, CALL3(ioctl, master, TIOCGPTPEER, O_RDWR | O_NOCTTY | O_CLOEXEC));
 	must(STEP_TTY, CALL3(ioctl, slave, TIOCSWINSZ, &size));
 	must(STEP_TTY, CALL3(ioctl, slave, TIOCSCTTY, 0));
-	must(STEP_TTY, answer(3, TTY, 0, 0, master));
+	must(STEP_TTY, answer(GO, TTY, 0, 0, master));
 	for (int i = 0; i < 3; i++)
 		must(STEP_TTY, CALL3(dup3, slave, i, 0));
-	must(STEP_TTY, CALL3(close_range, 4, ~0u, 0));
+	must(STEP_TTY, CALL3(close_range, SPEC, ~0u, 0));
 }
 
 /* Leave no more than these to whatever is executed from now on; or an errno. */
@@ -206,28 +210,28 @@ static long child_exec(char **argv, char **env)
 	}
 }
 
-/* fds 0-2 are in place (or will be the terminal), 3 is `go`, 4 is `spec`. */
+/* fds 0-2 are in place (or will be the terminal), and the three of the child's own. */
 static void child(const struct request *r)
 {
 	u8 byte;
 	long n;
-	while ((n = CALL3(read, 3, &byte, 1)) == -EINTR)
+	while ((n = CALL3(read, GO, &byte, 1)) == -EINTR)
 		;
 	if (n != 1)
-		exit(127);
+		fail(STEP_GO, -ECANCELED);
 
 	u64 rlimits_at = ((u64)r->ngroups * sizeof(u32) + 7) & ~7ul;
 	u64 strings_at = rlimits_at + (u64)r->nrlimits * sizeof(struct spec_rlimit);
 	u64 pointers = ((u64)r->argc + r->envc + 2) * sizeof(char *);
-	if (must(STEP_SPEC, CALL3(lseek, 4, 0, SEEK_END)) != (long)r->spec_size || strings_at >= r->spec_size)
+	if (must(STEP_SPEC, CALL3(lseek, SPEC, 0, SEEK_END)) != (long)r->spec_size || strings_at >= r->spec_size)
 		fail(STEP_SPEC, -EINVAL);
-	long at = syscall6(NR_mmap, 0, r->spec_size, PROT_RW, MAP_PRIVATE, 4, 0);
+	long at = syscall6(NR_mmap, 0, r->spec_size, PROT_RW, MAP_PRIVATE, SPEC, 0);
 	must(STEP_SPEC, at < 0 && at > -4096 ? at : 0);
 	char *spec = (char *)at;
 	at = syscall6(NR_mmap, 0, (long)pointers, PROT_RW, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	must(STEP_SPEC, at < 0 && at > -4096 ? at : 0);
 	char **argv = (char **)at, **env = argv + r->argc + 1;
-	close(4);
+	close(SPEC);
 
 	char *cwd = spec + strings_at, *p = cwd, *end = spec + r->spec_size;
 	if (end[-1])
@@ -329,19 +333,22 @@ static void spawn(const struct request *r, const int *fds)
 	struct clone_args args = {CLONE_INTO_CGROUP, 0, 0, 0, SIGCHLD, 0, 0, 0, 0, 0, (u64)*cgroup};
 	long pid = r->flags & FLAG_CGROUP ? CALL2(clone3, &args, sizeof args) : CALL5(clone, SIGCHLD, 0, 0, 0, 0);
 	if (pid == 0) {
-		/* What came by SCM_RIGHTS lies above 4, so no order of these can overwrite one that is still needed.
+		/* What came by SCM_RIGHTS lies above 4, so no order of these can overwrite one that is still needed; with `spec`
+		 * that could be, so it comes last.
 		 * From here on the child holds nothing of init's: no control socket, no life of another process. */
-		long bad = CALL3(dup3, fds[1], 3, O_CLOEXEC);
+		long bad = CALL3(dup3, fds[1], GO, O_CLOEXEC);
 		if (bad >= 0)
-			bad = CALL3(dup3, fds[2], 4, O_CLOEXEC);
+			bad = CALL3(dup3, life, LIFE, O_CLOEXEC);
 		for (int i = 0; i < 3 && bad >= 0 && !(r->flags & FLAG_TTY); i++)
 			bad = CALL3(dup3, fds[3 + i], i, 0);
 		for (u32 i = 1; i <= r->ntasks && bad >= 0; i++) /* "0" is the writer himself */
 			must(STEP_CGROUP, CALL3(write, cgroup[i], "0", 1));
 		if (r->ntasks && bad >= 0)
-			bad = answer(3, PLACED, 0, 0, -1);
+			bad = answer(GO, PLACED, 0, 0, -1);
+		if (bad >= 0 && fds[2] != SPEC)
+			bad = CALL3(dup3, fds[2], SPEC, O_CLOEXEC);
 		if (bad >= 0)
-			bad = CALL3(close_range, FIRST_FREE, ~0u, 0);
+			bad = CALL3(close_range, SPEC + 1, ~0u, 0);
 		must(STEP_FDS, bad);
 		child(r);
 	}

@@ -229,7 +229,7 @@ async def without_keeper(engine: Engine) -> None:
             "add": await raised_by(lambda: sandbox.containers.add(argv=["true"])),
         }
         assert {kind for kind, _ in later.values()} == {UnavailableError}, later
-        assert all("keeper" in text for _, text in later.values()), later
+        assert all("keeper" in text and "open another one" in text for _, text in later.values()), later
         await raised_by(process.aclose)
 
 
@@ -245,6 +245,104 @@ tell(ok=True)
 """
     with program(code, anyio_backend) as host:
         assert host.heard() == {"ok": True}
+        assert host.finish() == (0, "", "")
+
+
+def test_a_fork_of_the_host_process_that_ends_as_programs_do_ends_nothing_of_it() -> None:
+    """Between two uses of an event loop, as in a notebook: its hooks at exit know of the engine, too."""
+    code = """
+import asyncio
+
+async def main(sandbox=None):
+    sandbox = sandbox or await Sandbox.create(resources=Resources(memory="64M"))
+    return sandbox, (await sandbox.run(["echo", "here"])).text
+
+loop = asyncio.new_event_loop()
+sandbox, _ = loop.run_until_complete(main())
+child = os.fork()
+if child == 0:
+    sys.exit(3)
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+tell(code=code, text=loop.run_until_complete(main(sandbox))[1])
+loop.run_until_complete(loop.shutdown_asyncgens())
+loop.close()
+"""
+    with program(code) as host:
+        assert host.heard() == {"code": 3, "text": "here\n"}
+        assert host.finish()[0] == 0
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("end", ["os._exit(3)", "await in_another_loop()"])
+async def test_a_fork_of_the_host_process_ends_nothing_of_it(anyio_backend: str, end: str, tmp_path: Path) -> None:
+    """Whatever it does with what it has inherited."""
+    code = """
+async def in_another_loop():
+    thread = threading.Thread(target=anyio.run, args=(use,), kwargs={"backend": sys.argv[1]})
+    thread.start()
+    thread.join()
+    os._exit(told)
+
+async def use():
+    global told
+    for call in (calls["remove"], calls["kill"], calls["run"], calls["signal"]):
+        try:
+            await call()
+        except SandboxError as error:
+            told += "of which this is a fork" in str(error)
+    await calls["leave"]()
+    await calls["close"]()
+    async with Sandbox.create(resources=SMALL) as own:
+        told += (await own.run(["echo", "own"])).text == "own\\n"
+    told -= 2
+
+told, calls, SMALL = 0, {}, Resources(memory="64M")
+
+async def main():
+    sandbox = await Sandbox.create(resources=SMALL)
+    async with Engine.open(sys.argv[2]) as engine, engine.create(resources=SMALL) as other:
+        async with other.exec(["sleep", "1000"]) as process:
+            await sandbox.run(["true"])
+            calls.update(remove=other.remove, kill=process.kill, run=lambda: sandbox.run(["true"]))
+            calls.update(signal=lambda: process.signal(9), leave=process.aclose, close=engine.close)
+            child = os.fork()
+            if child == 0:
+                END
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            texts = [(await each.run(["echo", "here"])).text for each in (sandbox, other)]
+            lives = process.exit is None and os.path.exists(f"/proc/{process.pid}/fd/0")
+    tell(code=code, texts=texts, lives=lives)
+
+anyio.run(main, backend=sys.argv[1])
+""".replace("END", end)
+    with program(code, anyio_backend, str(tmp_path / "state")) as host:
+        assert host.heard() == {"code": 3, "texts": ["here\n", "here\n"], "lives": True}
+        assert host.finish()[::2] == (0, "")
+
+
+@pytest.mark.anyio
+async def test_after_the_death_of_its_keeper_the_default_engine_is_another_one(anyio_backend: str) -> None:
+    """Nobody could close it, to open another one; what there was of it is cleaned up at the end of the event loop."""
+    code = """
+async def main():
+    first = await Sandbox.create(resources=Resources(memory="64M"))
+    await first.exec(["sleep", "1000"])
+    keeper = first._entry._core.host.keeper
+    os.kill(keeper.pid, signal.SIGKILL)
+    while keeper.alive:
+        await anyio.sleep(0.001)
+    async with Sandbox.create(resources=Resources(memory="64M")) as second:
+        text = (await second.run(["echo", "here"])).text
+        third = await Sandbox.create(resources=Resources(memory="64M"))
+        same = third._entry._core is second._entry._core
+    try:
+        await first.run(["true"])
+    except SandboxError as error:
+        tell(text=text, same=same, error=type(error).__name__, says="keeper" in str(error))
+anyio.run(main, backend=sys.argv[1])
+"""
+    with program(code, anyio_backend) as host:
+        assert host.heard() == {"text": "here\n", "same": True, "error": "UnavailableError", "says": True}
         assert host.finish() == (0, "", "")
 
 

@@ -23,7 +23,7 @@ from unisandbox import (
     SandboxError,
     UnavailableError,
 )
-from unisandbox.engine.records import spec_of
+from unisandbox.engine.record import spec_of
 from unisandbox.host import syscalls
 from unisandbox.host.removal import remove_tree
 
@@ -126,6 +126,24 @@ async def test_a_disk_that_fills_up_harms_no_sandbox_that_is_there(
                 assert (await again.run(["true"])).exit_code == 0
 
 
+@pytest.mark.parametrize("exhaust", ["bytes", "inodes"])
+async def test_a_container_in_a_sandbox_whose_programs_have_filled_its_disk(exhaust: str) -> None:
+    """It is told what is full; and what does not write there goes on as before."""
+    filling = {
+        "bytes": "cat /dev/zero > /tmp/filler",
+        "inodes": "mkdir /tmp/filler; cd /tmp/filler; i=0; while : > $i; do i=$((i+1)); done",
+    }
+    async with Engine.open() as engine, engine.create(resources=Resources(memory="64M", disk="1M")) as sandbox:
+        await sandbox.sh(filling[exhaust])
+        with pytest.raises(FailedPreconditionError, match=r"disk limit is reached\. Remove some .*Resources\(disk=\)"):
+            await sandbox.containers.add(rootfs="host", argv=["sh", "-c", "exit 3"])
+        shared = await sandbox.containers.add(rootfs=None, argv=["sh", "-c", "exit 4"])
+        assert (await shared.wait()).code == 4
+        assert (await sandbox.sh("rm -r /tmp/filler")).exit_code == 0
+        own = await sandbox.containers.add(rootfs="host", argv=["sh", "-c", "exit 3"])
+        assert (await own.wait()).code == 3
+
+
 async def test_limits_that_cannot_be_written_down_are_not_set(tmp_path: Path) -> None:
     with mounted("tmpfs", tmp_path / "disk", "size=512k,mode=0700") as disk:
         async with Engine.open(disk / "state") as engine, engine.create(resources=SMALL) as sandbox:
@@ -182,6 +200,35 @@ async def test_a_state_directory_that_became_read_only(tmp_path: Path) -> None:
         syscalls.mount("none", str(disk), None, syscalls.MS_REMOUNT | syscalls.MS_RDONLY, "")
         with pytest.raises(SandboxError, match="Read-only file system"):
             await Engine.open(disk)
+
+
+async def test_a_stop_that_the_disk_did_not_take_is_known_to_all(tmp_path: Path) -> None:
+    async def states() -> set[str]:
+        return {(await each.status()).state for each in (ours, theirs)} | {each.state for each in await other.list()}
+
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+        ours = await engine.create(name="w", resources=SMALL)
+        await ours.run(["true"])
+        theirs = await other.get("w")
+        assert await states() == {"ready"}
+        with read_only(tmp_path):
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await ours.stop(grace=0)
+            assert await states() == {"stopped"}
+            assert (await theirs.status()).stopped_at is not None
+            for each in (ours, theirs):
+                with pytest.raises(FailedPreconditionError, match="is stopped"):
+                    await each.run(["true"])
+                await each.stop(grace=0)
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await theirs.start()
+            assert await states() == {"ready"}
+            with pytest.raises(BackendError, match="Read-only file system"):
+                await theirs.stop(grace=0)
+        assert await states() == {"stopped"}
+        await ours.start()
+        assert await states() == {"ready"}
+        assert (await theirs.run(["true"])).exit_code == 0
 
 
 async def test_a_removal_whose_record_could_not_go_is_finished_by_the_next_call(tmp_path: Path) -> None:
@@ -329,7 +376,8 @@ anyio.run(main)
 
 async def test_a_store_that_fails_in_the_middle_keeps_the_old_record(tmp_path: Path) -> None:
     """A record is whole or it is the one before, also on a disk that takes half of it."""
-    from unisandbox.engine.records import Record, Records, RecordStore
+    from unisandbox.engine.record import Record
+    from unisandbox.engine.records import Records, RecordStore
 
     await anyio.lowlevel.checkpoint()
     with mounted("tmpfs", tmp_path / "disk", "size=32k,mode=0700") as disk:

@@ -114,6 +114,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Options], type[SandboxError], str]] = 
         InvalidArgumentError,
         "not valid",
     ),
+    "sysctl-two-lines": (lambda _: {"sysctls": {"net.ipv4.ip_forward": "1\n0"}}, InvalidArgumentError, "one line"),
     "sysctl-of-the-hosts-network": (
         lambda _: {"sysctls": {"net.ipv4.ip_forward": "1"}, "network": "host"},
         UnsupportedError,

@@ -16,7 +16,7 @@ from unisandbox import Engine, FailedPreconditionError, NotFoundError, Process, 
 from unisandbox.api import ProcessSpec
 from unisandbox.api.plain import plain
 from unisandbox.engine.operations import digest_of
-from unisandbox.host.init import ended_now
+from unisandbox.host.init import has_told
 from unisandbox.oci import restore
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
@@ -98,12 +98,17 @@ async def test_a_process_whose_end_was_not_noted_is_not_started_again(
         assert await starts(sandbox) == 1
 
 
+@pytest.mark.parametrize("code", [7, 127])
+@pytest.mark.parametrize("seen", [False, True])
 async def test_a_process_that_ends_as_it_is_looked_for_is_not_started_again(
-    tmp_path: Path, anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+    seen: bool, code: int, tmp_path: Path, anyio_backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def just_before(life: socket.socket) -> None:
-        while ended_now(life) is None:
+    def just_before(life: socket.socket) -> bool:
+        while not has_told(life):
             time.sleep(0.001)
+        return seen
+
+    counted = ["sh", "-c", f"echo started >> /tmp/starts; exit {code}"]
 
     async with Engine.open(tmp_path) as engine:
         sandbox = await engine.create(name="w", resources=SMALL)
@@ -115,12 +120,30 @@ async def test_a_process_that_ends_as_it_is_looked_for_is_not_started_again(
     def until_it_has_begun(self, facts, *held):
         return die() if facts.started else note(self, facts, *held)
     Ledger.process = until_it_has_begun
+    await (await engine.get("w")).exec({counted!r}, operation_id="job")
+""",
+            anyio_backend,
+            tmp_path,
+        )
+        monkeypatch.setattr(restore, "has_told", just_before)
+        again = await sandbox.exec(counted, operation_id="job")
+        assert (await again.wait()).code == code
+        assert await starts(sandbox) == 1
+
+
+async def test_a_process_that_was_never_let_go_is_started(tmp_path: Path, anyio_backend: str) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL)
+        await sandbox.run(["true"])
+        killed(
+            f"""
+    from unisandbox.oci.starting import Starter
+    Starter._before_exec = die
     await (await engine.get("w")).exec({COUNTED!r}, operation_id="job")
 """,
             anyio_backend,
             tmp_path,
         )
-        monkeypatch.setattr(restore, "ended_now", just_before)
         again = await sandbox.exec(COUNTED, operation_id="job")
         assert (await again.wait()).code == 7
         assert await starts(sandbox) == 1

@@ -1,29 +1,22 @@
-"""The command line as a user meets it: a process with streams, signals, a terminal and an exit code."""
+"""The command line as a user meets it: a process with streams, options, an exit code and answers for programs."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import termios
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from tests.command_line import CLI, SECONDS, in_terminal, output_of, read_until, resize, run, started
-from tests.keepers import until
+from tests.command_line import CLI, SECONDS, output_of, read_until, run, started
 
 import unisandbox
-from unisandbox import Engine, Terminal
-from unisandbox.cli import run as foreground
 from unisandbox.cli.app import run_app
-from unisandbox.cli.run import KnownSandbox
 
 pytestmark = pytest.mark.root
 
@@ -326,162 +319,6 @@ def test_json_of_an_error_is_one_object_too() -> None:
 
 
 # Signals to the command line
-
-# sigwait() takes also what came before it was called; a handler and pause() would not.
-TELL_SIGNALS: Final = """
-import os, signal, sys
-numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-os.write(1, b"ready\\n")
-while True:
-    number = signal.sigwait(numbers)
-    os.write(1, b"got %d\\n" % number)
-    if number != signal.SIGINT:
-        sys.exit(7)
-"""
-
-TELL_SIZES: Final = """
-import os, signal, sys
-numbers = {signal.SIGINT, signal.SIGWINCH}
-signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-while True:
-    os.write(1, b"size %d %d\\n" % os.get_terminal_size())
-    if signal.sigwait(numbers) == signal.SIGINT:
-        sys.exit(5)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2])
-def test_signal_is_forwarded_and_the_program_decides(number: signal.Signals) -> None:
-    with started("run", "python3", "-c", TELL_SIGNALS) as process:
-        read_until(output_of(process), b"ready\n")
-        process.send_signal(number)
-        assert read_until(output_of(process), b"\n") == f"got {int(number)}\n".encode()
-        assert process.wait(SECONDS) == 7
-
-
-def test_second_sigint_kills() -> None:
-    with started("run", "python3", "-c", TELL_SIGNALS) as process:
-        read_until(output_of(process), b"ready\n")
-        process.send_signal(signal.SIGINT)
-        read_until(output_of(process), b"got 2\n")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(SECONDS) == 128 + signal.SIGKILL
-
-
-def test_signal_at_any_moment_of_the_start_leaves_nothing(count: Callable[[int], int]) -> None:
-    times = count(100)
-    for number in range(times):
-        with started("run", "sleep", "1000") as process:
-            select.select([output_of(process)], [], [], 0.6 * number / times)  # nothing is written: a delay
-            process.terminate()
-            # -15: it had not begun to take signals yet
-            assert process.wait(SECONDS) in {128 + signal.SIGTERM, -signal.SIGTERM}
-            assert process.stderr is not None
-            assert process.stderr.read() == b""
-
-
-def test_killed_command_line_leaves_nothing() -> None:
-    with started("run", "sh", "-c", "echo ready; sleep 1000") as process:
-        read_until(output_of(process), b"ready\n")
-        process.kill()
-        assert process.wait(SECONDS) == -signal.SIGKILL
-
-
-def test_signal_ends_waiting_for_a_reader_that_does_not_read() -> None:
-    sleep = f"sleep {os.getpid()}.5"  # can be told from others'
-    script = f"{sleep} & read line; head -c 120k /dev/zero"
-    with started("run", "-i", "sh", "-c", script, stdin=subprocess.PIPE) as process:
-        until(lambda: _runs(sleep), "it has begun", SECONDS)
-        assert process.stdin is not None
-        process.stdin.write(b"go on\n")
-        process.stdin.flush()
-        # 64 KiB are in the pipe to us, the rest on its way: the program ends, and its output cannot be written. What
-        # it has left in the background is ended then.
-        until(lambda: not _runs(sleep), "it has ended", SECONDS)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(SECONDS) == 0
-
-
-def _runs(command: str) -> bool:
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and Path(f"/proc/{name}/cmdline").read_bytes().split(b"\0") == [
-                *command.encode().split(),
-                b"",
-            ]:
-                return True
-        except OSError:  # ended meanwhile
-            continue
-    return False
-
-
-# A terminal
-
-
-def test_terminal_has_the_callers_size_and_follows_it() -> None:
-    with in_terminal("run", "-it", "python3", "-c", TELL_SIZES) as (master, process):
-        read_until(master, b"size 97 31\r\n")
-        resize(master, 40, 120)
-        read_until(master, b"size 120 40\r\n")
-        os.write(master, b"\x03")  # goes through: it is the program's terminal that makes a SIGINT of it
-        assert process.wait(SECONDS) == 5
-
-
-@pytest.mark.anyio
-async def test_resizing_the_terminal_of_what_is_being_removed_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(foreground, "terminal_size", Terminal)
-    async with Engine.open() as engine, engine.create() as sandbox:
-        process = await sandbox.exec(["sleep", "1000"], tty=True)
-        session = foreground._Session(foreground.Request(("sleep",), KnownSandbox(None, sandbox.id), {}, tty=True))
-        session._process = process
-        await session._resize()
-        await sandbox.remove()
-        await session._resize()
-
-
-def test_terminal_echoes_once_and_ends_with_control_d() -> None:
-    with in_terminal("run", "-it", "sh", "-c", "echo ready; cat") as (master, process):
-        read_until(master, b"ready\r\n")
-        os.write(master, b"typed\r")
-        assert read_until(master, b"typed\r\ntyped\r\n") == b"typed\r\ntyped\r\n"
-        os.write(master, b"\x04")
-        assert process.wait(SECONDS) == 0
-
-
-def test_shell_in_a_terminal_has_job_control_and_its_own_exit_code() -> None:
-    with in_terminal("run", "-it", "-e", "PS1=? ", "sh") as (master, process):
-        read_until(master, b"? ")
-        os.write(master, b"sh -c \"stty size; tty; echo asl''eep; exec sleep 1000\"\r")
-        assert b"31 97\r\n/dev/pts/0\r\nasleep\r\n" in read_until(master, b"asleep\r\n")
-        os.write(master, b"\x03")
-        read_until(master, b"? ")
-        os.write(master, b"exit 9\r")
-        assert process.wait(SECONDS) == 9
-
-
-@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
-def test_terminal_is_restored(number: signal.Signals | None) -> None:
-    with in_terminal("run", "-it", "sh", "-c", "echo ready; read line; exit 0") as (master, process):
-        before = termios.tcgetattr(master)
-        read_until(master, b"ready\r\n")
-        assert termios.tcgetattr(master) != before
-        if number is None:
-            os.write(master, b"\r")
-        else:
-            process.send_signal(number)
-        assert process.wait(SECONDS) == (128 + number if number else 0)
-        assert termios.tcgetattr(master) == before
-
-
-def test_terminal_for_output_only() -> None:
-    with started("run", "-t", "sh", "-c", "test -t 1 && stty size && echo $TERM") as process:
-        out, err = process.communicate(timeout=SECONDS)
-        assert (process.returncode, err) == (0, b"")
-        assert out.startswith(b"24 80\r\n")
-
-
-# doctor, bench, version
 
 
 def test_version() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -13,7 +14,8 @@ import pytest
 from tests.keepers import wait_ended
 from tests.programs import program
 
-from unisandbox import Engine, Event, Exit, Resources
+from unisandbox import Engine, Event, Exit, Resources, SandboxError
+from unisandbox.engine.entry import Entry
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
 
@@ -291,6 +293,32 @@ async def test_what_a_removal_ends_is_told_before_it(tmp_path: Path) -> None:
                 ("container.exited", "", 137, 9, "signaled"),
                 ("process.exited", process.id, 137, 9, "signaled"),
             ]
+
+
+async def test_a_sandbox_is_not_told_as_started_after_the_end_of_its_ttl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = Entry.begin
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+
+        async def overtaken(entry: Entry) -> None:
+            await begin(entry)
+            async for event in other.events():
+                if event.kind == "sandbox.removed":
+                    break
+
+        monkeypatch.setattr(Entry, "begin", overtaken)
+        with contextlib.suppress(SandboxError):  # its ttl is over
+            await engine.create(ttl=1, resources=SMALL)
+        monkeypatch.undo()
+        last = await engine.create(resources=SMALL)
+        told: list[str] = []
+        async for event in other.events():
+            if event.sandbox_id != last.id:
+                told.append(event.kind)
+            elif event.kind == "sandbox.started":
+                break
+        assert told == ["sandbox.created", "sandbox.removed"]
 
 
 async def test_the_end_of_a_ttl_is_told_when_it_comes_also_when_nobody_looks(tmp_path: Path) -> None:

@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-import array
-import contextlib
 import errno
 import fcntl
-import itertools
 import os
-import platform
 import resource
 import shutil
 import signal
 import socket
 import stat
-import struct
-import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
 import anyio.lowlevel
 import pytest
 from tests.init_container import (
-    FIRST_ID,
     Container,
     closing,
     make_request,
+    read_until,
     runtime_container,
     status_of,
     text,
     until,
 )
-from tests.keepers import files_of
 
 from unisandbox.api.errors import (
-    BackendError,
-    DeadlineExceededError,
     InvalidArgumentError,
-    UnavailableError,
 )
-from unisandbox.host import boundary
-from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.init import ExecFailed, SpawnRequest, binary_path, ended, open_binary, protocol, spawn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -49,30 +37,6 @@ pytestmark = [pytest.mark.anyio, pytest.mark.root]
 QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 PYTHON = "/usr/bin/python3"
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def container() -> Iterator[Container]:
-    with Container() as made:
-        yield made
-
-
-@pytest.fixture(params=["x86_64", "aarch64"])
-def on_machine(request: pytest.FixtureRequest) -> Iterator[Container]:
-    """Init of each machine, the other one's under qemu-user."""
-    if request.param == platform.machine():
-        with Container() as made:
-            yield made
-        return
-    if request.param != "aarch64" or QEMU is None:
-        pytest.skip(f"no qemu-user for {request.param} here (apt install qemu-user-static)")
-    qemu = os.open(QEMU, os.O_PATH | os.O_CLOEXEC)
-    try:
-        with Container(program=qemu, args=("qemu", binary_path("aarch64"))) as made:
-            made.emulated = True
-            yield made
-    finally:
-        os.close(qemu)
 
 
 # ---- exact ends ----
@@ -361,372 +325,6 @@ async def test_what_no_kernel_takes_is_refused_before_it_is_sent(options: dict[s
         SpawnRequest(**options)  # type: ignore[arg-type]
 
 
-# ---- terminals ----
-
-
-def _resize(master: int, rows: int, columns: int) -> None:
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-
-async def _read_until(master: int, word: bytes) -> bytes:
-    read = b""
-    with anyio.move_on_after(10):
-        while word not in read:
-            await anyio.wait_readable(master)
-            read += os.read(master, 4096)
-    assert word in read
-    return read
-
-
-async def test_a_terminal_has_its_size_and_follows_resizes(on_machine: Container) -> None:
-    script = (
-        "import os, signal, sys\n"
-        "def now(*_):\n"
-        "    os.write(1, b'now %d %d\\n' % os.get_terminal_size())\n"
-        "    os._exit(4)\n"
-        "signal.signal(signal.SIGWINCH, now)\n"
-        "print('first', *os.get_terminal_size(), os.ttyname(0), os.isatty(1), os.isatty(2), flush=True)\n"
-        "while True: signal.pause()\n"
-    )
-    process = await on_machine.start("python3", "-c", script, tty=(24, 80))
-    async with closing(process):
-        assert process.master is not None
-        assert not os.get_inheritable(process.master)
-        assert b"first 80 24 /dev/pts/0 True True\r\n" in await _read_until(process.master, b"\n")
-        _resize(process.master, 50, 132)
-        assert b"now 132 50\r\n" in await _read_until(process.master, b"\n")
-        assert await status_of(process.life) == 4 << 8
-
-
-async def test_a_terminal_controls_its_jobs(on_machine: Container) -> None:
-    # Not through a shell: dash loses a SIGINT that comes while it forks.
-    async with closing(await on_machine.start("cat", tty=(24, 80))) as process:
-        assert process.master is not None
-        os.write(process.master, b"word\n")
-        await _read_until(process.master, b"word\r\nword\r\n")
-        os.write(process.master, b"\x03")
-        with anyio.fail_after(10):
-            assert await status_of(process.life) == signal.SIGINT
-
-
-async def test_a_job_can_be_stopped_and_continued_on_a_terminal(container: Container) -> None:
-    shell = ["bash", "--norc", "--noediting", "-i"]
-    async with closing(await container.start(*shell, tty=(24, 80), env={"PATH": "/bin", "PS1": "$ "})) as process:
-        assert process.master is not None
-        await _read_until(process.master, b"$ ")
-        os.write(process.master, b"cat\n")
-        await _read_until(process.master, b"cat\r\n")
-        os.write(process.master, b"word\n")
-        await _read_until(process.master, b"word\r\nword\r\n")
-        os.write(process.master, b"\x1a")
-        await _read_until(process.master, b"Stopped")
-        os.write(process.master, b"fg\n")
-        await _read_until(process.master, b"cat\r\n")
-        os.write(process.master, b"\x04")
-        await _read_until(process.master, b"$ ")
-        os.write(process.master, b"exit 6\n")
-        with anyio.fail_after(10):
-            assert await status_of(process.life) == 6 << 8
-
-
-async def test_a_terminal_belongs_to_its_user_and_its_end_is_seen(container: Container) -> None:
-    script = (
-        "import os\n"
-        "os.close(os.open('/dev/tty', os.O_RDWR))\n"
-        "print('owner', os.stat('/dev/pts/0').st_uid, flush=True)\n"
-        "input()\n"
-    )
-    async with closing(await container.start("python3", "-c", script, tty=(24, 80), uid=1000)) as process:
-        assert process.master is not None
-        assert b"owner 1000\r\n" in await _read_until(process.master, b"\n")
-        for pid in (container.pid, process.pid):
-            links = files_of(pid)
-            assert not [link for link in links if "ptmx" in link], "the master is the host's alone"
-        signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-        assert await status_of(process.life) == signal.SIGKILL
-
-
-# ---- the wait before exec ----
-
-
-async def test_the_process_waits_for_its_cgroup_before_exec(container: Container) -> None:
-    seen: list[tuple[str, int]] = []
-
-    def look(pid: int, pidfd: int) -> None:
-        seen.append((os.readlink(f"/proc/{pid}/exe"), os.stat(f"/proc/{pid}").st_uid))
-        signal.pidfd_send_signal(pidfd, 0)
-
-    assert await container.status("/bin/true", before_exec=look) == 0
-    assert len(seen) == 1
-    assert "unisandbox-init" in seen[0][0], "it ran nothing of the user's yet"
-
-
-@pytest.fixture
-def birthplace(container: Container) -> Iterator[int]:
-    """A cgroup2 directory in which init may give birth."""
-    root = Cgroups.detect(f"init-{os.getpid()}").root()
-    try:
-        home, place = root.child("home"), root.child("place")
-        if place.clone_into is None:
-            pytest.skip("this host has no cgroup2 tree")
-        home.enter(container.pid)
-        for cgroup in (root, home, place):
-            cgroup.admit(FIRST_ID)
-        directory = os.open(place.clone_into, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield directory
-        finally:
-            os.close(directory)
-    finally:
-        root.kill()
-        assert root.remove(timeout=5)
-
-
-async def test_nobody_is_asked_to_move_a_process_that_is_about_to_enter_its_cgroups_itself(
-    container: Container, birthplace: int
-) -> None:
-    reader, writer = os.pipe2(os.O_CLOEXEC)  # in the place of a v1 `tasks`: full, so that the process has to wait
-    os.set_blocking(writer, False)
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(writer, b"\0" * 4096)
-    os.set_blocking(writer, True)
-    steps: list[str] = []
-    began = anyio.Event()
-
-    def watch(name: str, _: str) -> None:
-        if name == "after init.started":
-            began.set()
-
-    async def start() -> None:
-        process = await spawn(
-            container.control,
-            make_request("/bin/true"),
-            (0, 1, 2),
-            before_exec=lambda pid, pidfd: steps.append("looked at"),
-            timeout=10,
-            cgroup=(birthplace, writer),
-        )
-        async with closing(process):
-            end = await ended(process.life)
-            assert end is not None
-            assert end.status == 0
-
-    boundary.watch(watch)
-    try:
-        async with anyio.create_task_group() as group:
-            group.start_soon(start)
-            await began.wait()
-            await anyio.wait_all_tasks_blocked()
-            steps.append("let in")
-            while os.read(reader, 4096).rstrip(b"\0") != b"0":
-                pass
-    finally:
-        boundary.watch(None)
-        os.close(reader)
-        os.close(writer)
-    assert steps == ["let in", "looked at"]
-
-
-async def test_an_error_before_exec_ends_the_process(container: Container) -> None:
-    def refuse(pid: int, pidfd: int) -> None:
-        raise OSError(errno.EBUSY, "no cgroup today")
-
-    with pytest.raises(OSError, match="no cgroup today"):
-        await container.start("touch", "/tmp/never", before_exec=refuse)
-    await until(lambda: list(container.processes()) == [container.pid])
-    assert "never" not in os.listdir(f"/proc/{container.pid}/root/tmp")
-
-
-async def test_a_process_killed_before_exec_has_its_exact_end(container: Container) -> None:
-    def kill(pid: int, pidfd: int) -> None:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-    assert await container.status("/bin/true", before_exec=kill) == signal.SIGKILL
-
-
-async def test_a_start_cancelled_at_any_await_leaves_nothing(container: Container) -> None:
-    request, null = make_request("sleep", "60"), os.open("/dev/null", os.O_RDWR)
-    descriptors = sorted(os.listdir("/proc/self/fd"))
-
-    async def start(scope: anyio.CancelScope, where: str) -> None:
-        async def hold(fd: int, pid: int, pidfd: int) -> None:
-            if where == "hold":
-                scope.cancel()
-            await anyio.lowlevel.checkpoint()
-
-        def before(pid: int, pidfd: int) -> None:
-            if where == "before":
-                scope.cancel()
-
-        if where == "first":
-            scope.cancel()
-        process = await spawn(
-            container.control, request, (null, null, null), before_exec=before, hold_life=hold, timeout=10
-        )
-        # The exec was quicker than the first await that could be cancelled: then it has simply started.
-        async with closing(process):
-            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-
-    try:
-        for where in ("first", "hold", "before"):
-            with anyio.CancelScope() as scope:
-                await start(scope, where)
-            await until(lambda: list(container.processes()) == [container.pid])
-            assert sorted(os.listdir("/proc/self/fd")) == descriptors
-    finally:
-        os.close(null)
-    assert await container.status("/bin/true") == 0
-
-
-async def test_a_stopped_init_meets_the_deadline_and_starts_nothing_later(container: Container) -> None:
-    os.kill(container.pid, signal.SIGSTOP)
-    failed = 0
-
-    async def start() -> None:
-        nonlocal failed
-        with pytest.raises(DeadlineExceededError):
-            await container.start("touch", "/tmp/never", timeout=0.5)
-        failed += 1
-
-    try:
-        async with anyio.create_task_group() as group:
-            for _ in range(300):  # more than the socket's queue takes: the rest waits for room in it
-                group.start_soon(start)
-    finally:
-        os.kill(container.pid, signal.SIGCONT)
-    assert failed == 300
-    assert await container.status("/bin/true") == 0
-    await until(lambda: list(container.processes()) == [container.pid])
-    assert "never" not in os.listdir(f"/proc/{container.pid}/root/tmp")
-
-
-async def test_a_process_of_another_pid_namespace_than_expected_is_refused(container: Container) -> None:
-    null = os.open("/dev/null", os.O_RDWR)
-    expected = os.stat(f"/proc/{container.pid}/ns/pid").st_ino
-
-    async def start(pid_namespace: int) -> None:
-        process = await spawn(
-            container.control,
-            make_request("true"),
-            (null, null, null),
-            before_exec=lambda pid, pidfd: None,
-            timeout=10,
-            pid_namespace=pid_namespace,
-        )
-        async with closing(process):
-            assert await status_of(process.life) == 0
-
-    try:
-        await start(expected)
-        with pytest.raises(BackendError, match="namespace"):
-            await start(expected + 1)
-    finally:
-        os.close(null)
-    await until(lambda: list(container.processes()) == [container.pid])
-
-
-async def test_a_host_without_descriptors_gets_a_typed_error_at_every_point(container: Container) -> None:
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    null = os.open("/dev/null", os.O_RDWR)
-    filling = [null]
-    while filling[-1] <= highest:  # no gaps below the limit
-        filling.append(os.dup(null))
-    request = make_request("true")
-    failures = 0
-    for room in range(1, 24):
-        taken = []
-        resource.setrlimit(resource.RLIMIT_NOFILE, (filling[-1] + room, limit[1]))
-        try:
-            process = await spawn(
-                container.control, request, (null, null, null), before_exec=lambda pid, pidfd: None, timeout=10
-            )
-            taken.append(process)
-        except BackendError:
-            failures += 1
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        for process in taken:
-            async with closing(process):
-                assert await status_of(process.life) == 0
-    for fd in filling:
-        os.close(fd)
-    assert 0 < failures < 23
-    await until(lambda: list(container.processes()) == [container.pid])
-
-
-async def test_without_init_a_start_is_a_typed_error(container: Container) -> None:
-    os.kill(container.pid, signal.SIGKILL)
-    container.finish()
-    with pytest.raises(UnavailableError, match="init"):
-        await container.start("/bin/true")
-
-
-async def test_init_ending_during_a_start_is_a_typed_error(container: Container) -> None:
-    def kill_init(pid: int, pidfd: int) -> None:
-        os.kill(container.pid, signal.SIGKILL)
-
-    async with closing(await container.start("sleep", "60", before_exec=kill_init)) as process:
-        assert await status_of(process.life) is None
-
-
-# ---- limits of init itself ----
-
-
-async def test_more_processes_than_init_can_hold_are_refused_with_a_typed_error() -> None:
-    with Container(files=80) as container:
-        processes = [await container.start("sleep", "60", rlimits={}) for _ in range(48)]
-        with pytest.raises(ExecFailed) as failed:
-            await container.start("/bin/true")
-        assert (failed.value.step, failed.value.errno) == ("table", errno.EAGAIN)
-        signal.pidfd_send_signal(processes[0].pidfd, signal.SIGKILL)
-        assert await status_of(processes[0].life) == signal.SIGKILL
-        assert await container.status("/bin/true") == 0
-        for process in processes:
-            async with closing(process):
-                pass
-
-
-def _fill(sock: socket.socket) -> int:
-    for filled in itertools.count():
-        try:
-            sock.send(b"x", socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return filled
-    raise AssertionError("a socket without an end")
-
-
-async def test_an_end_that_cannot_be_sent_is_kept_until_it_can(container: Container) -> None:
-    life, their_life = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    go, their_go = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with life, their_life, go, their_go:
-        request = make_request("/bin/true")
-        spec = protocol.encode_spec(request)
-        memory, null = os.memfd_create("spec"), os.open("/dev/null", os.O_RDWR)
-        os.write(memory, spec)
-        fds = array.array("i", [their_life.fileno(), their_go.fileno(), memory, null, null, null])
-        container.control.sendmsg(
-            [protocol.encode_request(request, len(spec))], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)]
-        )
-        their_go.close()
-        with anyio.fail_after(10):
-            await anyio.wait_readable(life)
-        filled = _fill(their_life)
-        go.send(b"g")
-        await until(lambda: list(container.processes()) == [container.pid])
-        assert await container.status("/bin/true") == 0, "others are not kept waiting"
-        assert life.recv(64)[:4] == struct.pack("=I", protocol.STARTED)
-        for _ in range(filled):
-            assert life.recv(64) == b"x"
-        their_life.close()
-        with anyio.fail_after(10):
-            assert await status_of(life) == 0
-        os.close(memory)
-        os.close(null)
-    await until(lambda: len(os.listdir(f"/proc/{container.pid}/fd")) == 5)
-
-
 # ---- its own life ----
 
 
@@ -796,5 +394,5 @@ async def test_an_oci_runtime_starts_it_from_a_descriptor_and_it_is_protected_th
         assert b"Permission denied" in await container.output("ls", "/proc/1/fd")
         async with closing(await container.start("sh", "-c", "stty size; exit 4", tty=(30, 90))) as process:
             assert process.master is not None
-            assert b"30 90\r\n" in await _read_until(process.master, b"\n")
+            assert b"30 90\r\n" in await read_until(process.master, b"\n")
             assert await status_of(process.life) == 4 << 8

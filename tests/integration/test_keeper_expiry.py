@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -17,7 +16,6 @@ import pytest
 from tests.keepers import (
     DEADLINE,
     adopt,
-    cgroup_of_tests,
     fd_count,
     host,
     keeper_at,
@@ -33,12 +31,6 @@ from unisandbox.host.cgroups import ending
 from unisandbox.host.keeper import Guard, Keeper, SpawnFailed
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
-
-
-@pytest.fixture
-def cgroup() -> Iterator[str]:
-    with cgroup_of_tests() as path:
-        yield path
 
 
 async def told(keeper: Keeper, *prefixes: str) -> None:

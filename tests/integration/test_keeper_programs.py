@@ -9,14 +9,12 @@ import errno
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
 import pytest
 from tests.keepers import (
     DEADLINE,
-    cgroup_of_tests,
     children_of,
     fd_count,
     keeper_at,
@@ -122,12 +120,6 @@ async def test_a_program_that_cannot_be_started_says_how_far_it_came(tmp_path: P
         assert exits == []
         with pytest.raises(SpawnFailed, match="argv must begin with a path"):
             await keeper.spawn("relative", ["true"], env={})
-
-
-@pytest.fixture
-def cgroup() -> Iterator[str]:
-    with cgroup_of_tests() as path:
-        yield path
 
 
 async def test_a_program_is_in_its_cgroup_before_it_runs(tmp_path: Path, cgroup: str) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterable, Iterator
@@ -17,20 +16,18 @@ from typing import Any
 import attrs
 import pytest
 from tests.keepers import children_of, until, wait_ended
+from tests.left_behind import kinds, left_of, remove_all
 from tests.programs import Program, program
 
 from unisandbox import Engine, FailedPreconditionError, Resources
 from unisandbox.api import Rootfs, SandboxSpec, short_name
 from unisandbox.conformance.inventory import Inventory, settle
 from unisandbox.engine import leftovers
-from unisandbox.engine.closing import abandon
-from unisandbox.engine.leftovers import Leftover, traces, verdicts
-from unisandbox.engine.records import Record, RecordStore
+from unisandbox.engine.leftovers import traces, verdicts
+from unisandbox.engine.records import RecordStore
 from unisandbox.engine.runtime_directory import RUNTIME_DIRECTORY, end_leases
-from unisandbox.engine.state import StateDirectory
 from unisandbox.host import loop, syscalls
 from unisandbox.host.cgroups import Cgroups
-from unisandbox.host.keeper import Keeper
 
 pytestmark = pytest.mark.root
 
@@ -91,25 +88,6 @@ def standing_in(cgroups: Iterable[str]) -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
-
-
-def left_of(engine_id: str) -> list[Leftover]:
-    """What is found of one engine: others may have crashed on this machine too."""
-    return [leftover for leftover in leftovers.find() if leftover.engine_id == engine_id]
-
-
-def kinds(found: list[Leftover]) -> list[str]:
-    """Their kinds, each once, in order."""
-    return list(dict.fromkeys(leftover.kind for leftover in found))
-
-
-def remove_all(engine_id: str) -> None:
-    """Remove what an engine has left, each twice, and the file of numbers if it was the last to lease any."""
-    for leftover in [*left_of(engine_id), *left_of("")]:
-        if leftover.engine_id or leftover.kind == "file":
-            leftovers.remove(leftover)
-            leftovers.remove(leftover)
-    assert left_of(engine_id) == []
 
 
 def fresh_id() -> str:
@@ -326,6 +304,17 @@ async def test_a_cgroup_that_only_has_the_name_of_an_engines_is_not_ours(tmp_pat
                 os.makedirs(place, exist_ok=True)
             with standing_in(places[:1]):
                 assert left_of("containerd") == []
+            # Nobody is in it, and what is below it may be a sandbox's by its name, too.
+            for place in places:
+                os.makedirs(f"{place}/experiment")
+            found = [leftover for leftover in leftovers.find() if leftover.what in places]
+            assert {leftover.what for leftover in found} == set(places)
+            assert not any(leftover.removable for leftover in found)
+            for leftover in found:
+                with pytest.raises(FailedPreconditionError, match="nothing but its name"):
+                    leftovers.remove(leftover)
+            for place in places:
+                os.rmdir(f"{place}/experiment")
         finally:
             for place in places:
                 os.rmdir(place)
@@ -384,89 +373,6 @@ def test_images_loop_devices_and_mounts_are_found_and_removed() -> None:
         os.close(device)
     until(lambda: image not in {path for _, path in loop.attached()}, "the loop device lets go of the image")
     assert left_of(engine_id) == []
-
-
-def test_a_directory_without_a_keeper_may_be_one_that_is_about_to_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = StateDirectory.prepare(None)
-    unnamed = Path(RUNTIME_DIRECTORY) / "state-0a1b2c3d"
-    unnamed.mkdir(mode=0o700)
-    try:
-        found = left_of(state.engine_id)
-        assert kinds(found) == ["directory", "link"]
-        assert not any(leftover.removable for leftover in found)
-        assert [leftover.removable for leftover in leftovers.find() if leftover.what == str(unnamed)] == [False]
-        monkeypatch.setattr(verdicts, "_YOUNG", 0.0)
-        remove_all(state.engine_id)
-        for leftover in leftovers.find():
-            if leftover.what == str(unnamed):
-                leftovers.remove(leftover)
-        assert not unnamed.exists()
-    finally:
-        state.discard()
-        state.unclaim()
-
-
-@pytest.mark.anyio
-async def test_a_keeper_that_nobody_needs_is_told_with_its_directory(tmp_path: Path) -> None:
-    state = StateDirectory.prepare(tmp_path)
-    keeper = await Keeper.start(state.path, workdir=state.work_dir, policy="keep")
-    await keeper.guard(state.guards(Cgroups.detect(f"unisandbox-{state.engine_id}")))
-    pid = keeper.pid
-    assert left_of(state.engine_id) == []
-    keeper.abandon()
-    until(lambda: bool(left_of(state.engine_id)), "the keeper sees that its owner is gone")
-    [found] = left_of(state.engine_id)
-    assert (found.kind, found.what, found.state_dir, found.removable) == ("keeper", str(pid), str(tmp_path), False)
-    store = RecordStore(str(tmp_path / "sandboxes"), durable=True)
-    store.write(Record("s1", None, "runc", "ready", 1.0))
-    assert left_of(state.engine_id) == [], "it keeps a sandbox"
-    store.remove("s1")
-    again = await Keeper.attach(state.path, own=True)
-    assert left_of(state.engine_id) == []
-    await again.close(run_guards=True)
-    wait_ended(pid)
-    assert left_of(state.engine_id) == []
-
-
-@pytest.mark.anyio
-async def test_a_keeper_whose_directory_is_gone_is_found_and_ends_with_all_that_it_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = Inventory.take()
-    async with Engine.open(tmp_path / "state", policy="keep") as engine:
-        process = await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
-        keeper = engine._core.host.keeper
-        number = keeper.pid
-        (tmp_path / "state").rename(tmp_path / "moved")
-        assert left_of(engine.id) == [], "it may come back"
-        (tmp_path / "moved").rename(tmp_path / "state")
-    os.kill(process.pid, 0)
-    assert left_of(engine.id) == []
-    attached = await Engine.attach(tmp_path / "state")  # does not go: then it would notice that by itself
-    shutil.rmtree(tmp_path / "state")
-    assert left_of(engine.id) == [], "somebody uses it"
-    monkeypatch.setattr(traces, "_has_clients", lambda _: False)
-    async with Engine.open(tmp_path / "state"):
-        [found] = left_of(engine.id)
-        assert (found.kind, found.what, found.removable) == ("keeper", str(number), True)
-        leftovers.remove(found)
-        wait_ended(process.pid)
-        assert left_of(engine.id) == []
-    await attached.close()
-    assert settle(before) == []
-
-
-@pytest.mark.anyio
-async def test_the_keeper_of_a_living_owner_is_not_left_over_without_its_directory(tmp_path: Path) -> None:
-    before = Inventory.take()
-    engine = await Engine.open(tmp_path / "state", policy="keep")
-    process = await (await engine.create(resources=SMALL)).exec(["sleep", "1000"])
-    shutil.rmtree(tmp_path / "state")
-    assert left_of(engine.id) == []
-    abandon(engine._core)
-    wait_ended(process.pid)  # by itself: nobody can come
-    until(lambda: left_of(engine.id) == [], "the keeper has ended")
-    assert settle(before) == []
 
 
 # Leases a number, as a keeper does. A fork of it, if wanted, lives until the descriptor that is named second ends.

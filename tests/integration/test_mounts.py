@@ -3,60 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import os
 import stat
-import subprocess
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.isolated import isolated, open_fds
+from tests.mount_trees import ROOT, USERNS, bind_op, build_tree, mkdir_op, tmpfs_op
 
-from unisandbox.host import jobs, loop, mounts, syscalls, tree
+from unisandbox.host import jobs, mounts, syscalls, tree
 from unisandbox.host.power import standing
 
 pytestmark = pytest.mark.root
 
-ROOT = 1_000_000
-USERNS: dict[str, object] = {
-    "do": "namespaces",
-    "kinds": ["user"],
-    "uid_map": [[0, ROOT, 65_536]],
-    "gid_map": [[0, ROOT, 65_536]],
-}
 READONLY = ["readonly", "nosuid", "nodev"]
-
-
-def _build(root: Path, *ops: dict[str, object], fds: list[int] | None = None) -> dict[str, Any]:
-    """Run one job that makes a user namespace and then these operations; the result of the latter."""
-    root.mkdir(exist_ok=True)
-    steps: list[dict[str, object]] = [USERNS, {"do": "mounts", "root": str(root), "ops": list(ops)}]
-    result, named = jobs.run(steps, fds or [])
-    for fd in named.values():
-        os.close(fd)
-    steps_done: Any = result["steps"]
-    answer: dict[str, Any] = steps_done[1]
-    return answer
-
-
-def _tmpfs(path: str = "/", **fields: object) -> dict[str, object]:
-    return {"op": "tmpfs", "path": path, "size": 1 << 20, "inodes": 100, **fields}
-
-
-def _mkdir(path: str, **fields: object) -> dict[str, object]:
-    return {"op": "mkdir", "path": path, **fields}
-
-
-def _bind(source: object, path: str, **fields: object) -> dict[str, object]:
-    return {"op": "bind", "source": source, "path": path, "create": True, **fields}
-
-
-def _fill(file: io.RawIOBase) -> None:
-    for _ in range(100):
-        file.write(bytes(1 << 20))
 
 
 def _points(below: Path) -> list[str]:
@@ -67,15 +27,15 @@ def test_a_tree_is_built_as_told_and_taken_apart(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         root = where / "root"
         before = open_fds()
-        _build(
+        build_tree(
             root,
-            _tmpfs(uid=ROOT, gid=ROOT, mode=0o750),
-            _bind("/usr", "/usr", attributes=READONLY),
+            tmpfs_op(uid=ROOT, gid=ROOT, mode=0o750),
+            bind_op("/usr", "/usr", attributes=READONLY),
             {"op": "symlink", "target": "usr/bin", "path": "/bin", "uid": ROOT, "gid": ROOT},
             {"op": "mkdir", "path": "/a/b/c", "parents": True, "mode": 0o700, "uid": ROOT},
             {"op": "file", "path": "/a/hosts", "content": "127.0.0.1 localhost\n", "mode": 0o600, "gid": ROOT},
             {"op": "file", "path": "/a/raw", "base64": "AP8="},
-            _bind("/etc/passwd", "/etc/passwd", attributes=READONLY),
+            bind_op("/etc/passwd", "/etc/passwd", attributes=READONLY),
             {"op": "mkdir", "path": "/tmp", "mode": 0o1777},
         )
         assert open_fds() == before
@@ -105,7 +65,7 @@ def test_readonly_holds_for_submounts_where_a_plain_bind_does_not(tmp_path: Path
         source = where / "source"
         (source / "sub").mkdir(parents=True)
         syscalls.mount("tmpfs", str(source / "sub"), "tmpfs")
-        _build(where / "root", _bind(str(source), "/safe", attributes=["readonly"]))
+        build_tree(where / "root", bind_op(str(source), "/safe", attributes=["readonly"]))
         plain = where / "plain"
         plain.mkdir()
         syscalls.mount(str(source), str(plain), None, syscalls.MS_BIND | syscalls.MS_REC)
@@ -144,7 +104,7 @@ def test_a_later_mount_of_the_host_does_not_appear_inside(tmp_path: Path) -> Non
         (source / "late").mkdir(parents=True)
         syscalls.mount(str(source), str(source), None, syscalls.MS_BIND)
         syscalls.mount("none", str(source), None, 1 << 20)  # MS_SHARED, as systemd makes everything
-        _build(where / "root", _bind(str(source), "/in", attributes=["readonly"]))
+        build_tree(where / "root", bind_op(str(source), "/in", attributes=["readonly"]))
         syscalls.mount("tmpfs", str(source / "late"), "tmpfs")
         (source / "late/here").touch()
         return (where / "root/in/late/here").exists()
@@ -161,9 +121,9 @@ def test_ids_are_mapped_for_binds_and_overlays(tmp_path: Path) -> None:
         root = where / "root"
         root.mkdir()
         ops = [
-            _tmpfs(),
-            _bind(str(lower), "/bind", idmap=True),
-            _tmpfs("/layer") | {"path": "/layer"},
+            tmpfs_op(),
+            bind_op(str(lower), "/bind", idmap=True),
+            tmpfs_op("/layer") | {"path": "/layer"},
         ]
         ops.insert(2, {"op": "mkdir", "path": "/layer"})
         ops += [
@@ -179,7 +139,7 @@ def test_ids_are_mapped_for_binds_and_overlays(tmp_path: Path) -> None:
                 "idmap": True,
             },
         ]
-        assert _build(root, *ops) == {"unmapped": []}
+        assert build_tree(root, *ops) == {"unmapped": []}
         for place in ("bind", "merged"):
             status = (root / place / "file").stat()
             assert (status.st_uid, status.st_gid) == (ROOT + 5, ROOT + 6)
@@ -208,9 +168,9 @@ def test_overlays_of_old_kernels_are_the_same(tmp_path: Path, monkeypatch: pytes
             (where / name).mkdir()
         root = where / "root"
         for path in ("/", "/deep"):
-            _build(
+            build_tree(
                 root,
-                *([] if path == "/" else [_mkdir("/deep")]),
+                *([] if path == "/" else [mkdir_op("/deep")]),
                 {
                     "op": "overlay",
                     "path": path,
@@ -242,7 +202,7 @@ def test_many_layers_fit(tmp_path: Path) -> None:
             layer.mkdir()
             (layer / layer.name).touch()
         lower: list[object] = [str(layer) for layer in layers]
-        _build(where / "root", {"op": "overlay", "path": "/", "lower": lower})
+        build_tree(where / "root", {"op": "overlay", "path": "/", "lower": lower})
         return len(os.listdir(where / "root")), os.access(where / "root", os.W_OK)
 
     assert isolated(work, tmp_path) == [120, False]
@@ -270,15 +230,15 @@ def test_symbolic_links_of_a_hostile_directory_lead_nowhere(tmp_path: Path, foll
             "/relative/../../victim",
         ):
             attacks: list[dict[str, object]] = [
-                _mkdir(path, parents=True),
+                mkdir_op(path, parents=True),
                 {"op": "file", "path": path, "content": "x"},
-                _tmpfs(path),
-                _bind("/usr", path),
+                tmpfs_op(path),
+                bind_op("/usr", path),
                 {"op": "symlink", "path": path + "/link", "target": "x"},
             ]
             for op in attacks:
                 with contextlib.suppress(jobs.StepError):
-                    _build(hostile, op | {"follow": follow})
+                    build_tree(hostile, op | {"follow": follow})
         assert os.listdir(victim) == []
         assert sorted(os.listdir(where)) == ["root", "victim"]
         return [p for p in mounts.mount_points() if p not in mounted and not p.startswith(f"{hostile}/")]
@@ -293,8 +253,8 @@ def test_links_inside_may_be_followed_when_asked(tmp_path: Path) -> None:
         (root / "var").mkdir()
         (root / "var/run").symlink_to("/run")
         with pytest.raises(jobs.StepError, match="symbolic link"):
-            _build(root, _tmpfs("/var/run"))
-        _build(root, _tmpfs("/var/run", follow=True))
+            build_tree(root, tmpfs_op("/var/run"))
+        build_tree(root, tmpfs_op("/var/run", follow=True))
         return _points(root) == [f"{root}/run"]
 
     assert isolated(work, tmp_path)
@@ -305,17 +265,17 @@ def test_a_failure_leaves_no_mount_no_descriptor_and_no_image(tmp_path: Path) ->
         before = open_fds(), mounts.mount_points()
         image = where / "disk"
         with pytest.raises(jobs.StepError) as caught:
-            _build(
+            build_tree(
                 where / "root",
-                _tmpfs(),
-                _bind("/usr", "/usr"),
+                tmpfs_op(),
+                bind_op("/usr", "/usr"),
                 {"op": "mkdir", "path": "/x"},
-                _tmpfs("/x"),
-                _bind("/no/such/place", "/y"),
+                tmpfs_op("/x"),
+                bind_op("/no/such/place", "/y"),
             )
         assert (open_fds(), mounts.mount_points()) == before
         with pytest.raises(jobs.StepError):
-            _build(where / "root", {"op": "image", "path": "/missing", "image": str(image), "size": 1 << 20})
+            build_tree(where / "root", {"op": "image", "path": "/missing", "image": str(image), "size": 1 << 20})
         assert not image.exists()
         assert (open_fds(), mounts.mount_points()) == before
         error = caught.value
@@ -327,48 +287,6 @@ def test_a_failure_leaves_no_mount_no_descriptor_and_no_image(tmp_path: Path) ->
     assert "/no/such/place" in message
 
 
-def test_a_disk_image_larger_than_its_file_system_can_be_is_refused_as_that() -> None:
-    """Also where a file may be that large: on ext4 it may not."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
-        for size in (loop.MOST_SIZE + 1, 1 << 60):
-            with pytest.raises(OSError, match="File too large") as caught:
-                loop.make_image(f"{directory}/disk", size)
-            assert caught.value.errno == errno.EFBIG
-            assert os.listdir(directory) == []
-
-
-def test_a_disk_image_bounds_what_is_written_and_frees_its_device(tmp_path: Path) -> None:
-    image = tmp_path / "disk"
-    tmp_path = tmp_path / "work"
-    tmp_path.mkdir()
-
-    def work(where: Path) -> object:
-        root = where / "root"
-        _build(root, {"op": "image", "path": "/", "image": str(image), "size": 8 << 20, "uid": ROOT, "gid": ROOT})
-        assert root.stat().st_uid == ROOT
-        flags = os.statvfs(root).f_flag
-        assert flags & os.ST_NOSUID
-        assert flags & os.ST_NODEV
-        with (root / "fill").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
-            _fill(file)
-        os.sync()  # what was written may still be in memory only
-        full = image.stat().st_blocks * 512
-        (root / "fill").unlink()
-        os.sync()
-        assert image.stat().st_blocks * 512 < full  # discarded blocks are given back
-        (root / "kept").write_text("kept")
-        jobs.run([{"do": "unmount", "path": str(root)}], [])
-        _build(root, {"op": "image", "path": "/", "image": str(image)})
-        kept = (root / "kept").read_text()
-        jobs.run([{"do": "unmount", "path": str(root)}], [])
-        return kept
-
-    assert isolated(work, tmp_path) == "kept"
-    assert image.stat().st_size == 8 << 20
-    listed = subprocess.run(["losetup", "--noheadings", "--list"], capture_output=True, text=True, check=True)
-    assert str(image) not in listed.stdout
-
-
 def test_a_source_that_was_opened_elsewhere_is_mounted_if_it_is_still_the_same(tmp_path: Path) -> None:
     source, other = tmp_path / "source", tmp_path / "other"
     for directory in (source, other, tmp_path / "w"):
@@ -378,7 +296,9 @@ def test_a_source_that_was_opened_elsewhere_is_mounted_if_it_is_still_the_same(t
     detached = mounts.detached_tree(str(source))
 
     def work(where: Path) -> object:
-        _build(where / "root", _bind({"fd": 0}, "/fd"), _bind({"fd": 1}, "/tree", detached=True), fds=[fd, detached])
+        build_tree(
+            where / "root", bind_op({"fd": 0}, "/fd"), bind_op({"fd": 1}, "/tree", detached=True), fds=[fd, detached]
+        )
         return (where / "root/fd/mine").exists(), (where / "root/tree/mine").exists()
 
     def replaced(where: Path) -> object:
@@ -386,7 +306,7 @@ def test_a_source_that_was_opened_elsewhere_is_mounted_if_it_is_still_the_same(t
         other.rename(source)
         syscalls.mount(str(source), str(tmp_path / "moved"), None, syscalls.MS_BIND)
         with pytest.raises(jobs.StepError, match="is not the file that was opened"):
-            _build(where / "root", _bind({"fd": 0}, "/fd"), fds=[fd])
+            build_tree(where / "root", bind_op({"fd": 0}, "/fd"), fds=[fd])
         return True
 
     try:
@@ -401,7 +321,7 @@ def test_a_source_path_with_a_link_in_it_is_refused(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         (where / "link").symlink_to("/usr")
         with pytest.raises(jobs.StepError, match="symbolic links"):
-            _build(where / "root", _bind(f"{where}/link/bin", "/bin"))
+            build_tree(where / "root", bind_op(f"{where}/link/bin", "/bin"))
         return True
 
     assert isolated(work, tmp_path)
@@ -410,8 +330,8 @@ def test_a_source_path_with_a_link_in_it_is_refused(tmp_path: Path) -> None:
 def test_a_file_system_that_cannot_map_ids_is_an_error_or_reported(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         with pytest.raises(jobs.StepError, match="mapping the ids"):
-            _build(where / "root", _bind("/proc", "/p", idmap=True))
-        return _build(where / "root", _bind("/proc", "/p", idmap="try"))["unmapped"]
+            build_tree(where / "root", bind_op("/proc", "/p", idmap=True))
+        return build_tree(where / "root", bind_op("/proc", "/p", idmap="try"))["unmapped"]
 
     assert isolated(work, tmp_path) == ["/p"]
 
@@ -419,7 +339,7 @@ def test_a_file_system_that_cannot_map_ids_is_an_error_or_reported(tmp_path: Pat
 def test_unmounting_never_follows_what_a_stranger_has_renamed(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         root = where / "root"
-        _build(root, _tmpfs(), {"op": "mkdir", "path": "/a/b", "parents": True}, _tmpfs("/a/b"))
+        build_tree(root, tmpfs_op(), {"op": "mkdir", "path": "/a/b", "parents": True}, tmpfs_op("/a/b"))
         (root / "a").rename(root / "c")
         (root / "a").symlink_to("/")
         before = len(mounts.mount_points())
@@ -448,7 +368,7 @@ def test_unmounting_never_follows_what_a_stranger_has_renamed(tmp_path: Path) ->
 def test_a_wrong_operation_is_an_error_that_names_it(tmp_path: Path, op: dict[str, object], words: str) -> None:
     def work(where: Path) -> object:
         with pytest.raises(jobs.StepError) as caught:
-            _build(where / "root", op)
+            build_tree(where / "root", op)
         return str(caught.value)
 
     message = isolated(work, tmp_path)
@@ -460,10 +380,10 @@ def test_stacked_mounts_and_odd_names_are_unmounted(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         odd = where / "a b\\c\td"
         for _ in range(3):
-            _build(odd, _tmpfs())
-        _build(odd, _mkdir("/in"), _tmpfs("/in"), _tmpfs("/in"))
+            build_tree(odd, tmpfs_op())
+        build_tree(odd, mkdir_op("/in"), tmpfs_op("/in"), tmpfs_op("/in"))
         beside = where / "a b"
-        _build(beside, _tmpfs())
+        build_tree(beside, tmpfs_op())
         result, _ = jobs.run([{"do": "unmount", "path": str(odd)}], [])
         return result["steps"], mounts.mount_points(str(odd)), len(mounts.mount_points(str(beside)))
 
@@ -484,7 +404,7 @@ def test_descriptors_are_named_and_given(tmp_path: Path) -> None:
                 "do": "mounts",
                 "root": str(where / "root"),
                 "ops": [
-                    _bind({"name": "layer"}, "/x", idmap=True),
+                    bind_op({"name": "layer"}, "/x", idmap=True),
                     {"op": "restrict", "path": "/x", "attributes": ["readonly"]},
                 ],
             },
@@ -509,11 +429,11 @@ def test_descriptors_are_named_and_given(tmp_path: Path) -> None:
 
 def test_devices_can_be_bound_where_nodes_cannot_be_made(tmp_path: Path) -> None:
     def work(where: Path) -> object:
-        _build(
+        build_tree(
             where / "root",
-            _tmpfs(),
-            _bind("/dev/null", "/dev/null", attributes=["nosuid", "noexec"]),
-            _bind("/dev/zero", "/dev/zero", attributes=["nosuid", "nodev"]),
+            tmpfs_op(),
+            bind_op("/dev/null", "/dev/null", attributes=["nosuid", "noexec"]),
+            bind_op("/dev/zero", "/dev/zero", attributes=["nosuid", "nodev"]),
         )
         (where / "root/dev/null").write_text("gone")
         with pytest.raises(PermissionError):

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import shutil
 import signal
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.outside import HOST, NAMED, OUTSIDE, World, world
-from tests.plain_user import PlainUser, plain_user
+from tests.plain_user import plain_user
 from tests.programs import program
+from tests.user_networks import ATTACK, HELPERS, TUN, ended, main, one, told
 
 from unisandbox import Engine, Network, UnsupportedError
 from unisandbox.backends.runc import RuncBackend
@@ -23,89 +19,6 @@ from unisandbox.backends.runc.capabilities import roots_capabilities
 from unisandbox.network import pasta
 
 pytestmark = pytest.mark.root
-
-# What programs inside do; with it they say one thing each.
-INSIDE = """
-import socket
-def tcp(address, port=7000, device=""):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as s:
-        s.settimeout(10 if not device else 0.2)
-        try:
-            if device:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-            s.connect((address, port))
-            return s.recv(100).decode()
-        except OSError as error:
-            return type(error).__name__
-def udp(address, said, port=7000, device=""):
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.settimeout(10 if not device else 0.2)
-        try:
-            if device:
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
-            s.sendto(said.encode(), (address, port))
-            return s.recv(100).decode()
-        except OSError as error:
-            return type(error).__name__
-"""
-HELPERS = f"""
-from pathlib import Path
-from unisandbox import Dns, UnsupportedError, UnavailableError
-INSIDE = {INSIDE!r}
-async def inside(sandbox, code):
-    done = await sandbox.run(["python3", "-c", INSIDE + code], timeout=60)
-    assert done.exit_code == 0, done.stderr
-    return done.text.strip()
-def helpers():
-    found = {{}}
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words, stat = (path / "cmdline").read_bytes().split(b"\\0"), (path / "stat").read_text()
-        except OSError:
-            continue
-        if words[0].endswith(b"/pasta"):
-            found[int(path.name)] = int(stat.rpartition(")")[2].split()[1])
-    # It clones itself now and then to do something in the other namespace.
-    return sorted(pid for pid, parent in found.items() if parent not in found)
-"""
-# A tun device that everybody may open, as udev makes it; in the program's own mount namespace.
-TUN = "mount -t tmpfs -o mode=755 none /dev/net && mknod -m 666 /dev/net/tun c 10 200\n"
-
-
-@pytest.fixture
-def around() -> Iterator[World]:
-    """A host with a world around it; skips where there is nothing to connect with."""
-    if why := pasta.obstacle()[0]:
-        pytest.skip(why)
-    with world() as made:
-        yield made
-
-
-def main(body: str) -> str:
-    """A host program from the body of its main function."""
-    return f"{HELPERS}\nasync def main():\n{textwrap.indent(textwrap.dedent(body), '    ')}\nanyio.run(main)\n"
-
-
-def told(around: World, body: str, *arguments: str) -> dict[str, Any]:
-    """All that a host program on this host tells."""
-    words: dict[str, Any] = {}
-    with program(main(body), *arguments, wrapper=around.enter) as host:
-        while "done" not in words:
-            words |= host.heard()
-        assert host.finish()[0] == 0
-    return words
-
-
-ONE = """
-async with Engine.open() as engine, engine.create(network="user") as sandbox:
-    {}
-tell(done=True, left=helpers())
-"""
-
-
-def one(around: World, *lines: str) -> dict[str, Any]:
-    """What is told by a program with one sandbox."""
-    return told(around, ONE.format("\n    ".join(lines)))
 
 
 def test_tcp_and_udp_reach_what_is_outside(around: World) -> None:
@@ -199,15 +112,6 @@ def test_names_are_asked_of_the_server_that_the_spec_says(around: World) -> None
         words = told(around, body)
 
     assert (words["said"], words["address"]) == (f"nameserver {OUTSIDE}\n", NAMED)
-
-
-# A socket that is bound to the interface sends there what is for a loopback; pasta of 2023 takes that for the host's.
-ATTACK = """
-for address in ("127.0.0.1", "127.0.0.9", "::1", "::ffff:127.0.0.1", "0.0.0.0", "10.0.2.1", "10.0.2.5", "10.0.2.6"):
-    for device in ("eth0", "lo"):
-        udp(address, "attack", device=device)
-        tcp(address, device=device)
-"""
 
 
 @pytest.mark.parametrize("capabilities", ["", "NET_ADMIN,NET_RAW"])
@@ -311,10 +215,6 @@ async with Engine.open(sys.argv[1], policy=sys.argv[2]) as engine:
 """
 
 
-def _ended(pidfd: int, seconds: float = 20.0) -> bool:
-    return bool(select.select([pidfd], [], [], seconds)[0])
-
-
 @pytest.mark.parametrize("killed", ["host", "keeper", "both"])
 def test_a_helper_ends_with_its_engine_whoever_is_killed(around: World, tmp_path: Path, killed: str) -> None:
     with program(main(DIES), str(tmp_path / "state"), "stop", wrapper=around.enter) as host:
@@ -326,9 +226,9 @@ def test_a_helper_ends_with_its_engine_whoever_is_killed(around: World, tmp_path
                 os.kill(words["keeper"], signal.SIGKILL)
             if killed in {"host", "both"}:
                 host.kill()
-            assert _ended(pidfds[0]), "the helper goes on"
+            assert ended(pidfds[0]), "the helper goes on"
             host.kill()
-            assert _ended(pidfds[1])
+            assert ended(pidfds[1])
         finally:
             for fd in pidfds:
                 os.close(fd)
@@ -561,100 +461,3 @@ async def test_without_a_user_namespace_of_its_own_it_is_refused() -> None:
     async with Engine.open() as engine:
         with pytest.raises(UnsupportedError, match="userns='host'"):
             await engine.create(network="user", userns="host")
-
-
-@pytest.fixture(params=["with", "without"])
-def user(around: World, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PlainUser]:
-    """An ordinary user on that host, with subordinate ids and without, who may open the tun device."""
-    with plain_user(single=request.param == "without") as user:
-        command = user.command
-
-        def entered(argv: list[str], *, setup: str = "", more: tuple[str, ...] = ()) -> list[str]:
-            return [*around.enter, *command(argv, setup=TUN + setup, more=more)]
-
-        monkeypatch.setattr(user, "command", entered)
-        yield user
-        assert user.left() == []
-
-
-def test_an_ordinary_user_has_it_too(around: World, user: PlainUser) -> None:
-    with around.server(around.host, "127.0.0.1,127.0.0.9,::1") as loopback, around.server(around.outside, OUTSIDE):
-        words = user.run(
-            f"""
-{textwrap.dedent(HELPERS)}
-async with Engine.open() as engine, engine.create(resources=FREE, network="user") as sandbox:
-    tell(tcp=await inside(sandbox, "print(tcp('{OUTSIDE}'))"))
-    tell(udp=await inside(sandbox, "print(udp('{OUTSIDE}', 'hello'))"))
-    tell(address=await inside(sandbox, "print(socket.gethostbyname('there.example'))"))
-    await inside(sandbox, {ATTACK!r})
-    from unisandbox.backends.runc import backend
-    tell(helpers=len(helpers()), claimed="user" in backend.capabilities.networks)
-tell(left=helpers())
-"""
-        )
-        around.run(around.host, "socket.socket(2, 2).sendto(b'own', ('127.0.0.1', 7000))")
-        assert loopback.heard() == ["udp", "127.0.0.1", "own"]
-
-    assert (words["tcp"], words["udp"], words["address"]) == (f"seen {HOST}", "seen hello", NAMED)
-    assert (words["helpers"], words["claimed"], words["left"]) == (1, True, [])
-
-
-@pytest.mark.parametrize("killed", ["host", "keeper", "both"])
-def test_an_ordinary_users_helper_ends_with_his_engine(around: World, user: PlainUser, killed: str) -> None:
-    work = f"""
-{textwrap.dedent(HELPERS)}
-engine = await Engine.open(HOME + "/state")
-sandbox = await engine.create(resources=FREE, network="user")
-tell(keeper=engine._core.host.keeper.pid, helpers=helpers(), host=os.getpid())
-await anyio.sleep_forever()
-"""
-    with user.start(work) as process:
-        try:
-            assert process.stdout is not None
-            words = json.loads(process.stdout.readline())
-            [helper] = words["helpers"]
-            pidfds = [os.pidfd_open(helper), os.pidfd_open(words["keeper"])]
-            if killed in {"keeper", "both"}:
-                os.kill(words["keeper"], signal.SIGKILL)
-            if killed in {"host", "both"}:
-                os.kill(words["host"], signal.SIGKILL)
-            assert _ended(pidfds[0]), "the helper goes on"
-            os.kill(words["host"], signal.SIGKILL)
-            assert _ended(pidfds[1])
-            for fd in pidfds:
-                os.close(fd)
-        finally:
-            process.kill()
-    user.run('async with Engine.open(HOME + "/state") as engine:\n    tell(done=True)\n')
-    shutil.rmtree(user.home / "state", ignore_errors=True)
-
-
-def test_an_ordinary_users_kept_sandbox_keeps_its_helper(around: World, user: PlainUser) -> None:
-    work = f"""
-{textwrap.dedent(HELPERS)}
-engine = await Engine.open(HOME + "/state", policy="keep")
-sandbox = await engine.create(resources=FREE, network="user", name="w")
-tell(helpers=helpers(), host=os.getpid())
-await anyio.sleep_forever()
-"""
-    with user.start(work) as process:
-        try:
-            assert process.stdout is not None
-            before = json.loads(process.stdout.readline())
-            os.kill(before["host"], signal.SIGKILL)
-        finally:
-            process.kill()
-    with around.server(around.outside, OUTSIDE):
-        words = user.run(
-            f"""
-{textwrap.dedent(HELPERS)}
-async with Engine.open(HOME + "/state") as engine:
-    sandbox = await engine.get("w")
-    tell(helpers=helpers(), answer=await inside(sandbox, "print(tcp('{OUTSIDE}'))"))
-    await sandbox.remove()
-    tell(left=helpers())
-"""
-        )
-    shutil.rmtree(user.home / "state", ignore_errors=True)
-
-    assert (words["helpers"], words["answer"], words["left"]) == (before["helpers"], f"seen {HOST}", [])

@@ -9,7 +9,6 @@ import os
 import re
 import select
 import signal
-import stat
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -33,10 +32,9 @@ from unisandbox.api.proto.containerd.types import Sandbox
 from unisandbox.api.proto.containerd.v1.types import Status as TaskStatus
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.methods import ControllerV1, TaskV3
-from unisandbox.engine.runtime_directory import runtime_directory
 from unisandbox.serve import cri, tasks
 from unisandbox.serve.config import ANNOTATION, ServeConfig, read
-from unisandbox.serve.daemon import Server, is_trusted, serving
+from unisandbox.serve.daemon import Server, serving
 from unisandbox.serve.pods import cgroup_path
 from unisandbox.serve.stdio import Ends, copy_terminal
 from unisandbox.wire.status import StatusError
@@ -464,68 +462,6 @@ async def test_a_start_that_fails_leaves_nothing_and_can_be_asked_for_again(engi
         await engine.call(ControllerV1.START, v1.ControllerStartRequest(sandbox_id=POD))
     assert server.pods.core.entries() == []
     await engine.run_pod(linux=shared())
-
-
-async def test_only_we_can_reach_the_sockets(engine: Engine, config: ServeConfig) -> None:
-    started = await engine.run_pod(linux=shared())
-    for path in (config.socket, started.address.removeprefix("ttrpc+unix://")):
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
-        assert stat.S_IMODE(os.stat(Path(path).parent).st_mode) == 0o700
-
-
-async def test_a_peer_of_another_user_is_not_trusted(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(str(tmp_path / "s"))
-        os.chmod(tmp_path / "s", 0o666)
-        os.chmod(tmp_path, 0o755)
-        listener.listen()
-        for uid in (0, 12345):
-            child = os.fork()
-            if not child:
-                try:
-                    os.chdir(tmp_path)  # what is above it lets nobody else in
-                    os.setuid(uid)
-                    with socket.socket(socket.AF_UNIX) as peer:
-                        peer.connect("s")
-                        peer.recv(1)
-                finally:
-                    os._exit(0)
-            listener.settimeout(20)
-            connection, _ = listener.accept()
-            with connection:
-                assert is_trusted(connection) == (uid == 0)
-            os.waitpid(child, 0)  # noqa: ASYNC222 (it has nothing left to do)
-
-
-async def test_a_directory_that_others_can_enter_is_refused(config: ServeConfig) -> None:
-    Path(config.socket).parent.mkdir(mode=0o755)
-    with pytest.raises(FailedPreconditionError, match="nobody else may enter"):
-        async with serving(config):
-            pass
-
-
-async def test_a_directory_belongs_to_one_server_whatever_its_root(
-    engine: Engine, config: ServeConfig, tmp_path: Path
-) -> None:
-    await engine.run_pod(linux=shared())
-    directory = os.path.dirname(config.socket)
-    for name in ("s.sock", "other.sock"):
-        second = attrs.evolve(config, root=str(tmp_path / "other"), socket=f"{directory}/{name}")
-        there = sorted(os.listdir(directory))
-        with pytest.raises(FailedPreconditionError, match="is used by another server"):
-            async with serving(second):
-                pass
-        assert sorted(os.listdir(directory)) == there
-    assert (await engine.status()).state == "SANDBOX_READY"
-
-
-async def test_the_directory_that_all_engines_share_is_no_place_for_the_socket(config: ServeConfig) -> None:
-    wrong = attrs.evolve(config, socket=f"{runtime_directory()}/s.sock")
-    with pytest.raises(InvalidArgumentError, match="shared by all engines"):
-        async with serving(wrong):
-            pass
 
 
 async def test_the_runtime_that_was_chosen_is_used_and_no_other(config: ServeConfig, tmp_path: Path) -> None:

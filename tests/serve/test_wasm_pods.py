@@ -8,22 +8,21 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from tests.keepers import until, wait_ended
-from tests.serve.client import CONTAINER, POD, Engine, Fifos, engine_at, shared
+from tests.keepers import until
+from tests.serve.client import CONTAINER, POD, Engine, engine_at, shared
+from tests.serve.modules import add, bundle, process, run, state, workers
 from tests.serve.test_events import Heard
-from tests.serve.test_restarts import removed, server
+from tests.serve.test_restarts import removed
 from tests.serve.test_user_namespaces import COUNT, FIRST, MAPPINGS, mapped
-from tests.wasm.sandboxes import make_root
 from tests.wasm.test_process_components import RUN
 
-from unisandbox.api import FailedPreconditionError, InvalidArgumentError, NotFoundError, SandboxError
+from unisandbox.api import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from unisandbox.api.proto.containerd import events
 from unisandbox.api.proto.containerd.services.sandbox import v1
 from unisandbox.api.proto.containerd.task import v3
@@ -32,7 +31,6 @@ from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.io.containerd.cgroups import v1 as v1_metrics
 from unisandbox.api.proto.io.containerd.cgroups import v2 as v2_metrics
 from unisandbox.api.proto.methods import ControllerV1, TaskV3
-from unisandbox.api.task import SANDBOX_NAMESPACES
 from unisandbox.backends.wasm.process.interior import GUEST
 from unisandbox.backends.wasm.process.pool import Answer, Worker
 from unisandbox.serve import cri
@@ -49,76 +47,6 @@ UNIMPLEMENTED = 12
 @pytest.fixture
 def config(tmp_path: Path) -> ServeConfig:
     return ServeConfig(root=str(tmp_path / "root"), socket=str(tmp_path / "run/s.sock"), isolation="wasm+process")
-
-
-def process(*args: str, **changes: Any) -> dict[str, Any]:
-    """What containerd writes of a process, with all that only means something to programs of the machine."""
-    return {
-        "user": {"uid": 0, "gid": 0, "additionalGids": [0, 10]},
-        "args": list(args),
-        "env": ["PATH=/bin", "HOSTNAME=pod-one", "COLOUR=blue"],
-        "cwd": "/",
-        "capabilities": {name: ["CAP_KILL", "CAP_MKNOD"] for name in ("bounding", "effective", "permitted")},
-        "apparmorProfile": "cri-containerd.apparmor.d",
-        "oomScoreAdj": 1000,
-        **changes,
-    }
-
-
-def bundle(engine: Engine, *args: str, **changes: Any) -> Path:
-    """A bundle as containerd writes it for a pod whose process id is 0; its files are small modules in /bin.
-
-    Args:
-        engine: whose place it is in.
-        args: the command.
-        changes: parts of the config, and `process`, `linux` and `mounts`: additions to these.
-    """
-    place = engine.place / "bundle"
-    make_root(place / "rootfs")
-    for name in ("upper", "work"):
-        (engine.place / name).mkdir()
-    of_process, of_linux, mounts = (changes.pop(name, empty) for name, empty in _EMPTY.items())
-    spaces = [{"type": kind, "path": SANDBOX_NAMESPACES + kind} for kind in ("ipc", "uts", "pid")]
-    config = {
-        "ociVersion": "1.3.0",
-        "process": process(*args, **of_process),
-        "root": {"path": "rootfs"},
-        "mounts": [
-            {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
-            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
-            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid"]},
-            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "ro"]},
-            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"]},
-            *mounts,
-        ],
-        "annotations": {"io.kubernetes.cri.container-type": "container"},
-        "linux": {
-            "cgroupsPath": f"/k8s.io/{CONTAINER}",
-            "resources": {"devices": [{"allow": False, "access": "rwm"}], "cpu": {"shares": 2}},
-            "namespaces": [{"type": "mount"}, *spaces],
-            "maskedPaths": ["/proc/kcore"],
-            "readonlyPaths": ["/proc/sys"],
-            **of_linux,
-        },
-        **changes,
-    }
-    (place / "config.json").write_text(json.dumps(config))
-    return place
-
-
-_EMPTY: dict[str, Any] = {"process": {}, "linux": {}, "mounts": []}
-
-
-async def run(engine: Engine, *args: str, stdin: bool = False, **changes: Any) -> Fifos:
-    """A container, up to its start."""
-    fifos = engine.fifos("main", stdin=stdin)
-    await engine.create(bundle(engine, *args, **changes), fifos)
-    await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
-    return fifos
-
-
-async def state(engine: Engine) -> v3.StateResponse:
-    return await engine.tasks(TaskV3.STATE, v3.StateRequest(id=CONTAINER))
 
 
 async def test_a_module_runs_as_an_engine_asks_for_it(engine: Engine) -> None:
@@ -196,14 +124,6 @@ async def test_exec_is_another_module_that_sees_the_same_files(engine: Engine) -
         await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id="three"))
     fifos.close()
     main.close()
-
-
-async def add(engine: Engine, exec_id: str, fifos: Fifos, given: dict[str, Any]) -> None:
-    spec = AnyMessage(value=json.dumps(given).encode())
-    paths = {name: fifos.path(name) for name in ("stdout", "stderr")}
-    terminal = bool(given.get("terminal"))
-    request = v3.ExecProcessRequest(id=CONTAINER, exec_id=exec_id, terminal=terminal, spec=spec, **paths)
-    await engine.tasks(TaskV3.EXEC, request)
 
 
 async def test_volumes_are_seen_where_the_pod_wants_them(engine: Engine, tmp_path: Path) -> None:
@@ -457,145 +377,6 @@ async def test_its_process_id_is_told_however_soon_a_module_ends(
         assert {end.id: end.pid for end in heard.messages if isinstance(end, events.TaskExit)} == pids
         await removed(engine)
         fifos.close()
-
-
-async def test_a_module_lives_on_when_the_server_is_killed_and_its_end_is_exact(tmp_path: Path) -> None:
-    path = str(tmp_path / "run/s.sock")
-    settings = 'isolation = "wasm+process"\n'
-    with server(tmp_path, ending=signal.SIGKILL, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            await engine.run_pod(linux=shared())
-            fifos = await run(engine, "do", "out", "up", ";", "read", ";", "out", "on", ";", "exit", "5", stdin=True)
-            await fifos.read(until=b"up")
-            pid = (await state(engine)).pid
-    with server(tmp_path, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            status = await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD))
-            assert status.state == "SANDBOX_READY"
-            await engine.connect(status.address)
-            now = await state(engine)
-            assert (now.status, now.pid, now.stdout) == (TaskStatus.RUNNING, pid, fifos.path("stdout"))
-            more = engine.fifos("exec")
-            await add(engine, "one", more, process("exit", "3"))
-            await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER, exec_id="one"))
-            assert await engine.wait("one") == 3, "it is used as before"
-            more.close()
-            os.write(fifos.ends["stdin"], b"\n")
-            assert await engine.wait() == 5
-            assert await fifos.read() == b"on"
-            await removed(engine)
-            fifos.close()
-
-
-_KILLED = """
-import os, signal, sys
-from unisandbox.backends.wasm.process.notes import Notes
-written = Notes.guest
-async def guest(self, note, report=-1):
-    if note.started == (sys.argv[1] == "told"):
-        os.kill(os.getpid(), signal.SIGKILL)
-    await written(self, note, report)
-Notes.guest = guest
-del sys.argv[1]
-from unisandbox.cli import main
-sys.exit(main())
-"""
-"""The command line; it ends when it is about to write down a guest, before that can run, or since it runs."""
-
-
-def workers() -> set[str]:
-    """The process ids of workers on this machine."""
-    found = set()
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if b"process/worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.add(pid)
-    return found
-
-
-@pytest.mark.parametrize("when", ["asked", "told"])
-async def test_a_start_that_was_cut_leaves_no_container_and_nothing_that_runs(tmp_path: Path, when: str) -> None:
-    path, others = str(tmp_path / "run/s.sock"), workers()
-    settings = 'isolation = "wasm+process"\n'
-    script = tmp_path / "killed.py"
-    script.write_text(_KILLED)
-    command = [sys.executable, str(script), when]
-    with server(tmp_path, ending=signal.SIGKILL, settings=settings, command=command):
-        async with engine_at(path, tmp_path) as engine:
-            await engine.run_pod(linux=shared())
-            fifos = engine.fifos("main")
-            made = bundle(engine, "do", "out", "up", ";", "sleep", "1000")
-            await engine.create(made, fifos)
-            with pytest.raises((SandboxError, OSError, anyio.EndOfStream)):
-                await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
-            assert len(workers() - others) == 1, "its process was there"
-    with server(tmp_path, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            status = await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD))
-            assert status.state == "SANDBOX_READY"
-            await engine.connect(status.address)
-            with pytest.raises(NotFoundError):
-                await state(engine)
-            assert workers() == others
-            again = engine.fifos("again")
-            await engine.create(made, again)
-            await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
-            assert await again.read(until=b"up") == b"up"
-            assert len(workers() - others) == 1
-            await removed(engine)
-            fifos.close()
-            again.close()
-
-
-@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGKILL])
-async def test_a_container_that_was_not_started_ends_with_the_server_and_can_be_made_again(
-    tmp_path: Path, ending: signal.Signals
-) -> None:
-    path, others = str(tmp_path / "run/s.sock"), workers()
-    settings = 'isolation = "wasm+process"\n'
-    with server(tmp_path, ending=ending, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            await engine.run_pod(linux=shared())
-            fifos = engine.fifos("main")
-            made = bundle(engine, "exit", "4")
-            await engine.create(made, fifos)
-    with server(tmp_path, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            status = await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD))
-            assert status.state == "SANDBOX_READY"
-            await engine.connect(status.address)
-            for call in (state(engine), engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))):
-                with pytest.raises(NotFoundError):
-                    await call
-            with pytest.raises(NotFoundError):
-                await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))
-            assert workers() == others
-            again = engine.fifos("again")
-            await engine.create(made, again)
-            await engine.tasks(TaskV3.START, v3.StartRequest(id=CONTAINER))
-            assert await engine.wait() == 4
-            await removed(engine)
-            fifos.close()
-            again.close()
-
-
-async def test_what_ended_while_no_server_was_there_is_told(tmp_path: Path) -> None:
-    path = str(tmp_path / "run/s.sock")
-    settings = 'isolation = "wasm+process"\n'
-    with server(tmp_path, ending=signal.SIGKILL, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            await engine.run_pod(linux=shared())
-            fifos = await run(engine, "sleep", "1000")
-            pid = (await state(engine)).pid
-    os.kill(pid, signal.SIGUSR1)
-    wait_ended(pid)
-    with server(tmp_path, settings=settings):
-        async with engine_at(path, tmp_path) as engine:
-            status = await engine.call(ControllerV1.STATUS, v1.ControllerStatusRequest(sandbox_id=POD))
-            await engine.connect(status.address)
-            assert (await engine.tasks(TaskV3.DELETE, v3.DeleteRequest(id=CONTAINER))).exit_status == 138
-            await removed(engine)
-            fifos.close()
 
 
 async def test_who_waits_for_a_module_that_is_never_started_is_told_when_it_is_gone(engine: Engine) -> None:

@@ -17,7 +17,9 @@ import pytest
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, SandboxSpec
 from unisandbox.api.plain import plain
 from unisandbox.engine import durable, records
-from unisandbox.engine.records import Damaged, Record, Records, RecordStore, spec_of
+from unisandbox.engine.record import Record, spec_of
+from unisandbox.engine.record_format import line_of
+from unisandbox.engine.records import Damaged, Records, RecordStore
 
 # As version 1 of the code has written it.
 VERSION_1 = (
@@ -144,7 +146,7 @@ def test_a_flipped_bit_of_an_old_record_never_makes_another(store: RecordStore, 
 
 def test_a_record_of_a_later_version_is_kept_aside_and_says_so(store: RecordStore, tmp_path: Path) -> None:
     path = written(store, tmp_path)
-    path.write_bytes(records._line(4, {"anything": 1}))
+    path.write_bytes(line_of(4, {"anything": 1}))
     content = path.read_bytes()
     damage = only_damage(store, path, "version 4, written by a later unisandbox")
     assert Path(damage.kept_as).read_bytes() == content
@@ -155,7 +157,7 @@ def changed(**fields: object) -> Callable[[Path], None]:
 
     def write(path: Path) -> None:
         body = {**FULL._asdict(), **fields}
-        path.write_bytes(records._line(3, {name: value for name, value in body.items() if value != "left out"}))
+        path.write_bytes(line_of(3, {name: value for name, value in body.items() if value != "left out"}))
 
     return write
 
@@ -306,7 +308,8 @@ def test_only_temporary_files_of_writers_are_cleared_away(store: RecordStore, tm
 
 KILLED = """
 import os, signal, sys
-from unisandbox.engine.records import Record, RecordStore
+from unisandbox.engine.record import Record
+from unisandbox.engine.records import RecordStore
 step, place = sys.argv[1:]
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -51,6 +51,7 @@ EXCEPTIONS: Final = {
     "network: UserNetwork._kill": _KILL,
     "network: UserNetwork.clear": _KILL,
     "host/cgroups: _evacuate": _V2,
+    "host/cgroups: mark": "goes with its cgroup; one that is cut before it is known by the engine's pointer",
     "host/cgroups: _kill_member": _V1,
     "host/cgroups: _write": _V1,
     "host/init: _pid_of": "signal 0 asks only",

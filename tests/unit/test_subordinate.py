@@ -65,3 +65,8 @@ def test_the_range_that_is_proposed_is_nobody_elses(monkeypatch: pytest.MonkeyPa
     assert ids._free() == "465536-531071"
     files.clear()
     assert ids._free() == "100000-165535"
+
+
+@pytest.mark.parametrize("release", ["6.1", "6.1.0-18-amd64", "6.1-rc2", "6.1-15-generic"])
+def test_the_version_of_a_kernel_is_read_however_the_release_goes_on(release: str) -> None:
+    assert standing.kernel(release) == (6, 1)

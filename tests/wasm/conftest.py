@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("wasmtime")
 
 from tests.wasm.guests import LOOKS_FOR_A_FILE, Runner, wait_for
+from tests.wasm.sandboxes import engine
 
+from unisandbox import Engine
 from unisandbox.backends.wasm.domain import Domain
 from unisandbox.backends.wasm.guest import GuestSpec, Preopen
 from unisandbox.conformance.inventory import leaves_nothing_behind, tolerating
@@ -54,3 +57,14 @@ def runner(domain: Domain) -> Iterator[Runner]:
     for guest in runner.guests:
         wait_for(guest)
     runner.guests.clear()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache") / "wasm"
+
+
+@pytest.fixture
+async def wasm(cache: Path) -> AsyncIterator[Engine]:
+    async with engine(cache) as opened:
+        yield opened

@@ -236,6 +236,42 @@ def test_guests_that_write_at_the_same_time_have_no_more_together(runner: Runner
     assert disk.used() <= LIMIT
 
 
+def test_what_one_was_given_counts_also_when_he_was_refused_more(place: Path) -> None:
+    disk = Disk(str(place), LIMIT)
+    writer = Writer(disk)
+    writer.take(1)
+    with pytest.raises(OSError, match="No space left"):
+        writer.take(LIMIT + 1)
+    taken = 0
+    with contextlib.suppress(OSError):
+        for number in range(LIMIT):
+            taken += disk.take(number, INODE)
+
+    assert 0 < taken <= LIMIT - INODE
+
+
+@pytest.mark.parametrize("how", ["removed before", "removed", "a file", "a link"])
+def test_a_count_goes_on_while_directories_are_removed(place: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    (place / "d").mkdir()
+    (place / "f").write_bytes(bytes(MIB))
+    disk, really_open = Disk(str(place), LIMIT), os.open
+
+    def racing(path: str, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
+        if path == "d" and how != "removed":
+            (place / "d").rmdir()
+            if how == "a file":
+                (place / "d").write_text("in its place")
+            elif how == "a link":
+                (place / "d").symlink_to("/")
+        fd = really_open(path, flags, mode, dir_fd=dir_fd)
+        if path == "d":
+            (place / "d").rmdir()
+        return fd
+
+    monkeypatch.setattr(os, "open", racing)
+    assert MIB <= disk.used() < 2 * MIB
+
+
 def test_a_guest_that_waits_to_be_counted_ends_when_it_is_killed(runner: Runner, place: Path) -> None:
     disk = Disk(str(place), LIMIT)
     guest = runner.start(

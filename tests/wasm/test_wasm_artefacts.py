@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import anyio
@@ -91,17 +91,6 @@ def of(*members: Callable[[tarfile.TarFile], None]) -> bytes:
 
 def wasip1(**process: object) -> dict[str, object]:
     return {"architecture": "wasm", "os": "wasip1", "config": process, "rootfs": {"type": "layers", "diff_ids": []}}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "wasm"
-
-
-@pytest.fixture
-async def wasm(cache: Path) -> AsyncIterator[Engine]:
-    async with engine(cache) as opened:
-        yield opened
 
 
 @pytest.fixture

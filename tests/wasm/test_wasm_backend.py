@@ -37,17 +37,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("root") / "r")
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "wasm"
-
-
-@pytest.fixture
-async def wasm(cache: Path) -> AsyncIterator[Engine]:
-    async with engine(cache) as opened:
-        yield opened
-
-
 @pytest.fixture
 async def sandbox(wasm: Engine, root: Path) -> AsyncIterator[Sandbox]:
     async with wasm.create(isolation="wasm", rootfs=root) as made:

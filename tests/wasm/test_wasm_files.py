@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import anyio
 import pytest
-from tests.wasm.sandboxes import engine, make_root
+from tests.wasm.sandboxes import make_root
 
 from unisandbox import Engine, InvalidArgumentError, Mount, Resources, Sandbox
 from unisandbox.backends.wasm.tree import Layer, Sources, TreeMaker
@@ -16,17 +15,6 @@ from unisandbox.backends.wasm.tree import Layer, Sources, TreeMaker
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
 HIDDEN = "of the host"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache") / "wasm"
-
-
-@pytest.fixture
-async def wasm(cache: Path) -> AsyncIterator[Engine]:
-    async with engine(cache) as opened:
-        yield opened
 
 
 @pytest.fixture

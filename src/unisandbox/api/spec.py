@@ -286,6 +286,9 @@ class SandboxSpec:
                 raise InvalidArgumentError(
                     f"sysctl {name!r} is not valid", hint="For example 'net.ipv4.ip_forward': '1'."
                 )
+            # The kernel reads one line, and says nothing of a second one. Source: proc_get_long, kernel/sysctl.c.
+            if not matches(r"[ -~\t]*", value):
+                raise InvalidArgumentError(f"sysctl {name!r} must be one line of printable text, got {value!r}")
         for host, address in self.hosts.items():
             if not matches(r"[A-Za-z0-9.-]+", host) or not matches(r"[0-9A-Fa-f.:]+", address):
                 raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")

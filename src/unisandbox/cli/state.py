@@ -21,9 +21,6 @@ from unisandbox.engine.state_files import has_records, known_id
 from unisandbox.host.keeper import KeeperVersionError
 from unisandbox.sandbox import Engine
 
-VARIABLE: Final = "UNISANDBOX_STATE"
-"""The environment's name for the state directory."""
-
 _START_SECONDS: Final = 60.0
 _POLL_SECONDS: Final = 0.01
 # How often to come again to a directory that a program outside of these commands opens and closes all the time.

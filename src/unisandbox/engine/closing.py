@@ -23,7 +23,7 @@ _LEAVING: Final = "leaving"
 
 
 async def close(core: EngineCore) -> None:
-    """End this engine. Repeating is harmless.
+    """End this engine. Repeating is harmless, and so is a fork of the process that has it.
 
     The owner with policy "stop" removes every sandbox, ends the keeper and leaves nothing. With "keep", and for one
     that has attached, the sandboxes live on; the keeper ends when there is none.
@@ -31,6 +31,8 @@ async def close(core: EngineCore) -> None:
     Raises:
         FailedPreconditionError: it is used in the event loop of another thread.
     """
+    if core.loop.is_of_fork:
+        return
     core.loop.check()
     try:
         core.closing.acquire_nowait()  # no checkpoint: one who was cancelled closes, too

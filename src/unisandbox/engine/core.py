@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import anyio
 import attrs
@@ -30,15 +30,16 @@ from unisandbox.api import (
     check_id,
 )
 from unisandbox.api.plain import plain_given
-from unisandbox.api.status import SandboxState
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.events import EventLog, SharedEventLog
 from unisandbox.engine.held import OpenStreams
+from unisandbox.engine.left import Left
 from unisandbox.engine.locks import locked
 from unisandbox.engine.loops import OwnLoop
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
-from unisandbox.engine.records import Record, RecordStore, boot_id, plain_spec, spec_of, status_of, this_process
+from unisandbox.engine.record import Record, boot_id, plain_spec, spec_of, this_process
+from unisandbox.engine.records import RecordStore
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
@@ -53,30 +54,6 @@ if TYPE_CHECKING:
 _DYING_SECONDS: Final = 0.05
 
 
-class Left(NamedTuple):
-    """A sandbox that is written down and cannot be had in this engine.
-
-    Attributes:
-        record: of it.
-        why: it cannot; "" when it was only to be reported.
-        hint: what to do.
-        lived: its keeper has not ended since it was written down.
-    """
-
-    record: Record
-    why: str = ""
-    hint: str = ""
-    lived: bool = True
-
-    @property
-    def status(self) -> SandboxStatus:
-        """As it is written down."""
-        state: SandboxState = "created" if self.record.phase == "creating" else "stopped"
-        if self.record.phase == "ready" and self.lived:
-            state = "ready"
-        return attrs.evolve(status_of(self.record, state), unusable=". ".join(filter(None, [self.why, self.hint])))
-
-
 class EngineCore:
     """One engine; `opening` makes one, `closing` ends it.
 
@@ -86,7 +63,6 @@ class EngineCore:
         owner: whether its end is what the keeper's policy speaks of; otherwise it is one client beside others.
         policy: what becomes of the sandboxes at the owner's end.
         recovery: what was found of a former engine.
-        closed: it has been closed, or is being closed.
         gone: nothing of it is left here.
         left: what was found and is not to be touched (`on_recover="report"`), or could not be recovered, by id.
         regaining: how to have the state directory when the keeper is dead.
@@ -103,7 +79,7 @@ class EngineCore:
         self.owner = owner
         self.policy: Policy = policy
         self.recovery: RecoveryReport = RecoveryReport("attached")
-        self.closed: bool = False
+        self._closed: bool = False
         self.gone: bool = False
         self.records: RecordStore = RecordStore(
             os.path.join(host.state_dir, SANDBOXES), durable=state.durable, place=host.keeper.directory
@@ -131,6 +107,15 @@ class EngineCore:
         self._entries: dict[str, Entry] = {}
         # By id, also of those that are known no more and may be again, in a new generation.
         self._streams: dict[str, OpenStreams] = {}
+
+    @property
+    def closed(self) -> bool:
+        """It has been closed, or is being closed, or is that of the process of which this one is a fork."""
+        return self._closed or self.loop.is_of_fork
+
+    @closed.setter
+    def closed(self, closed: bool) -> None:
+        self._closed = closed
 
     async def explain(self, spec: SandboxSpec) -> Choice:
         """Which backend a sandbox would get, and why; nothing is created."""
@@ -180,6 +165,7 @@ class EngineCore:
             UnsupportedError, UnavailableError: it cannot be had; nothing was done.
         """
         self.check_open()
+        self.check_keeper()
         self.records.check_place()
         identity = check_id(sandbox_id) if sandbox_id is not None else os.urandom(16).hex()
         if operation_id:

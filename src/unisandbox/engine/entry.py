@@ -34,7 +34,7 @@ from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.programs import MAIN, Programs
-from unisandbox.engine.records import Phase, Record, plain_spec, this_process
+from unisandbox.engine.record import Phase, Record, plain_spec, this_process
 from unisandbox.engine.sharing import Sharing
 from unisandbox.engine.telling import Telling, tell_recovered
 from unisandbox.host.cgroups import ending
@@ -83,8 +83,7 @@ class Entry:
         self._sandboxer = sandboxer
         self._task: TaskService | None = None
         self._prefix = core.host.prefix(record.sandbox_id)
-        # Whether nothing is left of it but its record.
-        self._is_free = False
+        self._is_free = False  # whether nothing is left of it but its record
         # Whether readers of events may know it: not while it is being made here.
         self._is_told = True
 
@@ -108,6 +107,11 @@ class Entry:
     def engine_open(self) -> bool:
         """Whether the engine still answers."""
         return not self._core.closed
+
+    @property
+    def in_fork(self) -> bool:
+        """Whether this process is a fork of the one whose sandbox it is."""
+        return self._core.loop.is_of_fork
 
     @property
     def removed(self) -> bool:
@@ -286,6 +290,7 @@ class Entry:
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
             self.state = "ready"
+            self.sharing.forget_stop()  # before the record, in case the disk does not take that
             self._write("ready", started_at=time.time(), stopped_at=None)
             self._core.check_keeper()
         self.telling.emit("sandbox.started")
@@ -294,7 +299,7 @@ class Entry:
         """End every process; the files stay. Repeating is harmless.
 
         Raises:
-            BackendError: all has ended, and that cannot be written down (a full disk): to others it is still ready.
+            BackendError: all has ended, which cannot be written down (a full disk); others know it from the keeper.
         """
         if self.ended_with_engine():
             return
@@ -324,6 +329,8 @@ class Entry:
                 if MAIN in containers:
                     await self.programs.forget_main()
                 unwritten = self._note("stopped")
+                if unwritten is not None:
+                    await self.sharing.note_stop()
 
             try:
                 await self._sandboxer.stop(self.sandbox_id, grace=grace)
@@ -360,7 +367,7 @@ class Entry:
 
     def kill_now(self) -> None:
         """End every process by synchronous system calls, whoever changes it now."""
-        if self._core.gone or self.state in {"new", "removed"}:
+        if self._core.gone or self.in_fork or self.state in {"new", "removed"}:
             return
         if self._core.host.shared and self.sharing.is_of_other_generation:
             return  # it is another engine's, and whoever asks is about to be told so
@@ -478,6 +485,7 @@ class Entry:
         containers = self.telling.identities()
         if self.record.expires_at is not None and self._core.host.keeper.alive:
             await self.sharing.set_expiry(None)
+        self.sharing.forget_stop()
         await self._sandboxer.remove(self.sandbox_id)
         await self.telling.containers_exited(containers)
         self.state = "removed"

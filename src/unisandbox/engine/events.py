@@ -28,6 +28,8 @@ _PAGES_KEPT: Final = 256
 _ONCE: Final = frozenset({"sandbox.removed", "process.exited", "process.oom"})
 # The same of each of what has an identity.
 _ONCE_EACH: Final = frozenset({"container.exited", "sandbox.recovered"})
+# What is told of a sandbox only as long as its removal was not: whoever did it may have been overtaken.
+_WHILE_THERE: Final = frozenset({"sandbox.started", "sandbox.stopped", "sandbox.paused", "sandbox.resumed"})
 
 
 class EventLog:
@@ -45,6 +47,8 @@ class EventLog:
         self._next = after + 1
         self._news = anyio.Event()
         self._closed = False
+        # What was removed last, and is told of no more.
+        self._removed: Latest[str, None] = Latest(kept)
 
     def emit(
         self,
@@ -58,7 +62,14 @@ class EventLog:
         identity: str = "",
         end: HeldEnd | None = None,
     ) -> None:
-        """Number the event and keep it; readers are woken, nobody is waited for."""
+        """Number the event and keep it; readers are woken, nobody is waited for.
+
+        Nobody else tells the same: `identity` and `end`, by which a `SharedEventLog` knows that, say nothing here.
+        """
+        if kind in _WHILE_THERE and sandbox_id in self._removed:
+            return
+        if kind == "sandbox.removed":
+            self._removed[sandbox_id] = None
         event = Event(
             seq=self._next,
             at=time.time(),
@@ -171,7 +182,8 @@ class SharedEventLog:
             "detail": dict(detail or {}),
         }
         notice = None if end is None else _notice(end, about, identity)
-        self._keeper.events.publish(event, key=_key(kind, about, identity), end=notice)
+        unless = _key("sandbox.removed", about, "") if kind in _WHILE_THERE else ""
+        self._keeper.events.publish(event, key=_key(kind, about, identity), unless=unless, end=notice)
 
     async def finish(self) -> None:
         """Fetch what readers of this process have not read yet: the keeper may end."""

@@ -13,7 +13,7 @@ from unisandbox.api import (
     SandboxStatus,
     UnsupportedError,
 )
-from unisandbox.engine.records import status_of
+from unisandbox.engine.record import status_of
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore

@@ -1,7 +1,8 @@
-"""Which event loop an engine is used in: one at a time, and whoever is in another one is told so."""
+"""Which process and event loop an engine is used in: one at a time, and whoever is in another one is told so."""
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -13,14 +14,24 @@ class OwnLoop:
 
     def __init__(self) -> None:
         self._loop: object = None
+        self._process = os.getpid()
+
+    @property
+    def is_of_fork(self) -> bool:
+        """Whether this process is a fork of the engine's: what the engine has is not this one's to end."""
+        return os.getpid() != self._process
 
     def check(self) -> None:
         """Have the loop that runs here as the engine's own. Outside of any there is nothing to check.
 
         Raises:
             FailedPreconditionError: the engine's own runs in another thread, or is of another kind. What its tasks wait
-                for cannot be waited for here, nor can they be woken.
+                for cannot be waited for here, nor can they be woken. Or the engine is another process's.
         """
+        if self.is_of_fork:
+            raise FailedPreconditionError(
+                f"the engine belongs to process {self._process}, of which this is a fork", hint="Open another one."
+            )
         here = _running()
         if here is None or here is self._loop:
             return

@@ -25,7 +25,7 @@ from unisandbox.api import (
     check_name,
 )
 from unisandbox.engine import durable
-from unisandbox.engine.records import boot_id, this_process
+from unisandbox.engine.record import boot_id, this_process
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host import small_files
 

@@ -287,7 +287,8 @@ class Programs:
                     await self._host.keeper.spools.ring(self._log(spec.name, stream), reader, limit=LOG_BYTES)
                 started = await task.start(spec.name)
             except BaseException:
-                await self._entry.cleaning.run(undo)
+                if not self._entry.in_fork:
+                    await self._entry.cleaning.run(undo)
                 raise
         self._entry.telling.container_started(spec.name)
         return started.pid

@@ -22,9 +22,10 @@ from unisandbox.api import (
     SandboxRecovered,
     short_name,
 )
-from unisandbox.engine.core import Left
+from unisandbox.engine.left import Left
 from unisandbox.engine.locks import locked
-from unisandbox.engine.records import Record, Records, this_process
+from unisandbox.engine.record import Record, this_process
+from unisandbox.engine.records import Records
 from unisandbox.engine.state_files import is_engine_id
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached

@@ -23,7 +23,7 @@ from unisandbox.api import (
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.events import removal_by_ttl
 from unisandbox.engine.locks import LOCK_SECONDS, locked
-from unisandbox.engine.records import Record, spec_of, status_of
+from unisandbox.engine.record import Record, spec_of, status_of
 
 if TYPE_CHECKING:
     from unisandbox.engine.core import EngineCore
@@ -49,6 +49,9 @@ class Sharing:
         self._prefix = core.host.prefix(entry.sandbox_id)
         # A note of the keeper's: when it will expire, by the clock that is never set.
         self._expiry = f"{self._prefix}expires"
+        # Another one: when it was stopped, where the disk did not take that.
+        self._stop = f"{self._prefix}stopped"
+        self._is_stop_noted = False
         self._lock = anyio.Lock()
         # One at a time takes over what others have done.
         self._catching_up = anyio.Lock()
@@ -145,6 +148,27 @@ class Sharing:
             keeper.drop_now([self._expiry])
         else:
             keeper.notes.write_now(self._expiry, str(time.clock_gettime(time.CLOCK_BOOTTIME) + seconds))
+
+    async def note_stop(self) -> None:
+        """It was stopped, and its record could not be written: let the keeper know, by which all others go."""
+        if self._host.shared and self._host.keeper.alive:
+            self._is_stop_noted = True
+            with contextlib.suppress(UnavailableError):  # nothing of it outlives the keeper
+                await self._host.keeper.notes.write(self._stop, str(time.time()))
+
+    def forget_stop(self) -> None:
+        """It is started again, or removed."""
+        if self._is_stop_noted:
+            self._is_stop_noted = False
+            self._host.keeper.drop_now([self._stop])
+
+    async def _with_stop(self, record: Record) -> Record:
+        """What is true of it by this record, and by the note of a stop."""
+        noted = await self._host.keeper.notes.find(self._stop) if record.phase in {"ready", "stopped"} else None
+        self._is_stop_noted = noted is not None
+        if noted is None or record.phase == "stopped":
+            return record
+        return record._replace(phase="stopped", stopped_at=float(noted))
 
     async def await_expiry(self) -> None:
         """About the time at which its ttl is over: wait until the keeper, whose clock decides, has said so.
@@ -261,6 +285,7 @@ class Sharing:
         entry, record = self._entry, await self._check_record()
         if record is None:
             return
+        record = await self._with_stop(record)
         if record.spec != entry.record.spec:
             entry.spec = spec_of(record)  # another process has changed its limits
         entry.record = record
@@ -325,7 +350,7 @@ class Sharing:
             if record is None:
                 await self._vanish()
                 return False
-            ours = entry.record
+            ours, record = entry.record, await self._with_stop(record)
             entry.record = record._replace(generation=ours.generation, owner=ours.owner, client=ours.client)
             entry.spec = spec_of(record)
             lived = record.phase in {"ready", "stopped"} and not entry.expired

@@ -31,13 +31,10 @@ MS_NOSUID: Final = 2
 MS_NODEV: Final = 4
 MS_NOEXEC: Final = 8
 MS_REMOUNT: Final = 32
-MS_NOSYMFOLLOW: Final = 256
 MS_BIND: Final = 4096
-MS_MOVE: Final = 8192
 MS_REC: Final = 16384
 MS_PRIVATE: Final = 1 << 18
 MS_SLAVE: Final = 1 << 19
-MS_STRICTATIME: Final = 1 << 24
 
 MNT_DETACH: Final = 2
 UMOUNT_NOFOLLOW: Final = 8
@@ -77,7 +74,6 @@ PR_SET_PDEATHSIG: Final = 1
 PR_GET_PDEATHSIG: Final = 2
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
-PR_SET_NAME: Final = 15
 PR_GET_SECUREBITS: Final = 27
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
@@ -87,7 +83,6 @@ IN_MODIFY: Final = 0x2
 SECBIT_NO_SETUID_FIXUP: Final = 1 << 2
 
 PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
-PIDFD_INFO_PID: Final = 1 << 0
 PIDFD_INFO_EXIT: Final = 1 << 3
 
 # For capget(2) and capset(2): _LINUX_CAPABILITY_VERSION_3, of the calling thread.

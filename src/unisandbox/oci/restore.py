@@ -16,7 +16,7 @@ import anyio
 
 from unisandbox.api import BackendError
 from unisandbox.host.cgroups import patience
-from unisandbox.host.init import ended, ended_now
+from unisandbox.host.init import began, has_told
 from unisandbox.oci.ledger import ContainerFacts, Ledger, ProcessFacts, container_facts
 from unisandbox.oci.made import Created
 from unisandbox.oci.plan import Planner
@@ -25,8 +25,8 @@ from unisandbox.oci.runtime import Runtime
 
 # How long the end of a killed process may take: it may sit in the kernel (a disk, a network file system).
 _END_SECONDS: Final = 10.0
-# How a process ends that was never let go; see native/init/init.c.
-_NOT_LET_GO: Final = 127
+# Between two looks whether a process has executed its program, of which there is no event.
+_LOOK_SECONDS: Final = 0.002
 
 
 class Restorer:
@@ -195,10 +195,7 @@ class Restorer:
         self._ledger.forget_process(now.container, now.exec_id)
 
     async def _has_begun(self, container: Container, facts: ProcessFacts) -> bool:
-        """Whether a process executes its program, or has: until then it executes init's.
-
-        One that is not let go, since whoever should have is dead, ends with 127.
-        """
+        """Whether a process executes its program, or has: until then it executes init's."""
         if container.created is None or not container.with_init or not facts.pid:
             return False  # a runtime's exec tells of no half-way
         if facts.spec is None or facts.spec.terminal is not None:
@@ -207,17 +204,21 @@ class Restorer:
             life = socket.socket(fileno=await self._ledger.take_process(facts.container, facts.exec_id, "life"))
         except FileNotFoundError:
             return False
-        with life:
-            end = ended_now(life)
-            if end is None:
+        with life, anyio.move_on_after(_END_SECONDS):
+            stands = True
+            while not has_told(life):
                 try:
                     of_init, own = (os.stat(f"/proc/{pid}/exe") for pid in (container.created.pid, facts.pid))
-                    return not os.path.samestat(of_init, own)
                 except OSError:  # it, or init, has ended at this very moment: init tells that a moment later
-                    with anyio.move_on_after(_END_SECONDS):
-                        end = await ended(life)
+                    stands = False
+                    break
+                # It may have got its word just before whoever gave it died.
+                if not os.path.samestat(of_init, own) and not has_told(life):  # still its pid, and nobody else's
+                    return True
+                await anyio.sleep(_LOOK_SECONDS)
+            return await began(life)
         # Of what died with its init nobody knows; nothing is to be done twice.
-        return end is None or os.waitstatus_to_exitcode(end.status) != _NOT_LET_GO
+        return not stands
 
 
 def _is_half_made(facts: ContainerFacts, processes: Sequence[ProcessFacts]) -> bool:

@@ -36,7 +36,9 @@ async def default_core() -> EngineCore:
         default = _Default()
         _default.set(default)
     async with default.lock:
-        if default.core is None or default.core.closed:
+        # One whose keeper was killed can start nothing any more, and nobody has the engine, to close it. It goes on
+        # telling that to those who have sandboxes of it, and is cleaned up when the loop ends.
+        if default.core is None or default.core.closed or not default.core.host.keeper.alive:
             default.core = await open_engine()
             default.end = _close_with_the_loop(default.core)
             for core in [core for core in _open if core.closed]:

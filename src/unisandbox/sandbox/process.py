@@ -390,7 +390,7 @@ class Process:
             FailedPreconditionError: another engine has taken the sandbox over; the process goes on.
         """
         try:
-            if self.exit is None:
+            if self.exit is None and not self._entry.in_fork:
                 self._entry.sharing.check_ours()
                 with self._entry.in_our_words():
                     self._entry.last_task.kill_now(self._entry.main, self._exec_id)

@@ -61,7 +61,7 @@ async def _start(entry: Entry, exec_id: str, spec: ProcessSpec, pipes: Pipes, op
                     raise
             return started
     except BaseException:
-        if not is_ours:
+        if not is_ours or entry.in_fork:
             raise
 
         async def finish() -> None:

@@ -1,8 +1,9 @@
 """Sandboxes from Linux namespaces and cgroups, with containers run by an OCI runtime (crun, runc, youki).
 
 `sandboxer` manages the sandboxes, `making` makes one, `pod` is what it holds, `planner` makes what its containers need,
-`rootfs` plans files, `checks` refuses, `users` tells what is left to users who are not root, `probe` says whether it
-can run here. May know: oci/, host/, api/. Must not know: the engine, another backend.
+`rootfs` plans files, `rlimits` says what a process may take of the kernel, `checks` refuses, `users` tells what is left
+to users who are not root, `probe` says whether it can run here. May know: oci/, host/, api/. Must not know: the engine,
+another backend.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from unisandbox.api import InvalidArgumentError, UnsupportedError
 from unisandbox.api.task import SANDBOX_NAMESPACES, CreateTask, RootMount
-from unisandbox.backends.runc.pod import DEVICES, Pod
+from unisandbox.backends.runc.pod import DEVICES, MOST_SOURCES, Pod, too_many_sources
 from unisandbox.backends.runc.rootfs import Op
 from unisandbox.host import mounts
 from unisandbox.host.boundary import reached
@@ -25,8 +25,6 @@ _KINDS: Final = {"network": "net", "ipc": "ipc", "uts": "uts", "pid": "pid", "us
 """The kinds of namespaces that a sandbox can have: OCI's words to those of proc(5)."""
 
 _ETC: Final = ("hosts", "hostname", "resolv.conf")
-_MOST_SOURCES: Final = 200
-"""Descriptors that go with one job; the kernel takes 253 in a message."""
 
 
 class Adapted:
@@ -250,8 +248,8 @@ def bind_op(
     idmap: Literal["", "mount", "tree"] = "",
 ) -> Op:
     """The operation that mounts a source, a path without links, which is added to `sources`."""
-    if len(sources) >= _MOST_SOURCES:
-        raise UnsupportedError(f"more than {_MOST_SOURCES} mounts of the host", "runc")
+    if len(sources) >= MOST_SOURCES:
+        raise too_many_sources()
     # Links were followed before: in a volume others may make some meanwhile, and then it is refused.
     try:
         sources.append(mounts.detached_tree(source, recursive=recursive))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import resource
 import stat
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from typing import Final
@@ -28,6 +27,7 @@ from unisandbox.backends.runc import users
 from unisandbox.backends.runc.adapting import Adapted, bind_op, root_op
 from unisandbox.backends.runc.checks import check_container
 from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
+from unisandbox.backends.runc.rlimits import Rlimits, process_limits
 from unisandbox.backends.runc.rootfs import Op, mount_ops, not_shown, root_attributes, root_ops
 from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.host import seccomp
@@ -48,7 +48,6 @@ from unisandbox.oci.runtime import Runtime
 from unisandbox.oci.users import ROOT, Credentials, Inside, resolve_user
 
 _UNLIMITED: Final = Resources.unlimited()
-_STACK: Final = 8 << 20
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # What our init needs to become the user that a process asks for; processes do not get more than the spec says.
 _INIT_CAPABILITIES: Final = frozenset({"CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"})
@@ -77,7 +76,7 @@ class PodPlanner:
         *,
         host_tree: Callable[[Rootfs], Awaitable[str]],
         init_fd: int,
-        plain_limits: Mapping[str, tuple[int, int]],
+        plain_limits: Rlimits,
     ) -> None:
         self._host = host
         self._runtime = runtime
@@ -421,17 +420,6 @@ class PodPlanner:
         spec = self._pod.spec
         user = process.user or container.user or spec.user
         who = self._credentials(user, root)
-        limits = dict(self._plain_limits)
-        no_core = limits.pop("RLIMIT_CORE")
-        own = container.resources or _UNLIMITED
-        for name, values in (
-            ("RLIMIT_NOFILE", (spec.resources.nofile, own.nofile)),
-            ("RLIMIT_CORE", (spec.resources.core, own.core)),
-        ):
-            # A container's limit is one below the sandbox's, never above it.
-            least = min((value for value in values if value is not None), default=None)
-            if least is not None:
-                limits[name] = (least, least) if least else no_core
         cwd = process.cwd or container.cwd or spec.cwd
         return SpawnRequest(
             argv=process.argv,
@@ -441,7 +429,7 @@ class PodPlanner:
             gid=who.gid,
             groups=who.groups,
             capabilities=spec.security.capabilities,
-            rlimits=limits,
+            rlimits=process_limits(self._plain_limits, spec.resources, container.resources or _UNLIMITED),
             no_new_privs=spec.security.no_new_privileges,
             deny_clone3=spec.security.no_new_privileges and spec.security.seccomp == "default",
             keep_groups=self._pod.is_single,
@@ -482,22 +470,3 @@ def _no_request(_: ProcessSpec) -> SpawnRequest:
 def _compiled(profile: seccomp.Profile) -> bytes:
     """The filter, compiled once per process instead of at each start: libseccomp takes 4 to 10 ms."""
     return seccomp.compile_bpf(profile)
-
-
-def plain_limits(keeper_pid: int) -> Mapping[str, tuple[int, int]]:
-    """What a process gets of the limits that no spec speaks of: not what this process happens to run under.
-
-    Soft limits as high as the keeper's hard ones, which nobody inside could raise; the stack as the kernel has
-    it, since an unlimited one changes where memory is mapped. Source: getrlimit(2), _STK_LIM of the kernel.
-
-    RLIMIT_CORE is what stands for none: where cores go to a program (core_pattern "|..."), the kernel starts that, as
-    root of the host, for a limit of 0 too, and only for 1 it does not. Source: do_coredump() in fs/coredump.c.
-    """
-    limits: dict[str, tuple[int, int]] = {}
-    for name in ("AS", "CPU", "DATA", "FSIZE", "MEMLOCK", "MSGQUEUE", "NPROC", "RSS", "SIGPENDING"):
-        hard = resource.prlimit(keeper_pid, getattr(resource, f"RLIMIT_{name}"))[1]
-        limits[f"RLIMIT_{name}"] = (hard, hard)
-    hard = resource.prlimit(keeper_pid, resource.RLIMIT_STACK)[1]
-    soft = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
-    core = 0 if resource.prlimit(keeper_pid, resource.RLIMIT_CORE)[1] == 0 else 1  # nobody inside may raise it
-    return limits | {"RLIMIT_STACK": (soft, hard), "RLIMIT_CORE": (core, core)}

@@ -13,6 +13,7 @@ import attrs
 
 from unisandbox.api import (
     BackendError,
+    FailedPreconditionError,
     InvalidArgumentError,
     Mount,
     NotFoundError,
@@ -41,6 +42,12 @@ Source: systemd's UIDS-GIDS.md.
 
 HELD: Final = ("root", "rw", "mnt")
 """What the keeper holds of every sandbox beside its namespaces; see `Pod.fds`."""
+
+MOST_SOURCES: Final = 60
+"""What of the host can be mounted in one root: each is a descriptor of one message to the keeper, among a few others.
+
+Source: `FDS_LIMIT` of the keeper's protocol.
+"""
 
 _PINNED: Final = ("user", "net", "ipc", "uts", "pid")
 # What the kernel answers when a mount point does not fit.
@@ -249,8 +256,11 @@ def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[in
 
     Raises:
         InvalidArgumentError: a source does not exist, or the root is no directory.
+        UnsupportedError: they are too many.
     """
     fds: list[int] = []
+    if sum(bool(mount.source) for mount in mounts) > MOST_SOURCES:
+        raise too_many_sources()
     try:
         if rootfs.kind == "dir":
             fds.append(_open_source(rootfs.path, os.O_DIRECTORY, f"root directory of {label!r}"))
@@ -260,6 +270,15 @@ def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[in
             os.close(fd)
         raise
     return fds
+
+
+def too_many_sources() -> UnsupportedError:
+    """The error for more than `MOST_SOURCES`."""
+    return UnsupportedError(
+        f"more than {MOST_SOURCES} mounts of the host",
+        "runc",
+        hint="Mount a directory that has several of them in it.",
+    )
 
 
 def _open_source(path: str, flags: int, what: str) -> int:
@@ -317,6 +336,12 @@ def translate_job(
         return InvalidArgumentError(f"sandbox {label!r}: {text}")
     if error.errno == errno.EFBIG:
         return InvalidArgumentError(f"sandbox {label!r}: the disk limit is above what the file system can hold")
+    # What is written of a container is in the sandbox's own writable layer, which its programs can fill.
+    if error.errno in {errno.ENOSPC, errno.EDQUOT} and " /rw/c/" in text:
+        return FailedPreconditionError(
+            f"cannot make container {label!r}: the sandbox's disk limit is reached",
+            hint="Remove some of its files, or create it with a larger Resources(disk=).",
+        )
     if "of the given user namespace" in text:
         return InvalidArgumentError(f"cannot make sandbox {label!r}: {text}")
     if error.do == "namespaces":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import anyio
@@ -35,8 +35,9 @@ from unisandbox.backends.runc.asking import ask_to_end
 from unisandbox.backends.runc.checks import check_resources, check_sandbox
 from unisandbox.backends.runc.making import Maker, clear_network, restore_network
 from unisandbox.backends.runc.pidns import SharedPids
-from unisandbox.backends.runc.planner import PodPlanner, plain_limits
+from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.backends.runc.pod import DEVICES, Pod, ids_of, open_sources
+from unisandbox.backends.runc.rlimits import Rlimits, plain_limits
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host import subordinate
 from unisandbox.host.boundary import reached
@@ -83,7 +84,7 @@ class RuncSandboxer:
         # The engine's own.
         self._root: Cgroup | None = None
         self._init_fd = -1
-        self._plain_limits: Mapping[str, tuple[int, int]] = {}
+        self._plain_limits: Rlimits = {}
 
     async def create(self, request: CreateSandbox) -> None:
         """See `Sandboxer.create`."""

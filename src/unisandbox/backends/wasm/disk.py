@@ -66,6 +66,8 @@ class Disk:
                 if granted:
                     return granted
                 if counted:
+                    # What he was given before, and may not have written, is still his.
+                    self._spent += self._taken.get(who, 0)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 rest = self._rests_until - time.monotonic()
                 if nap is None or rest <= 0:
@@ -96,8 +98,7 @@ class Disk:
 
     def _count(self, who: Hashable) -> None:
         begun = time.monotonic()
-        self._taken.pop(who, None)
-        self._spent = self._measured() + sum(self._taken.values())
+        self._spent = self._measured() + sum(taken for each, taken in self._taken.items() if each != who)
         ended = time.monotonic()
         self._rests_until = ended + _REST * (ended - begun)
 
@@ -132,7 +133,8 @@ class Disk:
                         if not levels:
                             return total
                         fd = _instead(fd, os.open("..", _FLAGS, dir_fd=fd))
-                    with contextlib.suppress(FileNotFoundError):
+                    # It may be gone, or something else: who made that has taken room for it before.
+                    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                         below = os.open(levels[-1].pop(), _FLAGS, dir_fd=fd)
                 fd = _instead(fd, below)
         finally:

@@ -72,7 +72,7 @@ def find() -> list[Leftover]:
     found: list[Leftover] = []
     for engine_id in sorted(host.engines):
         found += _of_engine(host, engine_id)
-    return [*found, *_without_engine(host), *_shared(host)]
+    return [*found, *_unproven(host), *_without_engine(host), *_shared(host)]
 
 
 def _of_engine(host: HostTraces, engine_id: str) -> list[Leftover]:
@@ -130,6 +130,12 @@ def _of_living(engine_id: str, engine: Traces) -> list[Leftover]:
     return [
         Leftover(kind, what, engine_id, why, removable=False, state_dir=engine.state_dir) for kind, what, why in found
     ]
+
+
+def _unproven(host: HostTraces) -> list[Leftover]:
+    """Cgroups with the name of an engine's; that name may be a user's own word."""
+    why = "nothing but its name says that it was an engine's. If it is not yours, remove it: rmdir"
+    return [Leftover("cgroup", path, "", why, removable=False, paths=(path,)) for path in host.unproven]
 
 
 def _without_engine(host: HostTraces) -> list[Leftover]:

@@ -19,6 +19,7 @@ from unisandbox.engine.state import LARGE_FILES
 from unisandbox.engine.state_files import is_engine_id, known_id
 from unisandbox.host import loop
 from unisandbox.host import pidfd as pidfds
+from unisandbox.host.cgroups import marks
 from unisandbox.host.cgroups.hierarchy import read_mounts
 from unisandbox.host.keeper.starting import LOCK_BYTES, holder_in
 
@@ -62,12 +63,14 @@ class HostTraces:
         keepers: pids of the keepers of this user's engines and what they have forked, by engine id.
         engines: traces by engine id.
         unnamed: temporary state directories in which no id was written yet.
+        unproven: cgroups that look like an engine's, of which nothing but the name says so.
     """
 
     runtime: str
     keepers: Mapping[str, Sequence[int]]
     engines: dict[str, Traces] = attrs.field(factory=dict)
     unnamed: list[str] = attrs.field(factory=list)
+    unproven: list[str] = attrs.field(factory=list)
 
     @classmethod
     def look(cls, *, only_engines: bool = False) -> HostTraces:
@@ -81,12 +84,14 @@ class HostTraces:
         if not only_engines:
             host._look_at_files()
             cgroups = list(engine_cgroups())
-            # Where a pointer has the same name, there was such an engine.
-            unproven = [(engine_id, path) for engine_id, path in cgroups if not host.of(engine_id).pointer]
-            others = {engine_id for engine_id, path in unproven if _is_anothers(path)}
+            # Where a pointer has the same name, there was such an engine; a keeper removes it when the cgroup is gone.
+            proven = {engine_id for engine_id, engine in host.engines.items() if engine.pointer} | host.keepers.keys()
+            proven |= {engine_id for engine_id, path in cgroups if marks.is_marked(path)}
             for engine_id, path in cgroups:
-                if engine_id not in others:
+                if engine_id in proven:
                     host.of(engine_id).cgroups.append(path)
+                elif not _is_anothers(path):
+                    host.unproven.append(path)
             for engine_id, path in _mounts_below(host.runtime):
                 host.of(engine_id).mounts.append(path)
         return host

@@ -11,7 +11,7 @@ import attrs
 from unisandbox.api.errors import InvalidArgumentError, UnavailableError
 from unisandbox.api.names import check_name
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import ending, files, hierarchy, v1, v2
+from unisandbox.host.cgroups import ending, files, hierarchy, marks, v1, v2
 from unisandbox.host.cgroups.cgroup import Cgroup
 from unisandbox.host.cgroups.hierarchy import Layout, Place, Version
 
@@ -102,6 +102,7 @@ class Cgroups:
                 self._make_v2(directory, [c for c in hierarchy.V2_CONTROLLERS if c in self.controllers])
             else:
                 self._make_v1(directory, place)
+            marks.mark(directory)
         return self._cgroup("", {place: f"{place.parent}/{self.name}" for place in self.places})
 
     def nowhere(self) -> Cgroup:

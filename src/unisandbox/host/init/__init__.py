@@ -6,7 +6,7 @@ What comes back from init is a stranger's word and is checked here, so that nobo
 
 from unisandbox.host.init.binary import binary_path, open_binary
 from unisandbox.host.init.protocol import KILLED, RLIMITS, ExecFailed, SpawnRequest, capability_mask
-from unisandbox.host.init.spawn import Ended, Started, ended, ended_now, spawn, status_of
+from unisandbox.host.init.spawn import Ended, Started, began, ended, ended_now, has_told, spawn, status_of
 
 __all__ = [
     "KILLED",
@@ -15,10 +15,12 @@ __all__ = [
     "ExecFailed",
     "SpawnRequest",
     "Started",
+    "began",
     "binary_path",
     "capability_mask",
     "ended",
     "ended_now",
+    "has_told",
     "open_binary",
     "spawn",
     "status_of",

@@ -65,6 +65,7 @@ STEPS: Final = (
     "cgroup",
     "namespaces",
     "root",
+    "go",
 )
 """Where a start can fail, in the order of the numbers that init sends (from 1)."""
 

@@ -427,6 +427,50 @@ def status_of(packet: bytes) -> int:
     raise AssertionError("the block returns or raises")
 
 
+def has_told(life: socket.socket) -> bool:
+    """Whether there is something to be read about the end of the process behind `life`, or init is gone."""
+    try:
+        stamps.peek(life, _END_BYTES)
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+async def began(life: socket.socket) -> bool:
+    """Wait until the process behind `life` has ended; whether it had executed its program before.
+
+    For whoever was not there when it was started. One that was not let go, or whose exec has failed, says so itself;
+    init's word about its end comes behind that. True also when init died without telling.
+
+    Raises:
+        BackendError: init said what no init of ours says.
+    """
+    while True:
+        try:
+            packet, _ = stamps.peek(life, _END_BYTES)
+        except BlockingIOError:
+            await readable(life.fileno())
+        except ConnectionResetError:
+            return True
+        else:
+            return not (packet and _is_failure(packet))
+
+
+def _is_failure(packet: bytes) -> bool:
+    with _judged("a process that nobody let go", []):
+        kind, a, b = protocol.decode_answer(packet)
+        if kind == protocol.FAILED:
+            protocol.decode_failure(a, b)
+        elif kind == protocol.ENDED:
+            protocol.decode_status(a, b)
+        else:
+            raise ValueError(f"kind {kind} where an end was expected")
+        return kind == protocol.FAILED
+    raise AssertionError("the block returns or raises")
+
+
 async def ended(life: socket.socket) -> Ended | None:
     """Wait until the process behind `life` has ended.
 

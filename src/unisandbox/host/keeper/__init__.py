@@ -2,7 +2,7 @@
 
 `server` and what it imports is the process: Python standard library only, light, no knowledge of sandboxes or OCI.
 `client` is the caller's side: anyio, no thread and no background task; it stands on `link` (requests and answers),
-`process`, `heard`, `programs`, `spools`, `eventlog` and `turnstile`. `protocol` is what both know.
+`process`, `heard`, `programs`, `parting`, `spools`, `eventlog` and `turnstile`. `protocol` is what both know.
 May know `host/`; must not know what the programs are that it starts, nor import anything above `host/`.
 """
 

@@ -17,12 +17,12 @@ import anyio
 
 from unisandbox.api.errors import BackendError, FailedPreconditionError, UnavailableError
 from unisandbox.host.cgroups import service
-from unisandbox.host.keeper import programs, protocol, starting
+from unisandbox.host.keeper import parting, programs, starting
 from unisandbox.host.keeper.eventlog import EventLog
 from unisandbox.host.keeper.expirations import Expirations
 from unisandbox.host.keeper.heard import HeardExits
 from unisandbox.host.keeper.link import Link
-from unisandbox.host.keeper.messages import close_report_in, guard_request, hello_in
+from unisandbox.host.keeper.messages import guard_request, hello_in
 from unisandbox.host.keeper.notebook import Notebook
 from unisandbox.host.keeper.process import Process
 from unisandbox.host.keeper.protocol import Message
@@ -38,11 +38,9 @@ from unisandbox.host.keeper.records import (
 )
 from unisandbox.host.keeper.spools import Spools
 from unisandbox.host.keeper.turnstile import Turnstile
-from unisandbox.host.readiness import readable
 from unisandbox.host.subordinate import Rows
 
 _START_TIME = 30.0
-_CLOSE_TIME = 20.0
 
 
 class Keeper:
@@ -159,18 +157,13 @@ class Keeper:
     async def _greet(self, after: int) -> None:
         self._exits.last_seq = after
         packet = await self._link.ask("hello", after=after)
-        message = packet.message
-        if message.get("version") != protocol.VERSION:
+        try:
+            self.hello = hello_in(packet.message, self.state_dir)
+        except KeeperVersionError:
             packet.close()
-            raise KeeperVersionError(
-                f"the keeper of {self.state_dir} speaks version {message.get('version')} of its protocol, "
-                f"this library version {protocol.VERSION}",
-                hint="Close it with the version of unisandbox that started it.",
-            )
-        self.pid = cast("int", message["pid"])
-        self._link.pid = self.pid
+            raise
+        self.pid = self._link.pid = self.hello.pid
         self._process.meet(self.pid, packet.claim())
-        self.hello = hello_in(message)
 
     async def own(self) -> None:
         """Become its owner, whose end its policy speaks of.
@@ -450,17 +443,13 @@ class Keeper:
             Whether the keeper has ended; then this connection is closed. Who connects while it ends is turned away.
         """
         try:
-            with anyio.fail_after(_CLOSE_TIME):
-                message = (await self._link.ask("retire")).message
-                if not message["retired"]:
-                    return False
-                await readable(self._process.pidfd)
-        except TimeoutError:
-            log = starting.log_tail(self.state_dir)
+            retired = await parting.retire(self._link, self._process, self.state_dir)
+        except BackendError:
             self.abandon()
-            raise BackendError(f"keeper {self.pid} did not end within {_CLOSE_TIME:g} s", log=log) from None
-        self.abandon()
-        return True
+            raise
+        if retired:
+            self.abandon()
+        return retired
 
     async def close(self, run_guards: bool = True) -> CloseReport:
         """End the keeper and everything that it is the parent of; owner only. Again: nothing happens.
@@ -477,16 +466,10 @@ class Keeper:
         if not self.hello.owner:
             raise FailedPreconditionError(f"this client does not own keeper {self.pid}; only its owner may close it")
         try:
-            with anyio.fail_after(_CLOSE_TIME):
-                message = (await self._link.ask("close", run_guards=run_guards)).message
-                await readable(self._process.pidfd)
-        except TimeoutError:
-            log = starting.log_tail(self.state_dir)
-            raise BackendError(f"keeper {self.pid} did not end within {_CLOSE_TIME:g} s", log=log) from None
+            return await parting.close(self._link, self._process, self.state_dir, run_guards=run_guards)
         finally:
             # Also when cancelled: the keeper goes on with what it was told, or acts by its policy.
             self.abandon()
-        return close_report_in(message)
 
     def abandon(self, wait: float = 0.0) -> bool:
         """Close the connection now; if it was the owner's, the keeper's policy acts. May be called again.

@@ -17,7 +17,9 @@ class EventLog:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    def publish(self, event: Mapping[str, object], *, key: str = "", end: EndNotice | None = None) -> None:
+    def publish(
+        self, event: Mapping[str, object], *, key: str = "", unless: str = "", end: EndNotice | None = None
+    ) -> None:
         """Add an event to the log of this keeper, which gives it a number; without an await and without an answer.
 
         Nothing happens once the keeper has ended.
@@ -25,12 +27,15 @@ class EventLog:
         Args:
             event: as JSON at most 16 KiB; a larger one is lost, and the keeper's log says so.
             key: of several with the same one, by whomever, only the first is told (16384 keys are remembered).
+            unless: it comes too late, and is not told, when one with this key was.
             end: what the keeper tells of itself when what this event began has ended. Of several events that begin the
                 same, the first is told.
         """
         message: Message = {"op": "publish", "event": event_text(event)}
         if key:
             message["key"] = key
+        if unless:
+            message["unless"] = unless
         if end is not None:
             message["end"] = {
                 "name": end.name,

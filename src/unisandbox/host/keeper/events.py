@@ -72,13 +72,18 @@ class Events:
     # --- requests ---
 
     def publish(self, packet: Packet, reply: Reply) -> None:
-        """Give the event (a JSON object as text) the next number; one whose `key` was published before is dropped."""
-        text = protocol.event(packet.message)
-        self.tell(text, protocol.text(packet.message, "key") if "key" in packet.message else "")
+        """Give the event (a JSON object as text) the next number; one whose `key` was published before is dropped.
+
+        So is one that comes too late, since an event with the key `unless` was published.
+        """
+        message = packet.message
+        text = protocol.event(message)
+        if "unless" not in message or protocol.text(message, "unless") not in self._keys:
+            self.tell(text, protocol.text(message, "key") if "key" in message else "")
         reply({})
 
     def tell(self, text: str, key: str = "") -> None:
-        """The same of an event that was looked at."""
+        """The same of an event that was looked at, and is not late."""
         if key in self._keys:
             return
         self._make_room()

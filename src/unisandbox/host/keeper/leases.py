@@ -16,7 +16,12 @@ import struct
 import time
 
 from unisandbox.host.boundary import reached
-from unisandbox.host.keeper import names
+from unisandbox.host.keeper import names, protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from unisandbox.host.keeper.connections import Reply
+    from unisandbox.host.keeper.protocol import Packet
 
 NAME = "ids"
 NAMES_LIMIT = 65536
@@ -36,6 +41,16 @@ class Leases:
         self._held: dict[str, set[int]] = {}
         self._names: dict[str, tuple[str, int]] = {}
         self._next = 0
+
+    def grant(self, packet: Packet, reply: Reply) -> None:
+        """Lease a number that no other keeper of this host has."""
+        directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
+        first = protocol.integer(packet.message, "first", 0, 1 << 40)
+        count = protocol.integer(packet.message, "count", 1, 1 << 20)
+        if packet.message.get("name", "") == "":
+            reply({"number": self.lease(directory, first, count)})
+            return
+        reply({"number": self.named(names.given(packet.message), directory, first, count)})
 
     def named(self, name: str, directory: str, first: int, count: int) -> int:
         """Like `lease`, to be given back by name as well; asked again for the same, the answer is the same.

@@ -9,7 +9,7 @@ from unisandbox.api.errors import InvalidArgumentError
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.link import checked
 from unisandbox.host.keeper.protocol import Message
-from unisandbox.host.keeper.records import CloseReport, Guard, Hello, Policy
+from unisandbox.host.keeper.records import CloseReport, Guard, Hello, KeeperVersionError, Policy
 
 
 def guard_request(guards: Sequence[Guard]) -> Message:
@@ -46,8 +46,19 @@ def note_request(name: str, value: str) -> Message:
     return {"op": "note", "name": name, "value": value}
 
 
-def hello_in(message: Message) -> Hello:
-    """What a keeper of our version says about itself."""
+def hello_in(message: Message, state_dir: str) -> Hello:
+    """What the keeper of this state directory says about itself.
+
+    Raises:
+        KeeperVersionError: it speaks another version of the protocol.
+    """
+    version = message.get("version")
+    if version != protocol.VERSION:
+        raise KeeperVersionError(
+            f"the keeper of {state_dir} speaks version {version} of its protocol, this library version "
+            f"{protocol.VERSION}",
+            hint="Close it with the version of unisandbox that started it.",
+        )
     return Hello(
         pid=cast("int", message["pid"]),
         start_time=cast("int", message["start_time"]),

@@ -17,7 +17,7 @@ import sys
 
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.boundary import reached
-from unisandbox.host.keeper import birth, names, protocol
+from unisandbox.host.keeper import birth, protocol
 from unisandbox.host.keeper.connections import Connections, Reply
 from unisandbox.host.keeper.ends import Ends
 from unisandbox.host.keeper.events import Events
@@ -121,7 +121,7 @@ class Server:
             "guard": self._guards.guard,
             "unguard": self._guards.unguard,
             "expire": self._expiry.expire,
-            "lease": self._lease,
+            "lease": self._leases.grant,
             "own": self._own,
             "set_policy": self._set_policy,
             "retire": self._retire,
@@ -281,16 +281,6 @@ class Server:
         self._holdings.cancel(reply.client, request)
         self._events.cancel(reply.client, request)
         reply({})
-
-    def _lease(self, packet: Packet, reply: Reply) -> None:
-        """Lease a number that no other keeper of this host has."""
-        directory = protocol.path(protocol.text(packet.message, "directory"), "directory")
-        first = protocol.integer(packet.message, "first", 0, 1 << 40)
-        count = protocol.integer(packet.message, "count", 1, 1 << 20)
-        if packet.message.get("name", "") == "":
-            reply({"number": self._leases.lease(directory, first, count)})
-            return
-        reply({"number": self._leases.named(names.given(packet.message), directory, first, count)})
 
     def _close(self, packet: Packet, reply: Reply) -> None:
         """End, and say how it went."""

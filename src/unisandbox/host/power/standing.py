@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import os
 
 from unisandbox.host import syscalls
@@ -131,7 +132,7 @@ def kind_of(fields: list[str]) -> str:
 def kernel(release: str = "") -> tuple[int, int]:
     """The version of a kernel: of this one, or as another says it."""
     major, minor = (release or os.uname().release).split(".")[:2]
-    return int(major), int("".join(character for character in minor if character.isdigit()) or 0)
+    return int(major), int("".join(itertools.takewhile(str.isdigit, minor)) or 0)
 
 
 def read(path: str) -> str:

@@ -8,6 +8,7 @@ The runtimes here are fakes: shell scripts that misbehave in one way each.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -17,12 +18,14 @@ from typing import Any
 import anyio
 import attrs
 import pytest
-from tests.keepers import keeper_at, until
+from tests.keepers import keeper_at, until, wait_ended
 from tests.oci_bundles import Lab, lab, process_json
 
-from unisandbox import Engine
+from unisandbox import Engine, Resources, Sandbox
+from unisandbox.api import short_name
 from unisandbox.api.errors import BackendError, DeadlineExceededError, UnavailableError
 from unisandbox.backends.runc import RuncBackend
+from unisandbox.host.cgroups import hierarchy
 from unisandbox.host.keeper import Spawned
 from unisandbox.oci import features
 from unisandbox.oci.features import Features, FifoKind, RuntimeProgram, find_runtimes, pick_runtime
@@ -447,3 +450,33 @@ async def test_a_state_that_a_killed_runtime_left_half_written_can_be_deleted(pl
         await runtime.delete(f"c{number}", force=True)
         assert not os.path.exists(state)
     assert place.left() == []
+
+
+@pytest.mark.parametrize("who", ["the same engine", "the next engine", "the next engine, without a record"])
+async def test_cgroups_that_runc_has_made_are_gone_after_a_keeper_that_was_killed(tmp_path: Path, who: str) -> None:
+    """It makes them beside the sandbox's own, and its state, by which it would remove them, ends with the keeper."""
+    if shutil.which("runc") is None:
+        pytest.skip("runc is not here")
+    backends = {"runc": RuncBackend("runc")}
+    async with Engine.open(tmp_path, policy="keep", backends=backends) as engine:
+        sandbox = await engine.create(resources=Resources(memory="64M"))
+        await sandbox.run(["true"])
+        keeper = engine._core.host.keeper
+        left = cgroups_of_containers(keeper.pid, engine, sandbox)
+        assert left
+        os.kill(keeper.pid, signal.SIGKILL)
+        wait_ended(keeper.pid)
+        if who == "the same engine":
+            await sandbox.remove()
+    if "record" in who:
+        [record] = (tmp_path / "sandboxes").iterdir()
+        record.write_text("damaged")
+    async with Engine.open(tmp_path, backends=backends):
+        pass
+    assert not any(map(os.path.exists, left))
+
+
+def cgroups_of_containers(keeper: int, engine: Engine, sandbox: Sandbox) -> list[str]:
+    """Those that runc makes: named as its container."""
+    short = short_name(engine._core.host.engine_id, sandbox.id)
+    return [path for above in hierarchy.directories_of(keeper) for path in hierarchy.below(above, f"{short}-")]

@@ -29,7 +29,7 @@ from unisandbox.engine.records import Records
 from unisandbox.engine.state_files import is_engine_id
 from unisandbox.engine.telling import tell_recovered
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import Cgroups, ending, patience
+from unisandbox.host.cgroups import Cgroups, ending, hierarchy, patience
 from unisandbox.host.removal import remove_tree
 
 if TYPE_CHECKING:
@@ -210,7 +210,11 @@ class Recovery:
 
     async def _end_all(self, places: set[str]) -> None:
         """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
-        dirs = [directory for found in _children(places).values() for directory in found]
+        children = _children(places)
+        dirs = [directory for found in children.values() for directory in found]
+        # And what runtimes have made for them beside the former keeper, which was where the new one is.
+        for above in hierarchy.directories_of(self._core.host.keeper.pid):
+            dirs += [path for short in children for path in hierarchy.below(above, f"{short}-")]
         await patience.kill(dirs, _KILL_SECONDS)
         await patience.remove(dirs, _REMOVE_SECONDS)
         for place in places - self._places(None, everywhere=False):

@@ -29,7 +29,6 @@ from unisandbox.api.errors import (
 )
 from unisandbox.api.names import check_name
 from unisandbox.host.boundary import reached
-from unisandbox.host.cgroups import hierarchy, patience
 from unisandbox.host.pidfd import has_ended
 from unisandbox.host.sealed import sealed_copy
 from unisandbox.oci import fifo
@@ -37,12 +36,12 @@ from unisandbox.oci.answers import failure, read_log, why
 from unisandbox.oci.calls import NOWHERE, Call, Spawner, nsenter, run
 from unisandbox.oci.features import RuntimeProgram, keyring_arguments
 from unisandbox.oci.made import Created, enter, identify
+from unisandbox.oci.own_cgroups import OwnCgroups
 from unisandbox.oci.states import RuntimeFiles
 
 DEFAULT_TIMEOUT: Final = 30.0
 # For cleaning up after a call that failed or was cancelled.
 _CLEANUP_SECONDS: Final = 10.0
-_KILL_SECONDS: Final = 1.0
 _STATE_BYTES: Final = 1 << 20
 _BUNDLE_LOG: Final = "runtime.log"
 
@@ -76,6 +75,11 @@ class Runtime:
     root: str
     keeper: Spawner
     _prepared: _Prepared = attrs.field(factory=_Prepared, init=False, eq=False, repr=False)
+    _own_cgroups: OwnCgroups = attrs.field(init=False, eq=False, repr=False)
+
+    @_own_cgroups.default
+    def _default_own_cgroups(self) -> OwnCgroups:
+        return OwnCgroups(self.keeper, are_made=not self.program.features.cgroup_disabled)
 
     async def create(
         self,
@@ -298,7 +302,7 @@ class Runtime:
                 raise
         reached("after runtime.delete", container_id)
         if force:
-            await self._remove_cgroups(container_id)
+            await self._own_cgroups.remove(container_id)
         if force and self._files.exists(container_id) and not self._files.discard(container_id):
             # A state that the runtime cannot read (it was killed while it wrote) belongs to nothing that we could ask.
             raise BackendError(f"{self.program.name} could not delete container {container_id!r} by force")
@@ -346,17 +350,11 @@ class Runtime:
 
         Empty for a runtime that leaves cgroups alone.
         """
-        if self.program.features.cgroup_disabled:
-            return ()
-        check_name(container_id, "container id")
-        own = hierarchy.memberships(self.keeper.pid)
-        found: list[str] = []
-        for mount in hierarchy.read_mounts():
-            key = "unified" if mount.unified else next(iter(mount.controllers & own.keys()), "")
-            above = mount.find(own[key]) if key in own else None
-            if above is not None:
-                found.append(f"{above}/{container_id}")
-        return tuple(found)
+        return self._own_cgroups.of(check_name(container_id, "container id"))
+
+    async def remove_own_cgroups(self, prefix: str) -> None:
+        """Remove these of all containers whose ids begin so. For who has lost the keeper, and with it all states."""
+        await self._own_cgroups.remove_all(prefix)
 
     # --- calls ---
 
@@ -469,18 +467,7 @@ class Runtime:
         ):
             if self._files.exists(container_id):
                 await self.delete(container_id, force=True, timeout=_CLEANUP_SECONDS)
-            await self._remove_cgroups(container_id)
-
-    async def _remove_cgroups(self, container_id: str) -> None:
-        """Remove the runtime's own cgroups of a container that it has forgotten, or never knew.
-
-        runc makes them before it writes its state: killed in between, it leaves them.
-        """
-        left = [path for path in self.own_cgroups(container_id) if os.path.isdir(path)]  # noqa: ASYNC240 (kernfs)
-        if not left:
-            return
-        await patience.kill(left, _KILL_SECONDS)
-        await patience.remove(left, _CLEANUP_SECONDS)
+            await self._own_cgroups.remove(container_id)
 
     @property
     def _files(self) -> RuntimeFiles:

@@ -450,6 +450,7 @@ class RuncSandboxer:
         sandbox.pod.cgroup.kill()
         self._let_go(sandbox)
         await patience.remove(sandbox.pod.cgroup.dirs, _END_SECONDS)
+        await self._runtime.remove_own_cgroups(f"{sandbox.pod.short}-")
         self._leave(sandbox.pod)
 
     def _leave(self, pod: Pod) -> None:

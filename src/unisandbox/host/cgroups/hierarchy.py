@@ -6,6 +6,7 @@ Source: cgroups(7), cgroup_namespaces(7), proc_pid_mountinfo(5); systemd's CGROU
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,6 +122,30 @@ def memberships_in(text: str) -> dict[str, str]:
         for name in names.split(",") if names else ():
             found[name] = path
     return found
+
+
+def directories_of(pid: int) -> tuple[str, ...]:
+    """The cgroups that a process is in, of all the hierarchies that are mounted here.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    own = memberships(pid)
+    found: list[str] = []
+    for mount in read_mounts():
+        key = "unified" if mount.unified else next(iter(mount.controllers & own.keys()), "")
+        directory = mount.find(own[key]) if key in own else None
+        if directory is not None:
+            found.append(directory)
+    return tuple(found)
+
+
+def below(directory: str, prefix: str) -> list[str]:
+    """The cgroups in this one whose names begin so; none where it is gone."""
+    with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
+        found = (entry for entry in entries if entry.name.startswith(prefix))
+        return [entry.path for entry in found if entry.is_dir(follow_symlinks=False)]
+    return []
 
 
 def detect(parent: str | None, *, use_unified: bool, make_room: bool) -> Layout:

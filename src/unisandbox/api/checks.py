@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import signal
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -55,6 +56,15 @@ def kernel_text(value: object, what: str) -> str:
     if b"\0" in encoded:
         raise InvalidArgumentError(f"{what} {value!r} holds a NUL byte")
     return value
+
+
+def check_signal(number: object) -> None:
+    """Raises InvalidArgumentError: it is not the number of a signal. Source: signal(7)."""
+    if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < signal.NSIG:
+        raise InvalidArgumentError(
+            f"a signal is given by its number, 1 to {signal.NSIG - 1}, got {number!r}",
+            hint="For example signal.SIGTERM.",
+        )
 
 
 def matches(pattern: str, value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,17 @@ async def test_a_signal_from_outside_is_exact(sandbox: Sandbox, programs: Progra
             await process.signal(number)
             end = await process.wait()
         assert (end.signal, end.code, end.reason) == (int(number), 128 + number, "signaled")
+
+
+@pytest.mark.parametrize("number", [0, -1, signal.NSIG, True, "TERM"])
+async def test_what_is_no_signal_is_refused(sandbox: Sandbox, programs: Programs, number: Any) -> None:
+    async with sandbox.exec(programs.sleeps(60)) as process:
+        with pytest.raises(InvalidArgumentError, match="signal"):
+            await process.signal(number)
+        await process.signal(signal.SIGKILL)
+        await process.wait()
+        with pytest.raises(InvalidArgumentError, match="signal"):
+            await process.signal(number)
 
 
 async def test_an_abort_is_no_code(sandbox: Sandbox, programs: Programs, capabilities: Capabilities) -> None:

@@ -27,7 +27,6 @@ from unisandbox.api import (
     ExecTask,
     Exit,
     FailedPreconditionError,
-    InvalidArgumentError,
     Metrics,
     NotFoundError,
     Resources,
@@ -37,6 +36,7 @@ from unisandbox.api import (
     UnsupportedError,
     check_id,
 )
+from unisandbox.api.checks import check_signal
 from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.ends import HeldEnd
 from unisandbox.host.keeper import Keeper
@@ -256,8 +256,7 @@ class OciTaskService:
         """See `TaskService.kill`."""
         container = self._container(container_id)
         process = self._process(container, exec_id)
-        if not 0 < signal < signals.NSIG:
-            raise InvalidArgumentError(f"signal must be 1 to {signals.NSIG - 1}, got {signal}")
+        check_signal(signal)
         if signal == signals.SIGKILL and all:
             self.kill_now(container_id, exec_id)
             return

@@ -19,10 +19,11 @@ from unisandbox.api import (
     Resources,
     Rootfs,
 )
+from unisandbox.api.checks import check_signal
 from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
-from unisandbox.sandbox.process import check_signal, pid_of
+from unisandbox.sandbox.process import pid_of
 
 
 class Container:

@@ -30,6 +30,7 @@ from unisandbox.api import (
     short_name,
 )
 from unisandbox.api.by_fields import by_fields
+from unisandbox.api.checks import check_signal
 from unisandbox.api.plain import plain, plain_given
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.held import HeldProcess, OpenStreams, StreamName
@@ -82,18 +83,6 @@ def pid_of(pid: int | None, entry: Entry) -> int:
             "pid", entry.backend, reason="what runs in its sandboxes is no process of its own", hint="Use its id."
         )
     return pid
-
-
-def check_signal(number: int) -> None:
-    """Which signals there are is the backend's to know.
-
-    Raises:
-        InvalidArgumentError: it is no number.
-    """
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise InvalidArgumentError(
-            f"a signal is given by its number, got {number!r}", hint="For example signal.SIGTERM."
-        )
 
 
 class _End:

@@ -33,8 +33,8 @@ Streams = tuple[int | None, int | None, int | None]
 """Descriptors of standard input, output and error."""
 
 _NONE: Final[Streams] = (None, None, None)
-_IGNORED: Final = frozenset({0, signals.SIGCHLD, signals.SIGURG, signals.SIGWINCH, signals.SIGCONT})
-"""Signals whose default action is to do nothing. Source: signal(7). 0 only asks."""
+_IGNORED: Final = frozenset({signals.SIGCHLD, signals.SIGURG, signals.SIGWINCH, signals.SIGCONT})
+"""Signals whose default action is to do nothing. Source: signal(7)."""
 
 STOPPING: Final = frozenset({signals.SIGSTOP, signals.SIGTSTP, signals.SIGTTIN, signals.SIGTTOU})
 """Signals that stop a process for a while."""
@@ -143,12 +143,6 @@ def check_room(most: int | None, running: int, what: str) -> None:
             f"{most} guests run in {what}, as many as its limit of processes allows",
             hint="Create it with a larger Resources(pids=), or end some.",
         )
-
-
-def check_signal(signal: int) -> None:
-    """Raises InvalidArgumentError: it is no signal's number."""
-    if isinstance(signal, bool) or not 0 <= signal < signals.NSIG:
-        raise InvalidArgumentError(f"signal must be 0 to {signals.NSIG - 1}, got {signal}")
 
 
 def is_deadly(signal: int) -> bool:

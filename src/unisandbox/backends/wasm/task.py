@@ -28,6 +28,7 @@ from unisandbox.api import (
     Terminal,
     UnsupportedError,
 )
+from unisandbox.api.checks import check_signal
 from unisandbox.backends.wasm.capabilities import NAME
 from unisandbox.backends.wasm.checks import check_own_container, check_process, files_of
 from unisandbox.backends.wasm.containers import Containers
@@ -37,7 +38,6 @@ from unisandbox.backends.wasm.given import (
     Given,
     Surroundings,
     check_room,
-    check_signal,
     container_of,
     found,
     is_deadly,

@@ -30,13 +30,13 @@ from unisandbox.api import (
     Terminal,
     UnsupportedError,
 )
+from unisandbox.api.checks import check_signal
 from unisandbox.backends.wasm.checks import check_process, files_of
 from unisandbox.backends.wasm.containers import Containers
 from unisandbox.backends.wasm.given import (
     Given,
     Surroundings,
     check_room,
-    check_signal,
     found,
     is_deadly,
 )

@@ -335,8 +335,10 @@ async def test_what_state_prints_is_bounded_and_checked(
     place, _ = await bundle_for(place, fake(tmp_path / "r", text))
     state = place.seen(f"{place.runtime.root}/state/c1")
     os.makedirs(state)
+    # What ends by itself has all the time that a busy machine takes.
+    timeout = 3.0 if error is DeadlineExceededError else 60.0
     with pytest.raises(error, match="state of container 'c1'"):
-        await place.runtime.state("c1", timeout=3)
+        await place.runtime.state("c1", timeout=timeout)
     os.rmdir(state)
     assert place.left() == []
 

@@ -76,6 +76,7 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
         (lambda: api.SandboxSpec(ttl=0), "ttl"),
         (lambda: api.SandboxSpec(ttl=1e18), "ttl must be at most 315360000"),
         (lambda: api.SandboxSpec(sysctls={"hostname": "x"}), "hostname"),
+        (lambda: api.SandboxSpec(sysctls={"net.x": "1\n2"}), "one line"),
         (lambda: api.SandboxSpec(mounts=(api.Mount.tmpfs("/a"), api.Mount.tmpfs("/a"))), "/a"),
         (lambda: api.ProcessSpec([]), "command"),
         (lambda: api.ProcessSpec("true"), "true"),

@@ -30,6 +30,7 @@ from unisandbox.api.plain import container_spec_of, plain, plain_given, process_
 # Text of a command line: any but NUL, and bytes that are no UTF-8 as Python has them.
 TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]) | st.just("\udcff"), max_size=6)
 NAME = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,8}", fullmatch=True)
+LINE = st.from_regex(r"[ -~\t]{0,6}", fullmatch=True)
 PATH = TEXT.map(lambda text: f"/p{text}")
 TARGET = st.from_regex(r"/m[a-z/]{0,6}", fullmatch=True)
 WORD = st.from_regex(r"[A-Za-z0-9_.:%-]{1,8}", fullmatch=True)
@@ -87,7 +88,7 @@ SANDBOX = st.builds(
     user=st.none() | st.integers(0, 1 << 16),
     userns=st.sampled_from(["private", "host"]),
     hostname=st.none() | st.from_regex(r"[a-z0-9][a-z0-9.-]{0,9}", fullmatch=True),
-    sysctls=st.dictionaries(st.from_regex(r"[a-z]{1,3}\.[a-z]{1,3}", fullmatch=True), TEXT, max_size=2),
+    sysctls=st.dictionaries(st.from_regex(r"[a-z]{1,3}\.[a-z]{1,3}", fullmatch=True), LINE, max_size=2),
     dns=st.none() | st.builds(Dns, *[st.lists(WORD, max_size=2)] * 3),
     hosts=st.dictionaries(
         st.from_regex(r"[a-z.-]{1,5}", fullmatch=True), st.from_regex(r"[0-9a-f.:]{1,9}", fullmatch=True), max_size=2

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
 from pathlib import Path
 from typing import Any
 
 from tests.serve.client import CONTAINER, Engine, Fifos
-from tests.wasm.sandboxes import make_root
+from tests.wasm.sandboxes import make_root, pids_of
 
 from unisandbox.api.proto.containerd.task import v3
 from unisandbox.api.proto.google.protobuf import Any as AnyMessage
 from unisandbox.api.proto.methods import TaskV3
 from unisandbox.api.task import SANDBOX_NAMESPACES
-from unisandbox.conformance.inventory import RUN_PREFIX
 
 
 def process(*args: str, **changes: Any) -> dict[str, Any]:
@@ -98,15 +94,5 @@ async def add(engine: Engine, exec_id: str, fifos: Fifos, given: dict[str, Any])
 
 
 def workers() -> set[str]:
-    """The process ids of workers below the cgroup of this run of tests: others may go on beside it."""
-    found, run = set(), _run_of("self")
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            if b"process/worker.py" in Path(f"/proc/{pid}/cmdline").read_bytes() and run <= _run_of(pid):
-                found.add(pid)
-    return found
-
-
-def _run_of(pid: str) -> set[str]:
-    """The name of the cgroup of the run of tests that a process is in, if that has one."""
-    return set(re.findall(rf"/({RUN_PREFIX}\d+)\b", Path(f"/proc/{pid}/cgroup").read_text()))
+    """The process ids of the workers of this run of tests: others may go on beside it."""
+    return pids_of("process/worker.py")

@@ -85,14 +85,15 @@ def tree_of(directory: Path) -> dict[str, object]:
     return found
 
 
-def processes_of(program: str) -> int:
-    """How many processes of this run have it in their command line; of this machine, where the run has no cgroup."""
+def pids_of(program: str) -> set[str]:
+    """The processes of this run that have it in their command line; of this machine, where the run has no cgroup."""
     ours = f"/unisandbox-tests-{os.getpid()}"
     if ours not in Path("/proc/self/cgroup").read_text():
         ours = ""
-    found = 0
+    found = set()
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if program.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found += ours in Path(f"/proc/{pid}/cgroup").read_text()
+            line, cgroups = Path(f"/proc/{pid}/cmdline").read_bytes(), Path(f"/proc/{pid}/cgroup").read_text()
+            if program.encode() in line and ours in cgroups:
+                found.add(pid)
     return found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import anyio
 import pytest
-from tests.wasm.sandboxes import ITS_OWN, OPENS, processes_of
+from tests.wasm.sandboxes import ITS_OWN, OPENS, pids_of
 
 from unisandbox import (
     Engine,
@@ -314,7 +314,7 @@ async def test_sandboxes_whose_workers_are_slow_hold_up_no_other(root: Path, mon
             for _ in range(4):
                 group.start_soon(begin, slow)
         with anyio.fail_after(20):
-            while processes_of("process/worker.py") < 3:  # two are slow, and the other sandbox's waits
+            while len(pids_of("process/worker.py")) < 3:  # two are slow, and the other sandbox's waits
                 await anyio.sleep(0.01)
         for _ in range(3):
             assert (await other.run(["true"])).exit_code == 0

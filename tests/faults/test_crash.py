@@ -329,8 +329,9 @@ async def main():
     await first.exec(["sleep", "1000"])
     keeper = first._entry._core.host.keeper
     os.kill(keeper.pid, signal.SIGKILL)
-    while keeper.alive:
-        await anyio.sleep(0.001)
+    with anyio.fail_after(30):
+        while keeper.alive:
+            await anyio.sleep(0.001)
     async with Sandbox.create(resources=Resources(memory="64M")) as second:
         text = (await second.run(["echo", "here"])).text
         third = await Sandbox.create(resources=Resources(memory="64M"))

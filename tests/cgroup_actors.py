@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from unisandbox.host.cgroups import Cgroups, DeviceRule
 
 PATIENCE = 60.0  # what a slow machine may take
-PARENT = "/unisandbox-test.slice/unisandbox-below.service"
+# Each worker of a run that is shared out has its own: whose ends removes it with all that is below.
+PARENT = f"/unisandbox-test-{os.getpid()}.slice/unisandbox-below.service"
 
 
 class Actor:

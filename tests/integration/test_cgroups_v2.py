@@ -16,7 +16,8 @@ from unisandbox.api.errors import UnavailableError
 from unisandbox.host.cgroups import Cgroups, Limits, ending
 
 TOP = "/sys/fs/cgroup"
-TEST = f"{TOP}/unisandbox-test.slice"
+PARENT = f"/unisandbox-test-{os.getpid()}.slice"
+TEST = f"{TOP}{PARENT}"
 NAME = f"unisandbox-t{os.getpid()}"
 
 pytestmark = [
@@ -78,7 +79,7 @@ def test_a_delegated_cgroup_with_processes_is_left_as_it_is(test_slice: str) -> 
 
 def test_a_parent_with_processes_gives_no_limits_and_says_why(test_slice: str, sleeper: int) -> None:
     Path(test_slice, "cgroup.procs").write_text(str(sleeper))
-    found = Cgroups.detect(NAME, parent="/unisandbox-test.slice")
+    found = Cgroups.detect(NAME, parent=PARENT)
     assert set(found.missing) == {"memory", "pids", "cpu"}
     assert "holds processes" in found.reasons()[0]
     root = found.root()
@@ -93,7 +94,7 @@ def test_a_parent_with_processes_gives_no_limits_and_says_why(test_slice: str, s
 
 def test_on_word_the_processes_of_a_parent_make_room(test_slice: str, sleeper: int) -> None:
     Path(test_slice, "cgroup.procs").write_text(str(sleeper))
-    found = Cgroups.detect(NAME, parent="/unisandbox-test.slice", make_room=True)
+    found = Cgroups.detect(NAME, parent=PARENT, make_room=True)
     assert found.reasons() == []
     root = found.root()
     assert Path(test_slice, "unisandbox-host", "cgroup.procs").read_text().split() == [str(sleeper)]

@@ -248,7 +248,7 @@ async def status_of(life: socket.socket) -> int | None:
     return None if end is None else end.status
 
 
-async def until(true: Callable[[], bool], *, timeout: float = 5) -> None:
+async def until(true: Callable[[], bool], *, timeout: float = 30) -> None:
     """Look again and again, with a deadline: only for what has no event to wait for (a zombie that is reaped)."""
     with anyio.fail_after(timeout):
         while not true():

@@ -289,11 +289,11 @@ async def test_a_bad_run_is_a_clear_error_and_harms_nothing(name: str) -> None:
         speaks(caught.value, words)
         assert caught.value.exit_code == exit_code
         assert (await sandbox.run(["echo", "fine"])).text == "fine\n"
-        with anyio.move_on_after(5):
+        with anyio.move_on_after(20):
             # The kernel frees the cgroup of an ended process late; the sandbox removes it with a later call.
             while settle(before, 0.1):
                 await sandbox.run(["true"])
-        assert settle(before, 0.5) == []
+        assert settle(before) == []
         assert len((await sandbox.status()).containers) == 1
 
 
@@ -388,7 +388,7 @@ async def test_a_runtime_that_does_not_know_its_version(only: Callable[..., None
 
 @pytest.mark.parametrize("how", ["exec", "run", "launch", "add"])
 async def test_what_fails_as_the_ttl_ends_in_its_middle_says_that(only: Callable[..., None], how: str) -> None:
-    only(VERSION + '/usr/bin/crun "$@"; code=$?; case "$*" in *" create "*) sleep 1.5;; esac; exit $code')
+    only(VERSION + '/usr/bin/crun "$@"; code=$?; case "$*" in *" create "*) sleep 4;; esac; exit $code')
     starts: dict[str, Callable[[Sandbox], Awaitable[object]]] = {
         "exec": lambda sandbox: sandbox.exec(["sleep", "1000"]),
         "run": lambda sandbox: sandbox.run(["sleep", "1000"]),
@@ -396,15 +396,15 @@ async def test_what_fails_as_the_ttl_ends_in_its_middle_says_that(only: Callable
         "add": lambda sandbox: sandbox.containers.add(argv=["sleep", "1000"]),
     }
     async with Engine.open() as engine:
-        sandbox = await engine.create(ttl=0.5)
-        with pytest.raises(NotFoundError, match=r"was removed: its ttl of 0\.5 s is over"):
+        sandbox = await engine.create(ttl=2)
+        with pytest.raises(NotFoundError, match=r"was removed: its ttl of 2 s is over"):
             await starts[how](sandbox)
 
 
 async def test_a_runtime_that_hangs_at_its_version(only: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "_QUERY_SECONDS", 0.5)
     only("sleep 1000")
-    await fails(UnavailableError, r"within 0\.5 s", within=8.0)
+    await fails(UnavailableError, r"within 0\.5 s", within=20.0)
 
 
 @pytest.mark.skipif(not os.path.exists("/usr/bin/crun"), reason="crun is not installed")

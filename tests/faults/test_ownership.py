@@ -395,7 +395,7 @@ async def test_a_suspended_maker_holds_up_nobody_else_and_keeps_its_sandbox(
     async with Engine.open(tmp_path) as engine:
         with program(SUSPENDED_MAKER, str(tmp_path)) as maker:
             maker.heard()
-            with anyio.fail_after(5):
+            with anyio.fail_after(20):
                 await engine.create(name="y", resources=SMALL)
                 with pytest.raises(DeadlineExceededError, match=f"process {maker.pid}"):
                     await engine.remove("x")

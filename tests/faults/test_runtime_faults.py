@@ -257,14 +257,14 @@ async def test_garbage_from_a_runtime_is_one_clear_error(place: Lab, tmp_path: P
 async def test_a_hanging_runtime_is_killed_with_everything_that_it_started(place: Lab, tmp_path: Path) -> None:
     # One that ignores signals, one in a session of its own, one whose parent has ended.
     text = """
-    (trap '' TERM INT HUP; sleep 86543) & setsid sleep 86544 & (sh -c 'sleep 86545 & exit' ) &
-    echo '{"msg":"waiting for godot"}' >>$log; sleep 86546"""
+    echo '{"msg":"waiting for godot"}' >>$log
+    (trap '' TERM INT HUP; sleep 86543) & setsid sleep 86544 & (sh -c 'sleep 86545 & exit' ) & sleep 86546"""
     place, bundle = await bundle_for(place, fake(tmp_path / "r", text))
     began = time.monotonic()
-    with pytest.raises(DeadlineExceededError, match=r"did not end within 0\.5 s .*waiting for godot"):
-        await place.create("c1", bundle, timeout=0.5)
-    assert time.monotonic() - began < 5
-    with anyio.fail_after(5):
+    with pytest.raises(DeadlineExceededError, match=r"did not end within 2 s .*waiting for godot"):
+        await place.create("c1", bundle, timeout=2)
+    assert time.monotonic() - began < 20
+    with anyio.fail_after(20):
         while alive("8654"):
             await anyio.sleep(0.01)
     assert place.left() == []
@@ -276,8 +276,8 @@ async def test_a_cancelled_call_kills_the_runtime_at_once(place: Lab, tmp_path: 
     with anyio.move_on_after(0.3) as scope:
         await place.create("c1", bundle)
     assert scope.cancelled_caught
-    assert time.monotonic() - began < 3
-    with anyio.fail_after(5):
+    assert time.monotonic() - began < 20
+    with anyio.fail_after(20):
         while alive("86543"):
             await anyio.sleep(0.01)
     assert place.left() == []
@@ -352,14 +352,14 @@ async def test_an_init_that_never_comes_to_its_fifo_is_a_deadline(place: Lab, tm
         state = place.seen(f"{place.runtime.root}/state/c-{kind}")
         os.makedirs(state)
         os.mkfifo(f"{state}/exec.fifo")
-        with anyio.fail_after(5), pytest.raises(DeadlineExceededError, match=r"not ready to start within 0\.2 s"):
+        with anyio.fail_after(20), pytest.raises(DeadlineExceededError, match=r"not ready to start within 0\.2 s"):
             await place.runtime.start(f"c-{kind}", created=created, timeout=0.2)
 
         async with anyio.create_task_group() as group:
             # It dies while we wait.
             group.start_soon(_kill_soon, created.pidfd)
             with pytest.raises(BackendError, match="ended before it was started"):
-                await place.runtime.start(f"c-{kind}", created=created, timeout=5)
+                await place.runtime.start(f"c-{kind}", created=created, timeout=60)
         await place.exit_code(created)
         os.unlink(f"{state}/exec.fifo")
         os.rmdir(state)

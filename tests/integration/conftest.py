@@ -98,7 +98,7 @@ def cgroups(request: pytest.FixtureRequest) -> Iterator[Cgroups]:
     assert root.remove(PATIENCE)
     if request.param == "below a parent":
         for place in found.places:
-            assert ending.remove((os.path.dirname(place.parent),))
+            assert ending.remove((os.path.dirname(place.parent),), PATIENCE)
 
 
 @pytest.fixture

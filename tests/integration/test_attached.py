@@ -75,7 +75,7 @@ async def test_end_of_a_launched_program_is_known_without_waiting(tmp_path: Path
             [main] = status.containers
             assert (main.state, main.exit and main.exit.code) == ("stopped", 3)
             assert main.exit is not None
-            assert abs(main.exit.exited_at - exit.exited_at) < 0.1
+            assert abs(main.exit.exited_at - exit.exited_at) < 2
         await sandbox.remove()
 
 
@@ -142,7 +142,7 @@ async def test_what_has_expired_with_nobody_there_does_not_keep_the_keeper(tmp_p
     state = tmp_path / "state"
     async with Engine.open(state, policy="keep") as engine:
         keeper = engine._core.host.keeper.pid
-        sandbox = await engine.create(resources=SMALL, ttl=0.5)
+        sandbox = await engine.create(resources=SMALL, ttl=5)
         process = await sandbox.launch(["sleep", "1000"])
     wait_ended(process.pid)
     async with Engine.attach(state) as engine:
@@ -151,7 +151,7 @@ async def test_what_has_expired_with_nobody_there_does_not_keep_the_keeper(tmp_p
 
 
 async def test_a_container_whose_sandbox_is_gone_is_left_and_removed_without_an_error(tmp_path: Path) -> None:
-    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL, ttl=3.0) as sandbox:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL, ttl=8) as sandbox:
         async with sandbox.containers.add(argv=["sleep", "1000"]) as container:
             await container.wait()
             with pytest.raises(NotFoundError):
@@ -258,7 +258,7 @@ async def test_what_is_no_directory_is_not_called_open_to_all(tmp_path: Path) ->
 
 async def test_an_end_that_several_see_is_told_once(tmp_path: Path) -> None:
     async with Engine.open(tmp_path) as owner, Engine.attach(tmp_path) as other:
-        sandbox = await owner.create(name="w", ttl=1.0)
+        sandbox = await owner.create(name="w", ttl=5)
         await (await other.get("w")).status()
         with anyio.fail_after(20):
             while await owner.list() or await other.list():

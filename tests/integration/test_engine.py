@@ -170,7 +170,7 @@ async def test_a_sandbox_can_be_made_after_another_process_has_removed_the_engin
     async with Engine.open() as engine:
         async with engine.create(resources=SMALL):
             host = engine._core.host
-        assert host.cgroups.root().remove(timeout=5)
+        assert host.cgroups.root().remove(timeout=20)
         async with engine.create(resources=SMALL) as sandbox:
             assert (await sandbox.run(["/bin/true"])).exit_code == 0
 

@@ -70,7 +70,7 @@ def birthplace(container: Container) -> Iterator[int]:
             os.close(directory)
     finally:
         root.kill()
-        assert root.remove(timeout=5)
+        assert root.remove(timeout=20)
 
 
 async def test_nobody_is_asked_to_move_a_process_that_is_about_to_enter_its_cgroups_itself(

@@ -66,7 +66,7 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
     script = "trap '' TERM; (trap '' TERM; sleep 1000) & echo $!; echo $$; exec sleep 1000"
     await keeper.spawn("k", ["/bin/sh", "-c", script], env={{"PATH": "/bin"}}, fds=[0, 1, 2],
                        cgroup_procs=[inside + "/cgroup.procs"])
-    await keeper.expirations.set("s1/", 0.7)
+    await keeper.expirations.set("s1/", 5)
     await keeper.expirations.set("s2/", 1000)
     os.kill(os.getpid(), signal.SIGKILL)
     """
@@ -77,7 +77,7 @@ async def test_an_expiry_ends_a_process_tree_with_no_client_attached(
         assert (tmp_path / "s1").exists()
         wait_ended(parent)
         wait_ended(child)
-        assert time.monotonic() - began > 0.4
+        assert time.monotonic() - began > 2
         until(lambda: not (tmp_path / "s1").exists(), "the guards have run")
         keeper = await adopt(tmp_path)
         try:
@@ -119,15 +119,15 @@ async def test_an_expiry_may_be_changed_and_taken_back(tmp_path: Path) -> None:
     async with keeper_at(tmp_path) as keeper:
         await keeper.guard([Guard(name, "rmdir", [f"{tmp_path}/{name}"]) for name in ("early", "late", "never")])
         await keeper.expirations.set("early", 1000)
-        await keeper.expirations.set("late", 0.1)
-        await keeper.expirations.set("never", 0.1)
+        await keeper.expirations.set("late", 1000)
+        await keeper.expirations.set("never", 1000)
         await keeper.expirations.set("never", None)
         await keeper.expirations.set("no such", None)
+        began = time.monotonic()
         await keeper.expirations.set("late", 0.3)
         await keeper.expirations.set("early", 0.05)
-        began = time.monotonic()
         await told(keeper, "early", "late")
-        assert time.monotonic() - began > 0.25
+        assert time.monotonic() - began >= 0.3
         assert keeper.expirations.known == {"early", "late"}
         assert [name for name in ("early", "late", "never") if (tmp_path / name).exists()] == ["never"]
         await keeper.unguard(["never"])

@@ -349,8 +349,8 @@ async def test_a_stamped_fd_that_stays_readable_costs_nothing(tmp_path: Path) ->
             keeper.events.publish({"n": "begin"}, end=_end_of(name))
         await _told(keeper, 2)
         switches = _wakeups(keeper.pid)
-        await anyio.sleep(0.2)  # nothing is to happen: there is no event to wait for
-        assert _wakeups(keeper.pid) - switches < 5
+        await anyio.sleep(0.5)  # nothing is to happen: there is no event to wait for
+        assert _wakeups(keeper.pid) - switches < 20
         with open("/etc/passwd", "rb") as file:
             await keeper.spools.hold_now({"pipe": file.fileno()}, stamp=["pipe"])
         assert sorted(await keeper.held()) == ["pipe", "socket"]  # refused: what is there stays

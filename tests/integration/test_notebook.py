@@ -87,7 +87,7 @@ def test_a_cell_that_is_interrupted_ends_what_it_runs_and_nothing_else(book: Not
 
 
 def test_a_sandbox_whose_time_is_over_between_two_cells_says_so(book: Notebook) -> None:
-    sandbox = book.cell(lambda: Sandbox.create(isolation="runc", resources=SMALL, ttl=0.5))
+    sandbox = book.cell(lambda: Sandbox.create(isolation="runc", resources=SMALL, ttl=5))
     process = _ready(book, sandbox, "sleep 1000")
     with Watched(process.pid) as watched:
         assert watched.ended()

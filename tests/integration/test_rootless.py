@@ -199,7 +199,8 @@ def test_a_timeout_ends_what_the_run_started_and_the_end_of_the_sandbox_all(user
             for entry in os.scandir("/proc"):
                 if entry.name.isdecimal():
                     try:
-                        found.append(Path(entry.path, "cmdline").read_text().replace("\\0", " ").strip())
+                        words = Path(entry.path, "cmdline").read_bytes().decode(errors="replace")
+                        found.append(words.replace("\\0", " ").strip())
                     except OSError:
                         continue
             return sorted(line for line in found if line.startswith("sleep 98"))
@@ -207,7 +208,7 @@ def test_a_timeout_ends_what_the_run_started_and_the_end_of_the_sandbox_all(user
         async with Engine.open() as engine:
             async with engine.create(resources=FREE) as sandbox:
                 try:
-                    await sandbox.sh("sleep 981 & (sleep 982 & wait) & (setsid sleep 983 &); sleep 984", timeout=1)
+                    await sandbox.sh("sleep 981 & (sleep 982 & wait) & (setsid sleep 983 &); sleep 984", timeout=5)
                 except SandboxError as error:
                     tell(error=str(error))
                 # Without cgroups nobody has waited for the last breath of each.
@@ -254,7 +255,7 @@ def test_a_killed_host_process_leaves_nothing(any_user: PlainUser) -> None:
         """
         engine = await Engine.open()
         sandbox = await engine.create(resources=FREE)
-        process = await sandbox.exec(["sleep", "987654"])
+        process = await sandbox.exec(["sleep", "432187"])
         tell(keeper=engine._core.host.keeper.pid, pid=process.pid)
         await anyio.sleep_forever()
         """

@@ -45,8 +45,8 @@ def test_two_sandboxes_with_the_same_id_do_not_reach_each_other(user: PlainUser)
         """
         async with Engine.open() as engine, engine.create(resources=FREE) as one, engine.create(resources=FREE) as two:
             await one.files.write("/tmp/secret", "his")
-            async with one.exec(["sleep", "98765"]) as process:
-                seen = await two.sh("ls /tmp; grep -l 9876[5] /proc/[0-9]*/cmdline")
+            async with one.exec(["sleep", "43219"]) as process:
+                seen = await two.sh("ls /tmp; grep -l 4321[9] /proc/[0-9]*/cmdline")
                 tell(seen=seen.text, killed=(await two.sh(f"kill {process.pid}")).exit_code)
         """
     )

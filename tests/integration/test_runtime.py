@@ -133,8 +133,8 @@ async def test_the_container_is_in_the_given_cgroup_before_it_starts(place: Lab)
         assert ours.exists()
         assert [path for path in left_by_runtime if os.path.isdir(path)] == []
     finally:
-        assert ours.remove(5.0)
-        assert above.remove(5.0)
+        assert ours.remove(20.0)
+        assert above.remove(20.0)
 
 
 async def test_exec_gives_exact_exits_and_output(place: Lab) -> None:
@@ -213,7 +213,7 @@ async def test_a_created_container_whose_init_is_dead_cannot_be_started(place: L
     signal.pidfd_send_signal(created.pidfd, signal.SIGKILL)
     await place.keeper.wait_exit(created.pid, created.start_time)
 
-    with anyio.fail_after(5), pytest.raises(BackendError, match="'c1' ended before it was started"):
+    with anyio.fail_after(20), pytest.raises(BackendError, match="'c1' ended before it was started"):
         await place.runtime.start("c1", created=created)
 
     os.close(created.pidfd)

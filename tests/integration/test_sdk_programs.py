@@ -126,12 +126,12 @@ async def test_large_arguments_and_environments(engine: Engine) -> None:
 
 async def test_a_timeout_says_so_and_keeps_what_there_was(engine: Engine) -> None:
     async with engine.create() as sandbox:
-        with pytest.raises(DeadlineExceededError, match=r"did not end within 0\.3 s") as caught:
-            await sandbox.sh("echo before; sleep 60; echo after", timeout=0.3)
+        with pytest.raises(DeadlineExceededError, match=r"did not end within 2 s") as caught:
+            await sandbox.sh("echo before; sleep 60; echo after", timeout=2)
         completed = caught.value.completed
         assert completed is not None
         assert (completed.stdout, completed.exit.signal, completed.exit.reason) == (b"before\n", 9, "signaled")
-        assert 0.25 < completed.duration < 10
+        assert 1.9 < completed.duration < 30
         for wrong in (0, -1.0, float("nan")):
             with pytest.raises(InvalidArgumentError):
                 await sandbox.run(["true"], timeout=wrong)

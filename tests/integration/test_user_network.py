@@ -310,7 +310,7 @@ def test_a_kept_sandbox_keeps_its_network_and_its_helper(around: World, tmp_path
 def test_a_helper_ends_when_the_time_of_its_sandbox_is_over(around: World) -> None:
     body = """
     async with Engine.open() as engine:
-        sandbox = await engine.create(network="user", ttl=2.0)
+        sandbox = await engine.create(network="user", ttl=8)
         [helper] = helpers()
         pidfd = os.pidfd_open(helper)
         with anyio.fail_after(30):

@@ -210,7 +210,7 @@ async def test_a_terminal_device_put_there_by_an_attacker_is_a_typed_error(conta
     }
     assert await container.status("sh", "-c", scripts[device], capabilities=ATTACKER) == 0
     with pytest.raises(ExecFailed) as failed:
-        await container.start("cat", tty=(24, 80), timeout=5)
+        await container.start("cat", tty=(24, 80), timeout=30)
     assert failed.value.step == "tty"
     await until(lambda: list(container.processes()) == [container.pid])
 
@@ -219,7 +219,7 @@ async def test_a_fork_bomb_of_orphans_does_not_keep_the_host_waiting(container: 
     bomb = await container.start("sh", "-c", "while :; do (true &) ; (true &) ; done")
     async with closing(bomb):
         for _ in range(20):
-            assert await container.status("/bin/true", timeout=5) == 0
+            assert await container.status("/bin/true", timeout=30) == 0
         signal.pidfd_send_signal(bomb.pidfd, signal.SIGKILL)
         assert await status_of(bomb.life) == signal.SIGKILL
     await until(lambda: list(container.processes()) == [container.pid])

@@ -192,7 +192,7 @@ def test_time(run: Run) -> None:
     for argv in (PROGRAMS.sleeps(0.05), PROGRAMS.works(0.05)):
         begun = time.monotonic()
         assert run(argv) == (0, b"", b"")
-        assert 0.05 <= time.monotonic() - begun < 5
+        assert 0.05 <= time.monotonic() - begun < 20
     assert run(PROGRAMS.lingers(0.01, "late", 5)) == (5, b"late\n", b"")
 
 

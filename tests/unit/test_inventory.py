@@ -201,12 +201,9 @@ def test_listing_costs_no_more_than_reading_a_few_hundred_files() -> None:
     """It is done twice for each test. Of the processor's time, in which nobody else's work counts."""
 
     def cost(work: Callable[[], object]) -> float:
-        durations: list[float] = []
-        for _ in range(10):
-            started = time.process_time()
-            work()
-            durations.append(time.process_time() - started)
-        return min(durations)
+        started = time.process_time()
+        work()
+        return time.process_time() - started
 
     def read_as_many() -> None:
         processes = sum(name.isdigit() for name in os.listdir("/proc"))
@@ -214,7 +211,9 @@ def test_listing_costs_no_more_than_reading_a_few_hundred_files() -> None:
             Path("/proc/self/status").read_bytes()
 
     Inventory.take()
-    assert cost(Inventory.take) < cost(read_as_many)  # a tenth to a fifth of it, measured, and as much where emulated
+    # By turns: how many processes there are changes meanwhile. A tenth to a fifth of it, also where emulated.
+    both = [(cost(Inventory.take), cost(read_as_many)) for _ in range(10)]
+    assert min(listing for listing, _ in both) < min(reading for _, reading in both)
 
 
 def test_no_test_can_forget_the_check(tmp_path: Path) -> None:

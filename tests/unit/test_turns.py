@@ -67,7 +67,7 @@ async def test_every_waiter_gets_its_own_though_only_one_reads(channel: Channel)
     async def want(number: int) -> None:
         got.append(await channel.wait(number))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             for number in range(20):
                 group.start_soon(want, number)
@@ -89,7 +89,7 @@ async def test_a_cancelled_reader_hands_on_to_another(channel: Channel) -> None:
             scopes[number] = scope
             got.append(await channel.wait(number))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             for number in range(4):
                 group.start_soon(want, number)
@@ -112,7 +112,7 @@ async def test_reader_and_heir_cancelled_at_once_leave_a_reader(channel: Channel
             scopes[number] = scope
             got.append(await channel.wait(number))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             for number in range(3):
                 group.start_soon(want, number)
@@ -135,7 +135,7 @@ async def test_an_exception_of_a_turn_reaches_the_reader_and_the_others_see_the_
             await channel.wait(number)
         messages.append(str(caught.value))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             for number in range(5):
                 group.start_soon(want, number)
@@ -150,7 +150,7 @@ async def test_notify_ends_the_wait_of_sleepers_and_of_the_reader(channel: Chann
     async def want(number: int) -> None:
         got.append(await channel.wait(number))
 
-    with anyio.fail_after(5):
+    with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             for number in (7, 8, 9):
                 group.start_soon(want, number)

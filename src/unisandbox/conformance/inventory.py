@@ -103,7 +103,7 @@ class Inventory:
         return found
 
 
-def settle(before: Inventory, timeout: float = 2.0) -> list[str]:
+def settle(before: Inventory, timeout: float = 10.0) -> list[str]:
     """Wait until nothing differs from `before`.
 
     Args:

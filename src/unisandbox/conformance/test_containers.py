@@ -162,13 +162,14 @@ async def test_signals_kill_and_remove(sandbox: Sandbox, rootfs: str, programs: 
 
 @of_processes
 async def test_with_its_main_process_everything_in_it_ends(sandbox: Sandbox, rootfs: str) -> None:
+    seconds = str(10_000_000 + os.getpid())  # can be told from what others sleep
     async with sandbox.containers.add(
-        rootfs=rootfs, argv=["sh", "-c", "setsid sleep 4242 & echo $!; exit 0"], name="left"
+        rootfs=rootfs, argv=["sh", "-c", f"setsid sleep {seconds} & echo $!; exit 0"], name="left"
     ) as left:
         assert (await left.wait()).code == 0
         with anyio.fail_after(20):
             await left.remove()
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and b"4242" in _cmdline(pid)]
+    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and seconds.encode() in _cmdline(pid)]
 
 
 def _cmdline(pid: str) -> bytes:

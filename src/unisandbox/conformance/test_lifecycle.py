@@ -357,9 +357,9 @@ async def test_status_never_waits_for_a_stop(sandbox: Sandbox) -> None:
     process = await sandbox.exec(["sh", "-c", "trap '' TERM; echo ready; sleep 60; sleep 60"])
     assert await process.stdout.receive() == b"ready\n"
     async with anyio.create_task_group() as group:
-        group.start_soon(sandbox.stop, 5)
+        group.start_soon(sandbox.stop, 50)
         await anyio.wait_all_tasks_blocked()
-        with anyio.fail_after(1):
+        with anyio.fail_after(20):
             await sandbox.status()
         await sandbox.kill()
     await process.aclose()
@@ -411,10 +411,10 @@ async def test_many_processes_at_once_each_have_their_own_end(sandbox: Sandbox, 
 
 @of_processes
 async def test_a_closed_process_leaves_nothing_running(sandbox: Sandbox) -> None:
-    async with sandbox.exec(["sh", "-c", "setsid sleep 61 & echo ready; sleep 62"]) as process:
+    async with sandbox.exec(["sh", "-c", "setsid sleep 1061 & echo ready; sleep 1062"]) as process:
         assert await process.stdout.receive() == b"ready\n"
 
     async def gone() -> bool:
-        return "sleep 6" not in (await sandbox.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")).text
+        return "sleep 106" not in (await sandbox.sh("cat /proc/[0-9]*/cmdline | tr '\\0' ' '")).text
 
-    await until(gone, "both sleeps are gone", timeout=2)
+    await until(gone, "both sleeps are gone")

@@ -86,11 +86,16 @@ static long answer(int to, u32 kind, int a, int b, int fd)
 }
 
 /* ---- the child: everything between clone and execve ---- */
+static void fail_on(int go, int life, int step, long error)
+{
+	answer(go, FAILED, step, (int)-error, -1);
+	answer(life, FAILED, step, (int)-error, -1); /* whoever reads `go` may be about to be killed */
+	exit(127);
+}
+
 static void fail(int step, long error)
 {
-	answer(GO, FAILED, step, (int)-error, -1);
-	answer(LIFE, FAILED, step, (int)-error, -1); /* whoever reads `go` may be about to be killed */
-	exit(127);
+	fail_on(GO, LIFE, step, error);
 }
 
 static long must(int step, long result)
@@ -150,6 +155,7 @@ static void child_credentials(const struct request *r, const u32 *groups)
 		data[i].inheritable = r->flags & FLAG_AMBIENT ? wanted : 0;
 	}
 	must(STEP_CAPABILITIES, CALL2(capset, &head, data));
+	must(STEP_UID, CALL2(prctl, PR_SET_DUMPABLE, 0)); /* with fs.suid_dumpable=1 other ids have made it 1 */
 	must(STEP_AMBIENT, CALL2(prctl, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL));
 	if (r->flags & FLAG_AMBIENT)
 		for (int cap = 0; cap < 64; cap++)
@@ -339,6 +345,8 @@ static void spawn(const struct request *r, const int *fds)
 		long bad = CALL3(dup3, fds[1], GO, O_CLOEXEC);
 		if (bad >= 0)
 			bad = CALL3(dup3, life, LIFE, O_CLOEXEC);
+		if (bad < 0) /* his limit was lowered just now: what has these numbers is init's */
+			fail_on(fds[1], life, STEP_FDS, bad);
 		for (int i = 0; i < 3 && bad >= 0 && !(r->flags & FLAG_TTY); i++)
 			bad = CALL3(dup3, fds[3 + i], i, 0);
 		for (u32 i = 1; i <= r->ntasks && bad >= 0; i++) /* "0" is the writer himself */

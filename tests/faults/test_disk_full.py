@@ -220,15 +220,43 @@ async def test_a_stop_that_the_disk_did_not_take_is_known_to_all(tmp_path: Path)
                 with pytest.raises(FailedPreconditionError, match="is stopped"):
                     await each.run(["true"])
                 await each.stop(grace=0)
-            with pytest.raises(BackendError, match="Read-only file system"):
-                await theirs.start()
-            assert await states() == {"ready"}
-            with pytest.raises(BackendError, match="Read-only file system"):
-                await theirs.stop(grace=0)
-        assert await states() == {"stopped"}
         await ours.start()
         assert await states() == {"ready"}
         assert (await theirs.run(["true"])).exit_code == 0
+
+
+@pytest.mark.parametrize("share_pid", [False, True])
+@pytest.mark.parametrize("is_written", [True, False], ids=["stop written down", "stop not written down"])
+async def test_a_start_that_the_disk_did_not_take_is_none(tmp_path: Path, is_written: bool, share_pid: bool) -> None:
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+        ours = await engine.create(name="w", resources=SMALL, share_pid=share_pid)
+        await ours.run(["true"])
+        theirs = await other.get("w")
+        if is_written:
+            await ours.stop(grace=0)
+        with read_only(tmp_path):
+            if not is_written:
+                with pytest.raises(BackendError, match="Read-only file system"):
+                    await ours.stop(grace=0)
+            for each in (ours, theirs):
+                for _ in range(2):
+                    with pytest.raises(BackendError, match="Read-only file system"):
+                        await each.start()
+                assert {(await one.status()).state for one in (ours, theirs)} == {"stopped"}
+                assert await ours.processes() == []
+                with pytest.raises(FailedPreconditionError, match="is stopped"):
+                    await each.run(["true"])
+        for each in (ours, theirs):
+            await each.start()
+            assert {(await one.status()).state for one in (ours, theirs)} == {"ready"}
+            assert (await each.run(["true"])).exit_code == 0
+            await each.stop(grace=0)
+        seen = []
+        async for event in engine.events():
+            seen += [event.kind] if event.kind in {"sandbox.started", "sandbox.stopped"} else []
+            if len(seen) == 6:
+                break
+        assert seen == ["sandbox.started", "sandbox.stopped"] * 3
 
 
 async def test_a_removal_whose_record_could_not_go_is_finished_by_the_next_call(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Literal
 
 import anyio.lowlevel
-import attrs
 
 from unisandbox.api import (
     BackendError,
@@ -29,12 +28,12 @@ from unisandbox.api import (
     TaskService,
     UnavailableError,
 )
-from unisandbox.engine import looking, pausing
+from unisandbox.engine import limiting, looking, pausing
 from unisandbox.engine.cleaning import CLEANING_SECONDS, Action, Cleaning
 from unisandbox.engine.held import HeldProcesses, OpenStreams
 from unisandbox.engine.operations import OperationLog
 from unisandbox.engine.programs import MAIN, Programs
-from unisandbox.engine.record import Phase, Record, plain_spec, this_process
+from unisandbox.engine.record import Phase, Record, this_process
 from unisandbox.engine.sharing import Sharing
 from unisandbox.engine.telling import Telling, tell_recovered
 from unisandbox.host.cgroups import ending
@@ -231,7 +230,7 @@ class Entry:
 
     def intend(self) -> None:
         """Write down that it shall be."""
-        self._save(self.record)
+        self.save(self.record)
 
     async def begin(self) -> None:
         """Create and start it, as whoever changes it; on any failure nothing is left."""
@@ -264,21 +263,27 @@ class Entry:
             # Now that readers of events know it they are told of its end, too.
             left = began + self.spec.ttl - time.clock_gettime(time.CLOCK_BOOTTIME)
             await self.sharing.set_expiry(max(0.0, left))
+        await self._make_ready()
+
+    async def _make_ready(self) -> None:
+        """The last steps of a creation and of a start: it is ready when all of them are done, and to others, too."""
         self._task = (await self._sandboxer.start(self.sandbox_id)).task
-        self._write("ready", started_at=time.time())
+        self._write("ready", started_at=time.time(), stopped_at=None)
+        self.sharing.forget_stop()
         self._core.check_keeper()  # not each step has asked it for something
         self.state = "ready"
 
     def _write(self, phase: Phase, **changes: float | None) -> None:
-        self._save(self.record._replace(phase=phase, **changes))  # type: ignore[arg-type]
+        self.save(self.record._replace(phase=phase, **changes))  # type: ignore[arg-type]
 
-    def _save(self, record: Record) -> None:
+    def save(self, record: Record) -> None:
+        """Write it down, and take it for what is true; on any failure neither."""
         if self.recorded:
             self._core.records.write(record)
         self.record = record
 
     async def start(self) -> None:
-        """Make a stopped sandbox ready again; a ready one stays so."""
+        """Make a stopped sandbox ready again; a ready one stays so. On any failure it is stopped."""
         await self.cleaning.catch_up()
         async with self.sharing.changing():
             self.check_alive()
@@ -288,11 +293,13 @@ class Entry:
                 # It has lost what its containers share, and with it all that ran.
                 self.programs.main_made = False
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
-            self._task = (await self._sandboxer.start(self.sandbox_id)).task
-            self.state = "ready"
-            self.sharing.forget_stop()  # before the record, in case the disk does not take that
-            self._write("ready", started_at=time.time(), stopped_at=None)
-            self._core.check_keeper()
+                self.state = "stopped"
+            try:
+                await self._make_ready()
+            except BaseException:
+                with contextlib.suppress(SandboxError):  # what went wrong first is told
+                    await self.cleaning.run(lambda: self._sandboxer.stop(self.sandbox_id, grace=0))
+                raise
         self.telling.emit("sandbox.started")
 
     async def stop(self, grace: float) -> None:
@@ -441,25 +448,8 @@ class Entry:
         await pausing.resume(self)
 
     async def update(self, resources: Resources) -> None:
-        """Change the limits of the whole sandbox."""
-        if isinstance(resources, Resources):
-            self._core.check_resources(self.backend, resources)
-        async with self.sharing.changing():
-            self.check_alive()
-            before, spec = self.record, self.spec
-            if isinstance(resources, Resources):
-                # What comes after us shall know; the disk's limit stays what it was. Before it is done: a full disk
-                # refuses it.
-                spec = attrs.evolve(spec, resources=attrs.evolve(resources, disk=spec.resources.disk_limit))
-                self._save(before._replace(spec=plain_spec(spec)))
-            try:
-                with anyio.CancelScope(shield=True):
-                    await self._sandboxer.update(self.sandbox_id, resources)
-            except BaseException:
-                with contextlib.suppress(BackendError):
-                    self._save(before)
-                raise
-            self.spec = spec
+        """See `limiting.update`."""
+        await limiting.update(self._core, self, self._sandboxer, resources)
 
     def _note(self, phase: Literal["stopped", "removing"]) -> SandboxError | None:
         """Write down an ending, if the disk takes it: a full one must not keep anything alive.
@@ -485,8 +475,8 @@ class Entry:
         containers = self.telling.identities()
         if self.record.expires_at is not None and self._core.host.keeper.alive:
             await self.sharing.set_expiry(None)
-        self.sharing.forget_stop()
         await self._sandboxer.remove(self.sandbox_id)
+        self.sharing.forget_stop()
         await self.telling.containers_exited(containers)
         self.state = "removed"
         self._is_free = True

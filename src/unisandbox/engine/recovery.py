@@ -212,9 +212,14 @@ class Recovery:
         """No process of the former engine may live on: its keeper is gone, so nobody would tell how it ended."""
         children = _children(places)
         dirs = [directory for found in children.values() for directory in found]
-        # And what runtimes have made for them beside the former keeper, which was where the new one is.
-        for above in hierarchy.directories_of(self._core.host.keeper.pid):
-            dirs += [path for short in children for path in hierarchy.below(above, f"{short}-")]
+        # And what runtimes have made for them beside the former keeper, if it was where the new one is.
+        try:
+            beside = hierarchy.directories_of(self._core.host.keeper.pid)
+        except ProcessLookupError:
+            self._core.check_keeper()
+            raise
+        shorts = [short for short in children if is_engine_id(short)]  # anything else here is not ours to know by
+        dirs += [path for above in beside for short in shorts for path in hierarchy.below(above, f"{short}-")]
         await patience.kill(dirs, _KILL_SECONDS)
         await patience.remove(dirs, _REMOVE_SECONDS)
         for place in places - self._places(None, everywhere=False):

@@ -130,7 +130,10 @@ class Sharing:
             await self.look()
 
     async def refresh(self) -> None:
-        """The same if there is anything to learn, when whoever changes it has done so."""
+        """The same if its record has changed, when whoever changes it has done so.
+
+        What only the keeper knows is for `look`.
+        """
         entry = self._entry
         # One that is known no more was taken over: its record may have been read since, for its new generation.
         is_current = entry.state not in {"new", "unread"} and self._core.knows(entry)

@@ -47,7 +47,7 @@ class Disk:
         self._rests_until = 0.0
 
     def take(self, who: Hashable, size: int, nap: Callable[[float], None] | None = None) -> int:
-        """Bytes that `who` may write from now on; what he has taken before is written, or never will be.
+        """Bytes that `who` may write from now on: what he had taken before counts as written. Refused, he keeps that.
 
         Args:
             who: writes; nobody else does with the same word.
@@ -66,7 +66,7 @@ class Disk:
                 if granted:
                     return granted
                 if counted:
-                    # What he was given before, and may not have written, is still his.
+                    # The count has taken from him what he was given before, and may not have written.
                     self._spent += self._taken.get(who, 0)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 rest = self._rests_until - time.monotonic()

@@ -134,7 +134,10 @@ def _of_living(engine_id: str, engine: Traces) -> list[Leftover]:
 
 def _unproven(host: HostTraces) -> list[Leftover]:
     """Cgroups with the name of an engine's; that name may be a user's own word."""
-    why = "nothing but its name says that it was an engine's. If it is not yours, remove it: rmdir"
+    why = (
+        "nothing but its name says that it was an engine's. If you know that it was, end what is in it and remove it, "
+        "what is below it first: rmdir"
+    )
     return [Leftover("cgroup", path, "", why, removable=False, paths=(path,)) for path in host.unproven]
 
 

@@ -18,7 +18,7 @@ import anyio
 from unisandbox.api.errors import BackendError, FailedPreconditionError, UnavailableError
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import parting, programs, starting
-from unisandbox.host.keeper.eventlog import EventLog
+from unisandbox.host.keeper.eventlog import KeeperEvents
 from unisandbox.host.keeper.expirations import Expirations
 from unisandbox.host.keeper.heard import HeardExits
 from unisandbox.host.keeper.link import Link
@@ -69,7 +69,7 @@ class Keeper:
         #: Small texts that it keeps.
         self.notes: Notebook = Notebook(self._link, self.spools)
         #: What happened, in one order for all clients.
-        self.events: EventLog = EventLog(self._link)
+        self.events: KeeperEvents = KeeperEvents(self._link)
         #: What the keeper undoes at a set time.
         self.expirations: Expirations = Expirations(self._link)
         #: Who may do something now, of all clients.

@@ -11,7 +11,7 @@ from unisandbox.host.keeper.protocol import Message
 from unisandbox.host.keeper.records import EndNotice, EventPage
 
 
-class EventLog:
+class KeeperEvents:
     """One order of events for all clients; numbers that are never given again."""
 
     def __init__(self, link: Link) -> None:

@@ -43,7 +43,7 @@ class Expirations:
             files: that are of no use after it. Who is told of the expiry removes them; the keeper does when it ends
                 because nobody has come.
             event: what readers of events are told when it has expired; the keeper adds "at". None: as said before.
-            key: of that event; see `EventLog.publish`.
+            key: of that event; see `KeeperEvents.publish`.
 
         Raises:
             InvalidArgumentError: the prefix is empty or too long, or the time is not from 0 to the limit.

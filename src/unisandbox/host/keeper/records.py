@@ -164,7 +164,7 @@ class EndEvent(NamedTuple):
         event: what is known before; the keeper adds `at`, and `end`: the time (`at`), the `packet` that waits there in
             hex (empty: none), the `count` of the counter (0: it could not be read) and whether there is the note
             (`noted`).
-        key: as for `EventLog.publish`.
+        key: as for `KeeperEvents.publish`.
         packets: it is told only when the packet is one of these, the count is not 0 and there is no note; none: always.
     """
 

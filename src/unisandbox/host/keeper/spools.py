@@ -35,7 +35,7 @@ class Spools:
                 many bytes of each. When all that is kept would be over 256 MiB, the largest drops its oldest
                 bytes. See `reclaim`.
             stamp: of those that can be waited for: when they first become readable the keeper tells what
-                `EventLog.publish` has asked it to tell then.
+                `KeeperEvents.publish` has asked it to tell then.
 
         Raises:
             InvalidArgumentError: more than 64 fds, or `spool` or `stamp` name one that is not among them.

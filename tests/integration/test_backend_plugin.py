@@ -12,6 +12,8 @@ from typing import Final
 
 import pytest
 
+from unisandbox.conformance.selection import WITHOUT
+
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 PACKAGE: Final = Path(__file__).resolve().parent.parent.parent / "examples" / "backend_plugin"
@@ -108,6 +110,8 @@ def test_it_passes_the_conformance_suite(
     # What the loops differ in is the library's, and tested with its own backend; so is most of files and streams.
     some = "not trio and (capabilities or defaults or exits or fences or lifecycle or recovery or sharing)"
     arguments += ["--long"] if pytestconfig.getoption("--long") else ["-k", some]
+    results = tmp_path / "results.xml"
+    arguments += ["--junitxml", str(results), "-W", "error::pytest.PytestWarning"]
     # Another directory than ours: the suite runs as it would for a stranger, without our pytest settings.
     done = subprocess.run(
         [sys.executable, *arguments], env=installed, cwd=tmp_path, capture_output=True, text=True, check=False
@@ -121,3 +125,4 @@ def test_it_passes_the_conformance_suite(
     reasons = [line for line in done.stdout.splitlines() if line.startswith("SKIPPED")]
     assert reasons
     assert all("does not claim" in line for line in reasons), reasons
+    assert f'<property name="{WITHOUT}" value="unshare ' in results.read_text()

@@ -105,10 +105,13 @@ def _untold(pytestconfig: pytest.Config) -> list[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def _capabilities_told(_untold: list[tuple[str, str]], record_property: Callable[[str, object], None]) -> None:
-    """It is in the results, when they are written (--junitxml): with the first test, as xdist hands on nothing else."""
-    while _untold:
-        record_property(*_untold.pop(0))
+def _capabilities_told(_untold: list[tuple[str, str]], request: pytest.FixtureRequest) -> None:
+    """It is in the results, when they are written (--junitxml): with the first test, as xdist hands on nothing else.
+
+    (`record_property` would warn, unless the family of the results is the older one.)
+    """
+    request.node.user_properties.extend(_untold)
+    _untold.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ import pytest
 from unisandbox import (
     Engine,
     FailedPreconditionError,
+    Mount,
     Resources,
     Sandbox,
     SandboxError,
@@ -67,6 +68,14 @@ async def test_a_containers_limits_are_below_those_of_its_sandbox() -> None:
         assert await _limit(sandbox) == "64"
         assert await _limit(sandbox, 4096) == "64"
         assert await _limit(sandbox, 32) == "32"
+
+
+async def test_mounts_for_the_sandboxs_own_files_alone_are_refused(tmp_path: Path) -> None:
+    async with Sandbox.create() as sandbox:
+        for mount in (Mount.bind(tmp_path, "/data"), Mount.tmpfs("/data")):
+            with pytest.raises(UnsupportedError, match=r"mounts in container .*Give the sandbox these mounts"):
+                await sandbox.containers.add(argv=["true"], rootfs=None, mounts=[mount])
+        assert [container.name for container in await sandbox.containers.list()] == []
 
 
 @pytest.mark.parametrize("first", [0x7000_0000 - 65535, 0x7123_0000, 0x7FFE_FFFF, 1])

@@ -135,6 +135,13 @@ def _check_memory(resources: Resources) -> None:
 
 def check_container(container: ContainerSpec) -> None:
     """Refuse what a container cannot have, before anything is done."""
+    if container.rootfs is None and container.mounts:
+        raise UnsupportedError(
+            f"mounts in container {container.name!r}",
+            "runc",
+            reason="it has the sandbox's own files, and all that share those would see them",
+            hint="Give the sandbox these mounts, or the container a rootfs of its own, such as 'host'.",
+        )
     resources = container.resources
     if resources is not None:
         _check_memory(resources)

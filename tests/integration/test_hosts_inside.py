@@ -44,18 +44,27 @@ async def work():
         return json.loads(seen.stdout)
 
 INSIDE = '''
-import json, os, signal, resource
+import ctypes, json, os, signal, resource
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 def link(name):
     try: return os.readlink(f"/proc/self/fd/{name}")
     except OSError: return None
 umask = os.umask(0)
+libc = ctypes.CDLL(None)
+IOPRIO_GET, GET_MEMPOLICY = {"x86_64": (252, 239), "aarch64": (31, 236)}[os.uname().machine]
+memory = ctypes.c_int(-1)
+libc.syscall(GET_MEMPOLICY, ctypes.byref(memory), 0, 0, 0, 0)
 print(json.dumps({
     "environment": dict(os.environ),
     "fds": sorted(int(name) for name in os.listdir("/proc/self/fd") if link(name)),
     "blocked": status["SigBlk"].strip(), "ignored": status["SigIgn"].strip(),
     "umask": umask, "cwd": os.getcwd(), "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
     "maps": open("/proc/self/maps").read(),
+    # Source: prctl(2), PR_GET_TIMERSLACK is 30 and PR_GET_THP_DISABLE 42.
+    "attributes": [os.sched_getscheduler(0), os.getpriority(0, 0),
+        libc.syscall(IOPRIO_GET, 1, 0), memory.value, libc.prctl(30), libc.prctl(42, 0, 0, 0, 0),
+        libc.personality(ctypes.c_ulong(0xffffffff))],
+    "cpus": len(os.sched_getaffinity(0)),
 }))
 '''
 
@@ -212,6 +221,26 @@ def test_a_removed_working_directory(loop: str, tmp_path: Path) -> None:
 
 def test_all_signals_blocked(loop: str) -> None:
     run(loop, before_exec=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE], ids=["SCHED_BATCH", "SCHED_IDLE"])
+def test_what_the_host_process_runs_under_is_inherited_by_nobody(loop: str, policy: int) -> None:
+    libc = ctypes.CDLL(None)
+    ioprio_set, set_mempolicy = {"x86_64": (251, 238), "aarch64": (30, 237)}[os.uname().machine]
+
+    def be_odd() -> None:
+        os.nice(5)
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        libc.syscall(ioprio_set, 1, 0, 3 << 13)  # IOPRIO_CLASS_IDLE
+        libc.syscall(set_mempolicy, 2, ctypes.byref(ctypes.c_ulong(1)), 64)  # MPOL_BIND, node 0
+        libc.prctl(29, 500_000, 0, 0, 0)  # PR_SET_TIMERSLACK
+        libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+        libc.personality(0x0240000)  # ADDR_NO_RANDOMIZE, ADDR_COMPAT_LAYOUT
+
+    inside = run(loop, "tell(inside=whole(), left=[])", before_exec=be_odd)
+    assert inside["attributes"] == [os.SCHED_OTHER, 0, 0, 0, 50_000, 0, 0]
+    assert int(str(inside["cpus"])) >= len(os.sched_getaffinity(0))
 
 
 def test_a_loop_in_another_thread(loop: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -11,6 +10,7 @@ import signal
 
 from unisandbox.host import subordinate, syscalls
 from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.inheritance import reset_attributes
 from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
@@ -27,7 +27,7 @@ inherited_nofile: tuple[int, int] = resource.getrlimit(resource.RLIMIT_NOFILE)
 
 
 def leave_inheritance(keep: Sequence[int]) -> None:
-    """Close every fd but 0-2 and `keep`, set signals, umask, directory and name; become a subreaper.
+    """Close every fd but 0-2 and `keep`, set signals, umask, directory, name and attributes; become a subreaper.
 
     Signal mask and handlers were reset by the spawn that started us. The starting process's other fds may be here if it
     opened them inheritable: they must not live as long as we do.
@@ -46,7 +46,7 @@ def leave_inheritance(keep: Sequence[int]) -> None:
     os.umask(0o077)
     os.chdir("/")
     _take_descriptors()
-    _reset_scheduling()
+    reset_attributes()
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(NAME)
@@ -63,14 +63,6 @@ def enter(cgroups: Sequence[str]) -> None:
                 file.write(b"0")
         except OSError as error:
             note(f"cannot move to another cgroup by {path}: {error.strerror}")
-
-
-def _reset_scheduling() -> None:
-    """Ordinary priority on all CPUs: what the starting process happens to run under is not for its sandboxes."""
-    with contextlib.suppress(OSError):  # without CAP_SYS_NICE a higher nice value stays
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
-    with contextlib.suppress(OSError):  # a cpuset that allows none of them
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
 def _take_descriptors() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 from typing import Final
 
 from unisandbox.api import (
@@ -14,6 +13,7 @@ from unisandbox.api import (
     UnavailableError,
     UnsupportedError,
 )
+from unisandbox.api.resources import DEFAULT_NOFILE
 from unisandbox.backends.runc.capabilities import CAPABILITIES
 from unisandbox.backends.runc.pod import LEASED_IDS
 from unisandbox.backends.runc.sysctls import checked_sysctls
@@ -27,8 +27,8 @@ _LEAST_MEMORY: Final = 1 << 20
 _LEAST_PIDS: Final = 3
 
 
-def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
-    """Refuse what cannot be done, before anything is."""
+def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram, most_files: int) -> None:
+    """Refuse what cannot be done, before anything is; `most_files` as for `check_resources`."""
     if spec.rootfs.kind not in CAPABILITIES.rootfs:
         raise UnsupportedError(
             f"rootfs kind {spec.rootfs.kind!r} ({spec.rootfs.ref!r})",
@@ -75,7 +75,7 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
             reason=f"{runtime.path} is built without seccomp",
             hint="Install one that has it (apt install crun), or use seccomp='unconfined' if you trust what runs.",
         )
-    check_resources(spec.resources)
+    check_resources(spec.resources, most_files)
     checked_sysctls(spec.sysctls, spec.network)
 
 
@@ -107,7 +107,13 @@ def _masked() -> Obstacle | None:
     return remedies.of_all(obstacles.masked())
 
 
-def check_resources(resources: Resources) -> None:
+def check_resources(resources: Resources, most_files: int) -> None:
+    """Refuse limits that cannot hold, before anything is done.
+
+    Args:
+        resources: of a sandbox.
+        most_files: that any process of the engine can have open.
+    """
     if resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use run(..., timeout=), or isolation='wasm'.")
     _check_memory(resources)
@@ -115,10 +121,11 @@ def check_resources(resources: Resources) -> None:
         raise InvalidArgumentError(
             f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
         )
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if resources.nofile is not None and most != resource.RLIM_INFINITY and resources.nofile > most:
+    # The default is a bound; see `Resources`.
+    if resources.nofile is not None and resources.nofile != DEFAULT_NOFILE and resources.nofile > most_files:
         raise InvalidArgumentError(
-            f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
+            f"nofile must be at most {most_files}, the hard limit of the process that opened this engine (ulimit -Hn),"
+            f" got {resources.nofile}"
         )
 
 

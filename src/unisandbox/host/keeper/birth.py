@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _LEAST_NOFILE = 4096
 NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
 
-#: The limit of file descriptors that children get back: the keeper raises its own as far as it may.
-inherited_nofile: tuple[int, int] = resource.getrlimit(resource.RLIMIT_NOFILE)
+#: The soft limit of file descriptors that children get back: the keeper raises its own as far as it may.
+inherited_soft_nofile: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def leave_inheritance(keep: Sequence[int]) -> None:
@@ -67,7 +67,7 @@ def enter(cgroups: Sequence[str]) -> None:
 
 def _take_descriptors() -> None:
     """Use all the file descriptors that we may have, and at least those that one message can bring."""
-    soft, hard = inherited_nofile
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(hard, _LEAST_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))

@@ -78,6 +78,17 @@ async def test_mounts_for_the_sandboxs_own_files_alone_are_refused(tmp_path: Pat
         assert [container.name for container in await sandbox.containers.list()] == []
 
 
+async def test_a_containers_mount_hides_none_of_its_sandboxs_below_it(tmp_path: Path) -> None:
+    (tmp_path / "outer/inner").mkdir(parents=True)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/two").touch()
+    outer = Mount.bind(tmp_path / "outer", "/data")
+    async with Sandbox.create(mounts=[Mount.bind(tmp_path / "inner", "/data/inner")]) as sandbox:
+        container = await sandbox.containers.add(argv=["ls", "/data", "/data/inner"], mounts=[outer])
+        assert (await container.wait()).code == 0
+        assert (await container.logs()).split() == [b"/data:", b"inner", b"/data/inner:", b"two"]
+
+
 @pytest.mark.parametrize("first", [0x7000_0000 - 65535, 0x7123_0000, 0x7FFE_FFFF, 1])
 async def test_ids_that_may_be_leased_to_another_sandbox_are_refused(first: int) -> None:
     async with Engine.open() as engine:

@@ -132,11 +132,16 @@ class Mount:
 
 
 def mounts_of(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    """A field of mounts, checked."""
+    """A field of mounts, checked, parents first."""
     mounts = several(values, "mounts")
     for mount in mounts:
         if not isinstance(mount, Mount):
             raise InvalidArgumentError(
                 f"mounts are Mount objects, got {mount!r}", hint="For example Mount.bind('/data', '/data')."
             )
-    return mounts
+    return parents_first(mounts)
+
+
+def parents_first(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    """In an order in which no mount hides another one that is below it; else as they were."""
+    return tuple(sorted(mounts, key=lambda mount: mount.target.count("/")))

@@ -23,6 +23,7 @@ from unisandbox.api import (
     RootMount,
     UnsupportedError,
 )
+from unisandbox.api.filesystem import parents_first
 from unisandbox.backends.runc import users
 from unisandbox.backends.runc.adapting import Adapted, bind_op, root_op
 from unisandbox.backends.runc.checks import check_container
@@ -250,7 +251,9 @@ class PodPlanner:
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs, request: CreateTask) -> None:
         pod = self._pod
-        mounts = container.mounts if container.own_mounts_only else (*pod.spec.mounts, *container.mounts)
+        mounts = container.mounts
+        if not container.own_mounts_only:
+            mounts = parents_first((*pod.spec.mounts, *mounts))
         place = pod.place(container.name)
         sources = open_sources(rootfs, mounts, container.name)
         try:

@@ -89,6 +89,30 @@ async def test_a_containers_mount_hides_none_of_its_sandboxs_below_it(tmp_path: 
         assert (await container.logs()).split() == [b"/data:", b"inner", b"/data/inner:", b"two"]
 
 
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Resources(nofile=65), "resources.nofile of a container must be at most 64, which its sandbox has, got 65"),
+        (Resources(core="1M"), "resources.core of a container must be at most 1024, which its sandbox has"),
+        (Resources(pids=2), "pids must be at least 3"),
+    ],
+    ids=["nofile", "core", "pids"],
+)
+async def test_a_containers_limits_that_cannot_hold_are_refused(limits: Resources, said: str) -> None:
+    async with Sandbox.create(resources=Resources(nofile=64, core=1024)) as sandbox:
+        with pytest.raises(InvalidArgumentError, match=said):
+            await sandbox.containers.add(argv=["true"], resources=limits)
+        assert await sandbox.containers.list() == []
+
+
+async def test_a_containers_limits_may_be_as_high_as_its_sandboxs() -> None:
+    async with Sandbox.create(resources=Resources(nofile=64, core=1024, pids=3)) as sandbox:
+        limits = Resources(nofile=64, core=1024, pids=3)
+        async with sandbox.containers.add(argv=["sh", "-c", "ulimit -n"], resources=limits) as container:
+            assert (await container.wait()).code == 0
+            assert await container.logs() == b"64\n"
+
+
 @pytest.mark.parametrize("first", [0x7000_0000 - 65535, 0x7123_0000, 0x7FFE_FFFF, 1])
 async def test_ids_that_may_be_leased_to_another_sandbox_are_refused(first: int) -> None:
     async with Engine.open() as engine:

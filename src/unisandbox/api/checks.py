@@ -72,6 +72,19 @@ def matches(pattern: str, value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address, in the usual ways to write them."""
+    import socket  # not every program that makes specs has it
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)
+        except OSError:
+            continue
+        return True
+    return False
+
+
 def is_number(value: object) -> bool:
     """Whether it is a number, no boolean, that a float can hold; also infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):

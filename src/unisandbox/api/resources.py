@@ -54,7 +54,8 @@ class Resources:
             Up to half of the memory it is a tmpfs (charged to `memory`), above that a sparse file system image. It is
             the sandbox's, shared by its containers, and stays as long as the sandbox.
         nofile: open files of a process (RLIMIT_NOFILE). 4096, the default, is fewer where the process that opened the
-            engine has a lower hard limit (`ulimit -Hn`); any other number above that is refused.
+            engine has a lower hard limit (`ulimit -Hn`), or the sandbox of a container a lower one. "runc" refuses
+            any other number above that.
         core: bytes of a core dump (RLIMIT_CORE); with 0, the default, there is none, also where the host gives those to
             a program (/proc/sys/kernel/core_pattern).
     """

@@ -117,15 +117,19 @@ def check_resources(resources: Resources, most_files: int) -> None:
     if resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use run(..., timeout=), or isolation='wasm'.")
     _check_memory(resources)
-    if resources.pids is not None and resources.pids < _LEAST_PIDS:
-        raise InvalidArgumentError(
-            f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
-        )
+    _check_pids(resources)
     # The default is a bound; see `Resources`.
     if resources.nofile is not None and resources.nofile != DEFAULT_NOFILE and resources.nofile > most_files:
         raise InvalidArgumentError(
             f"nofile must be at most {most_files}, the hard limit of the process that opened this engine (ulimit -Hn),"
             f" got {resources.nofile}"
+        )
+
+
+def _check_pids(resources: Resources) -> None:
+    if resources.pids is not None and resources.pids < _LEAST_PIDS:
+        raise InvalidArgumentError(
+            f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
         )
 
 
@@ -140,8 +144,14 @@ def _check_memory(resources: Resources) -> None:
         )
 
 
-def check_container(container: ContainerSpec) -> None:
-    """Refuse what a container cannot have, before anything is done."""
+def check_container(container: ContainerSpec, sandbox: Resources, most_files: int) -> None:
+    """Refuse what a container cannot have, before anything is done.
+
+    Args:
+        container: wanted.
+        sandbox: the limits of its sandbox.
+        most_files: that any process of the engine can have open.
+    """
     if container.rootfs is None and container.mounts:
         raise UnsupportedError(
             f"mounts in container {container.name!r}",
@@ -152,6 +162,8 @@ def check_container(container: ContainerSpec) -> None:
     resources = container.resources
     if resources is not None:
         _check_memory(resources)
+        _check_pids(resources)
+        _check_below(resources, sandbox, most_files)
     if resources is not None and resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use isolation='wasm'.")
     if resources is not None and resources.disk not in {None, 0}:
@@ -160,3 +172,16 @@ def check_container(container: ContainerSpec) -> None:
         )
     if container.rootfs is not None and container.rootfs.kind == "image":
         raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")
+
+
+def _check_below(resources: Resources, sandbox: Resources, most_files: int) -> None:
+    """What no cgroup limits is a number of each process: a larger one of the container's would count for nothing."""
+    most = {"nofile": most_files if sandbox.nofile is None else min(sandbox.nofile, most_files), "core": sandbox.core}
+    for name, limit in most.items():
+        wanted = getattr(resources, name)
+        is_default = name == "nofile" and wanted == DEFAULT_NOFILE  # a bound; see `Resources`
+        if wanted is not None and limit is not None and wanted > limit and not is_default:
+            raise InvalidArgumentError(
+                f"resources.{name} of a container must be at most {limit}, which its sandbox has, got {wanted}",
+                hint="Give the sandbox more, or the container less.",
+            )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import attrs
@@ -20,6 +21,7 @@ from unisandbox import (
     Engine,
     FailedPreconditionError,
     Mount,
+    NotFoundError,
     Resources,
     Sandbox,
     SandboxError,
@@ -28,6 +30,7 @@ from unisandbox import (
 )
 from unisandbox.api import InvalidArgumentError, SandboxSpec
 from unisandbox.backends.runc import RuncBackend
+from unisandbox.backends.runc.making import Maker
 from unisandbox.conformance.waiting import until
 from unisandbox.engine import programs
 from unisandbox.host.cgroups import Cgroups
@@ -87,6 +90,24 @@ async def test_a_containers_mount_hides_none_of_its_sandboxs_below_it(tmp_path: 
         container = await sandbox.containers.add(argv=["ls", "/data", "/data/inner"], mounts=[outer])
         assert (await container.wait()).code == 0
         assert (await container.logs()).split() == [b"/data:", b"inner", b"/data/inner:", b"two"]
+
+
+async def test_a_sandbox_whose_ttl_is_over_while_it_is_made_is_said_to_be_gone_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker._job
+
+    async def slowly(self: Maker, *arguments: Any, **options: Any) -> dict[str, int]:
+        held = await make(self, *arguments, **options)
+        keeper = self._host.keeper.pid
+        while {str(number) for number in held.values()} & {*os.listdir(f"/proc/{keeper}/fd")}:
+            await anyio.sleep(0.001)
+        return held
+
+    monkeypatch.setattr(Maker, "_job", slowly)
+    with anyio.fail_after(20):
+        with pytest.raises(NotFoundError, match=r"was removed: its ttl of 0\.3 s is over"):
+            await Sandbox.create(ttl=0.3)
 
 
 @pytest.mark.parametrize(

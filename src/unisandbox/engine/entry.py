@@ -247,10 +247,8 @@ class Entry:
             raise
 
     async def _undo(self) -> None:
-        if self._core.host.shared and not self._core.host.keeper.alive:
-            async with self._core.regaining.alone():
-                await self._free()
-        else:
+        is_lost = self._core.host.shared and not self._core.host.keeper.alive
+        async with self._core.regaining.alone() if is_lost else contextlib.nullcontext():
             await self._free()
 
     async def _begin(self) -> None:
@@ -264,7 +262,8 @@ class Entry:
             # Now that readers of events know it they are told of its end, too.
             left = began + self.spec.ttl - time.clock_gettime(time.CLOCK_BOOTTIME)
             await self.sharing.set_expiry(max(0.0, left))
-        self._task = (await self._sandboxer.start(self.sandbox_id)).task
+        async with self.sharing.telling_expiry():
+            self._task = (await self._sandboxer.start(self.sandbox_id)).task
         self._write("ready", started_at=time.time())
         self._core.check_keeper()  # not each step has asked it for something
         self.state = "ready"

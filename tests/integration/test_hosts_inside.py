@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from tests.programs import Options, program
 from typing_extensions import Unpack
+
+import unisandbox
 
 pytestmark = pytest.mark.root
 
@@ -352,6 +355,21 @@ def test_the_environment_of_the_host_process_stays_outside(loop: str, tmp_path: 
     environment = inside["environment"]
     assert isinstance(environment, dict)
     assert not set(environment) & set(env), environment
+
+
+def test_the_keeper_leaves_compiled_modules_where_the_host_process_does(loop: str, tmp_path: Path) -> None:
+    env = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    run(loop, "tell(inside=whole(), left=[])", env=env)
+    assert any(tmp_path.rglob("keeper/server.*.pyc"))  # which the keeper alone imports
+
+
+def test_the_keeper_leaves_no_compiled_modules_where_the_host_process_leaves_none(loop: str, tmp_path: Path) -> None:
+    package = Path(unisandbox.__path__[0])
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "assert unisandbox.__path__ == [sys.argv[2]]\ntell(inside=whole(), left=[])"
+    env = {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "PYTHONDONTWRITEBYTECODE": "1"}
+    run(loop, code, env=env, arguments=[str(tmp_path / package.name)])
+    assert not any(tmp_path.rglob("*.pyc"))
 
 
 def test_modules_beside_the_keeper_are_not_imported_by_it(loop: str, tmp_path: Path) -> None:

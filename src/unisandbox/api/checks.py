@@ -73,16 +73,14 @@ def matches(pattern: str, value: object) -> bool:
 
 
 def is_address(text: str) -> bool:
-    """Whether it is an IPv4 or IPv6 address, in the usual ways to write them."""
-    import socket  # not every program that makes specs has it
+    """Whether it is an IPv4 or IPv6 address; one of a single link may have that behind a "%"."""
+    import ipaddress  # most specs have no addresses
 
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, text)
-        except OSError:
-            continue
-        return True
-    return False
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_number(value: object) -> bool:

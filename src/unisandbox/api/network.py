@@ -95,7 +95,7 @@ class Dns:
             if not matches(r"[A-Za-z0-9_.:%-]+", word):
                 raise InvalidArgumentError(f"{word!r} cannot stand in resolv.conf")
         for server in self.servers:
-            if not is_address(server.partition("%")[0]):  # an address of one link may have its name behind it
+            if not is_address(server):
                 raise InvalidArgumentError(
                     f"the name server {server!r} is no IP address", hint="Names are looked up there; '192.0.2.1', say."
                 )

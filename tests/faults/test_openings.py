@@ -22,6 +22,7 @@ from unisandbox import (
     BackendError,
     Engine,
     FailedPreconditionError,
+    InvalidArgumentError,
     Resources,
     UnavailableError,
 )
@@ -338,3 +339,29 @@ async def test_what_is_being_made_is_no_leftover(tmp_path: Path) -> None:
         finally:
             boundary.watch(None)
         assert found == []
+
+
+async def test_a_directory_with_other_peoples_things_is_refused_and_stays_as_it_is(tmp_path: Path) -> None:
+    for name in ("lock", "events", "engine-id", "letter"):
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(InvalidArgumentError, match=r"is no engine's, and holds 'letter'\. Give a directory of its own"):
+        await Engine.open(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["engine-id", "events", "letter", "lock"]
+    assert {(tmp_path / name).read_text() for name in os.listdir(tmp_path)} == {"mine"}
+
+
+def test_the_root_directory_is_no_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("/")
+    for path in ("/", str(tmp_path / "link")):
+        with pytest.raises(InvalidArgumentError, match=r"it is the root directory\. Give a directory of its own"):
+            state_files.check_own(path)  # and nothing more: an engine that opened would leave its files there
+
+
+async def test_an_engines_directory_stays_one_whatever_else_is_put_there(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    async with Engine.open(tmp_path / "."):
+        (tmp_path / "letter").touch()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    for path in (tmp_path, tmp_path / "copy"):
+        async with Engine.open(path) as engine:
+            assert engine.id

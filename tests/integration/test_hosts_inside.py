@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 from tests.programs import Options, program
 from typing_extensions import Unpack
+
+import unisandbox
 
 pytestmark = pytest.mark.root
 
@@ -44,18 +47,27 @@ async def work():
         return json.loads(seen.stdout)
 
 INSIDE = '''
-import json, os, signal, resource
+import ctypes, json, os, signal, resource
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 def link(name):
     try: return os.readlink(f"/proc/self/fd/{name}")
     except OSError: return None
 umask = os.umask(0)
+libc = ctypes.CDLL(None)
+IOPRIO_GET, GET_MEMPOLICY = {"x86_64": (252, 239), "aarch64": (31, 236)}[os.uname().machine]
+memory = ctypes.c_int(-1)
+libc.syscall(GET_MEMPOLICY, ctypes.byref(memory), 0, 0, 0, 0)
 print(json.dumps({
     "environment": dict(os.environ),
     "fds": sorted(int(name) for name in os.listdir("/proc/self/fd") if link(name)),
     "blocked": status["SigBlk"].strip(), "ignored": status["SigIgn"].strip(),
     "umask": umask, "cwd": os.getcwd(), "nofile": resource.getrlimit(resource.RLIMIT_NOFILE),
     "maps": open("/proc/self/maps").read(),
+    # Source: prctl(2), PR_GET_TIMERSLACK is 30 and PR_GET_THP_DISABLE 42.
+    "attributes": [os.sched_getscheduler(0), os.getpriority(0, 0),
+        libc.syscall(IOPRIO_GET, 1, 0), memory.value, libc.prctl(30), libc.prctl(42, 0, 0, 0, 0),
+        libc.personality(ctypes.c_ulong(0xffffffff))],
+    "cpus": len(os.sched_getaffinity(0)),
 }))
 '''
 
@@ -170,20 +182,48 @@ def test_few_file_descriptors(loop: str) -> None:
     assert inside["nofile"] == [4096, 4096]
 
 
+@pytest.mark.parametrize("soft", [600, 1024])
+def test_the_default_number_of_open_files_is_what_the_host_process_may_have(loop: str, soft: int) -> None:
+    """Only a number that somebody has asked for can be too large."""
+    code = """
+from unisandbox import InvalidArgumentError
+
+async def ask(files):
+    try:
+        async with Engine.open() as engine, engine.create(resources=Resources(nofile=files)) as sandbox:
+            return (await sandbox.sh("ulimit -n")).text.strip()
+    except InvalidArgumentError as error:
+        return str(error)
+
+asked = {str(files): anyio.run(ask, files, backend=sys.argv[1]) for files in (512, 4095, 5000)}
+tell(inside=whole(), left=[], asked=asked)
+"""
+    few = resource.RLIMIT_NOFILE, (soft, 1024)
+    with program(f"{WORK}\n{code}", loop, before_exec=lambda: resource.setrlimit(*few)) as host:
+        told = host.heard()
+        assert host.finish() == (0, "", "")
+    most = told["inside"]["nofile"][1]
+    assert most in {1024, 4096}, most  # the latter where root may raise it for the keeper
+    assert told["inside"]["nofile"] == [most, most]
+    assert told["asked"]["512"] == "512"
+    for files in ("4095", "5000"):
+        assert told["asked"][files] == files if int(files) <= most else f"at most {most}, " in told["asked"][files]
+
+
 def test_a_hard_limit_of_descriptors_that_is_too_low_is_named(loop: str) -> None:
     code = """
 from unisandbox import SandboxError
 try:
-    whole()
+    tell(error="", inside=whole())
 except SandboxError as error:
     tell(error=f"{type(error).__name__}: {error}")
 """
     few = resource.RLIMIT_NOFILE, (64, 64)
     with program(f"{WORK}\n{code}", loop, before_exec=lambda: resource.setrlimit(*few)) as host:
-        error = str(host.heard()["error"])
+        told = host.heard()
         assert host.finish() == (0, "", "")
-    # Refused by the keeper, or (where root may raise it for the keeper) by the sandbox's own default of 4096.
-    assert "open files" in error or "nofile must be at most 64" in error, error
+    # Refused by the keeper, unless root may raise it for the keeper.
+    assert "open files" in told["error"] or told["inside"]["nofile"] == [4096, 4096], told
 
 
 @pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)], ids=str)
@@ -212,6 +252,26 @@ def test_a_removed_working_directory(loop: str, tmp_path: Path) -> None:
 
 def test_all_signals_blocked(loop: str) -> None:
     run(loop, before_exec=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()))
+
+
+@pytest.mark.parametrize("policy", [os.SCHED_BATCH, os.SCHED_IDLE], ids=["SCHED_BATCH", "SCHED_IDLE"])
+def test_what_the_host_process_runs_under_is_inherited_by_nobody(loop: str, policy: int) -> None:
+    libc = ctypes.CDLL(None)
+    ioprio_set, set_mempolicy = {"x86_64": (251, 238), "aarch64": (30, 237)}[os.uname().machine]
+
+    def be_odd() -> None:
+        os.nice(5)
+        os.sched_setscheduler(0, policy, os.sched_param(0))
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        libc.syscall(ioprio_set, 1, 0, 3 << 13)  # IOPRIO_CLASS_IDLE
+        libc.syscall(set_mempolicy, 2, ctypes.byref(ctypes.c_ulong(1)), 64)  # MPOL_BIND, node 0
+        libc.prctl(29, 500_000, 0, 0, 0)  # PR_SET_TIMERSLACK
+        libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE
+        libc.personality(0x0240000)  # ADDR_NO_RANDOMIZE, ADDR_COMPAT_LAYOUT
+
+    inside = run(loop, "tell(inside=whole(), left=[])", before_exec=be_odd)
+    assert inside["attributes"] == [os.SCHED_OTHER, 0, 0, 0, 50_000, 0, 0]
+    assert int(str(inside["cpus"])) >= len(os.sched_getaffinity(0))
 
 
 def test_a_loop_in_another_thread(loop: str) -> None:
@@ -295,6 +355,21 @@ def test_the_environment_of_the_host_process_stays_outside(loop: str, tmp_path: 
     environment = inside["environment"]
     assert isinstance(environment, dict)
     assert not set(environment) & set(env), environment
+
+
+def test_the_keeper_leaves_compiled_modules_where_the_host_process_does(loop: str, tmp_path: Path) -> None:
+    env = {"PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
+    run(loop, "tell(inside=whole(), left=[])", env=env)
+    assert any(tmp_path.rglob("keeper/server.*.pyc"))  # which the keeper alone imports
+
+
+def test_the_keeper_leaves_no_compiled_modules_where_the_host_process_leaves_none(loop: str, tmp_path: Path) -> None:
+    package = Path(unisandbox.__path__[0])
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "assert unisandbox.__path__ == [sys.argv[2]]\ntell(inside=whole(), left=[])"
+    env = {"PYTHONPATH": f"{tmp_path}:{os.getcwd()}", "PYTHONDONTWRITEBYTECODE": "1"}
+    run(loop, code, env=env, arguments=[str(tmp_path / package.name)])
+    assert not any(tmp_path.rglob("*.pyc"))
 
 
 def test_modules_beside_the_keeper_are_not_imported_by_it(loop: str, tmp_path: Path) -> None:

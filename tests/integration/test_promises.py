@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import attrs
@@ -19,6 +20,8 @@ import pytest
 from unisandbox import (
     Engine,
     FailedPreconditionError,
+    Mount,
+    NotFoundError,
     Resources,
     Sandbox,
     SandboxError,
@@ -27,6 +30,7 @@ from unisandbox import (
 )
 from unisandbox.api import InvalidArgumentError, SandboxSpec
 from unisandbox.backends.runc import RuncBackend
+from unisandbox.backends.runc.making import Maker
 from unisandbox.conformance.waiting import until
 from unisandbox.engine import programs
 from unisandbox.host.cgroups import Cgroups
@@ -67,6 +71,67 @@ async def test_a_containers_limits_are_below_those_of_its_sandbox() -> None:
         assert await _limit(sandbox) == "64"
         assert await _limit(sandbox, 4096) == "64"
         assert await _limit(sandbox, 32) == "32"
+
+
+async def test_mounts_for_the_sandboxs_own_files_alone_are_refused(tmp_path: Path) -> None:
+    async with Sandbox.create() as sandbox:
+        for mount in (Mount.bind(tmp_path, "/data"), Mount.tmpfs("/data")):
+            with pytest.raises(UnsupportedError, match=r"mounts in container .*Give the sandbox these mounts"):
+                await sandbox.containers.add(argv=["true"], rootfs=None, mounts=[mount])
+        assert [container.name for container in await sandbox.containers.list()] == []
+
+
+async def test_a_containers_mount_hides_none_of_its_sandboxs_below_it(tmp_path: Path) -> None:
+    (tmp_path / "outer/inner").mkdir(parents=True)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner/two").touch()
+    outer = Mount.bind(tmp_path / "outer", "/data")
+    async with Sandbox.create(mounts=[Mount.bind(tmp_path / "inner", "/data/inner")]) as sandbox:
+        container = await sandbox.containers.add(argv=["ls", "/data", "/data/inner"], mounts=[outer])
+        assert (await container.wait()).code == 0
+        assert (await container.logs()).split() == [b"/data:", b"inner", b"/data/inner:", b"two"]
+
+
+async def test_a_sandbox_whose_ttl_is_over_while_it_is_made_is_said_to_be_gone_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make = Maker._job
+
+    async def slowly(self: Maker, *arguments: Any, **options: Any) -> dict[str, int]:
+        held = await make(self, *arguments, **options)
+        keeper = self._host.keeper.pid
+        while {str(number) for number in held.values()} & {*os.listdir(f"/proc/{keeper}/fd")}:
+            await anyio.sleep(0.001)
+        return held
+
+    monkeypatch.setattr(Maker, "_job", slowly)
+    with anyio.fail_after(20):
+        with pytest.raises(NotFoundError, match=r"was removed: its ttl of 0\.3 s is over"):
+            await Sandbox.create(ttl=0.3)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        (Resources(nofile=65), "resources.nofile of a container must be at most 64, which its sandbox has, got 65"),
+        (Resources(core="1M"), "resources.core of a container must be at most 1024, which its sandbox has"),
+        (Resources(pids=2), "pids must be at least 3"),
+    ],
+    ids=["nofile", "core", "pids"],
+)
+async def test_a_containers_limits_that_cannot_hold_are_refused(limits: Resources, said: str) -> None:
+    async with Sandbox.create(resources=Resources(nofile=64, core=1024)) as sandbox:
+        with pytest.raises(InvalidArgumentError, match=said):
+            await sandbox.containers.add(argv=["true"], resources=limits)
+        assert await sandbox.containers.list() == []
+
+
+async def test_a_containers_limits_may_be_as_high_as_its_sandboxs() -> None:
+    async with Sandbox.create(resources=Resources(nofile=64, core=1024, pids=3)) as sandbox:
+        limits = Resources(nofile=64, core=1024, pids=3)
+        async with sandbox.containers.add(argv=["sh", "-c", "ulimit -n"], resources=limits) as container:
+            assert (await container.wait()).code == 0
+            assert await container.logs() == b"64\n"
 
 
 @pytest.mark.parametrize("first", [0x7000_0000 - 65535, 0x7123_0000, 0x7FFE_FFFF, 1])

@@ -350,6 +350,26 @@ async def test_a_root_whose_places_are_no_directories_is_named(engine: Engine, t
         (tmp_path / name).unlink()
 
 
+@pytest.mark.parametrize("readonly", [False, True])
+async def test_a_root_whose_etc_would_be_hidden_is_refused(engine: Engine, tmp_path: Path, readonly: bool) -> None:
+    (tmp_path / "data").mkdir()
+    rootfs = Rootfs.dir(tmp_path, readonly=readonly)
+    for what in ("a symbolic link", "not a directory"):
+        if what == "a symbolic link":
+            (tmp_path / "etc").symlink_to("data")
+        else:
+            (tmp_path / "etc").touch()
+        with pytest.raises(InvalidArgumentError, match=rf"{tmp_path}.*/etc is {what}"):
+            await engine.create(rootfs=rootfs, isolation="runc")
+        async with engine.create(isolation="runc") as pod:
+            with pytest.raises(InvalidArgumentError, match=rf"{tmp_path}.*/etc is {what}"):
+                await pod.containers.add(argv=["true"], rootfs=rootfs)
+        (tmp_path / "etc").unlink()
+    (tmp_path / "etc").mkdir()
+    async with engine.create(rootfs=rootfs, isolation="runc"):
+        pass
+
+
 async def test_whose_ids_cannot_be_mapped_is_named(engine: Engine) -> None:
     with pytest.raises(UnavailableError, match="the ids of mount source '/proc' cannot be mapped"):
         await engine.create(mounts=[Mount.bind("/proc", "/mnt/p"), Mount.bind("/usr", "/p")], isolation="runc")

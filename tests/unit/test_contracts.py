@@ -93,7 +93,13 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
         (lambda: api.Rootfs.parse(""), "rootfs"),
         (lambda: api.Rootfs.dir("/tmp/.."), "root directory"),
         (lambda: api.Rootfs(kind="dir", path="//."), "root directory"),
+        (lambda: api.Rootfs(kind="host"), "always read-only"),
+        (lambda: api.Rootfs(kind="dir", path="/a", local=True), "local"),
         (lambda: api.Network.parse("bridge"), "bridge"),
+        (lambda: api.Dns(servers=["not-an-address"]), "'not-an-address' is no IP address"),
+        (lambda: api.Dns(servers=["10.1"]), "'10.1' is no IP address"),
+        (lambda: api.SandboxSpec(hosts={"a": "999.1.1.1"}), "'999.1.1.1' is no IP address"),
+        (lambda: api.SandboxSpec(hosts={"a": ":::::"}), "':::::' is no IP address"),
         (lambda: api.Security(capabilities=frozenset({"CAP_NONE"})), "CAP_NONE"),
         (lambda: api.Terminal(0, 80), "0"),
     ],
@@ -101,6 +107,11 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
 def test_what_is_refused_is_named(make: Callable[[], object], word: str) -> None:
     with pytest.raises(errors.InvalidArgumentError, match=word):
         make()
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "::1", "fe80::1%eth0"])
+def test_a_name_server_has_an_address_of_either_kind(address: str) -> None:
+    assert api.Dns(servers=[address]).servers == (address,)
 
 
 def test_the_longest_ttl_is_what_the_keeper_takes() -> None:

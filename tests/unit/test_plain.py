@@ -37,6 +37,7 @@ WORD = st.from_regex(r"[A-Za-z0-9_.:%-]{1,8}", fullmatch=True)
 ENV = st.dictionaries(TEXT.filter(lambda name: name and "=" not in name), TEXT, max_size=3)
 SIZE = st.none() | st.integers(1 << 16, (1 << 62) - 1)
 NUMBER = st.none() | st.floats(1e-3, 1e6) | st.integers(1, 1 << 20)
+ADDRESS = st.ip_addresses().map(str)
 MOUNT = st.builds(Mount, TARGET, PATH, readonly=st.booleans(), idmap=st.booleans()) | st.builds(
     Mount, TARGET, readonly=st.booleans(), size=SIZE
 )
@@ -89,10 +90,8 @@ SANDBOX = st.builds(
     userns=st.sampled_from(["private", "host"]),
     hostname=st.none() | st.from_regex(r"[a-z0-9][a-z0-9.-]{0,9}", fullmatch=True),
     sysctls=st.dictionaries(st.from_regex(r"[a-z]{1,3}\.[a-z]{1,3}", fullmatch=True), LINE, max_size=2),
-    dns=st.none() | st.builds(Dns, *[st.lists(WORD, max_size=2)] * 3),
-    hosts=st.dictionaries(
-        st.from_regex(r"[a-z.-]{1,5}", fullmatch=True), st.from_regex(r"[0-9a-f.:]{1,9}", fullmatch=True), max_size=2
-    ),
+    dns=st.none() | st.builds(Dns, st.lists(ADDRESS, max_size=2), *[st.lists(WORD, max_size=2)] * 2),
+    hosts=st.dictionaries(st.from_regex(r"[a-z.-]{1,5}", fullmatch=True), ADDRESS, max_size=2),
     security=st.builds(
         Security,
         st.sets(st.sampled_from(CAPABILITIES), max_size=4),

@@ -72,6 +72,17 @@ def matches(pattern: str, value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(pattern, value) is not None
 
 
+def is_address(text: str) -> bool:
+    """Whether it is an IPv4 or IPv6 address; one of a single link may have that behind a "%"."""
+    import ipaddress  # most specs have no addresses
+
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def is_number(value: object) -> bool:
     """Whether it is a number, no boolean, that a float can hold; also infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):

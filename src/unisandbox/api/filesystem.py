@@ -23,7 +23,7 @@ class Rootfs:
         kind: "host", "dir" or "image".
         path: the directory of kind "dir", absolute.
         ref: the image's reference of kind "image".
-        readonly: nothing outside /tmp, /run, /home and the mounts can be written.
+        readonly: nothing outside /tmp, /run, /home and the mounts can be written; always so for kind "host".
         local: kind "host" shows /usr/local too.
     """
 
@@ -41,6 +41,10 @@ class Rootfs:
                 "'/' cannot be a sandbox's root directory",
                 hint="Use Rootfs.host() for this machine's programs without its data.",
             )
+        if self.kind == "host" and not self.readonly:
+            raise InvalidArgumentError("rootfs 'host' is always read-only", hint="Make it by Rootfs.host().")
+        if self.kind != "host" and self.local:
+            raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with local=True: only 'host' has that")
         if (self.kind == "image") != bool(kernel_text(self.ref, "image reference")):
             raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with ref {self.ref!r}: only 'image' has one")
 
@@ -132,11 +136,16 @@ class Mount:
 
 
 def mounts_of(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    """A field of mounts, checked."""
+    """A field of mounts, checked, parents first."""
     mounts = several(values, "mounts")
     for mount in mounts:
         if not isinstance(mount, Mount):
             raise InvalidArgumentError(
                 f"mounts are Mount objects, got {mount!r}", hint="For example Mount.bind('/data', '/data')."
             )
-    return mounts
+    return parents_first(mounts)
+
+
+def parents_first(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
+    """In an order in which no mount hides another one that is below it; else as they were."""
+    return tuple(sorted(mounts, key=lambda mount: mount.target.count("/")))

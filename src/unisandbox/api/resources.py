@@ -13,6 +13,7 @@ from unisandbox.api.units import GIB, MIB, parse_size
 _DEFAULT_MEMORY: Final = 512 * MIB
 _DEFAULT_PIDS: Final = 256
 _LARGEST_DEFAULT_DISK: Final = GIB
+DEFAULT_NOFILE: Final = 4096
 LEAST_DISK: Final = 64 << 10
 """Bytes. What a sandbox itself writes there (/run/etc and a few directories) must fit."""
 _MOST_PIDS: Final = 4 << 20  # PID_MAX_LIMIT of the kernel
@@ -52,7 +53,9 @@ class Resources:
         disk: bytes that the writable layer may hold; 0, the default: half of the memory, at most 1 GiB (`disk_limit`).
             Up to half of the memory it is a tmpfs (charged to `memory`), above that a sparse file system image. It is
             the sandbox's, shared by its containers, and stays as long as the sandbox.
-        nofile: open files of a process (RLIMIT_NOFILE).
+        nofile: open files of a process (RLIMIT_NOFILE). 4096, the default, is fewer where the process that opened the
+            engine has a lower hard limit (`ulimit -Hn`), or the sandbox of a container a lower one. "runc" refuses
+            any other number above that.
         core: bytes of a core dump (RLIMIT_CORE); with 0, the default, there is none, also where the host gives those to
             a program (/proc/sys/kernel/core_pattern).
     """
@@ -62,7 +65,7 @@ class Resources:
     cpu: float | None = attrs.field(default=None, validator=is_positive)
     pids: int | None = attrs.field(default=_DEFAULT_PIDS, validator=[is_whole, is_positive, is_at_most(_MOST_PIDS)])
     disk: int | None = attrs.field(default=0, converter=_disk_size, validator=is_at_least(LEAST_DISK))
-    nofile: int | None = attrs.field(default=4096, validator=[is_whole, is_positive])
+    nofile: int | None = attrs.field(default=DEFAULT_NOFILE, validator=[is_whole, is_positive])
     core: int | None = attrs.field(default=0, converter=_core_size)
     cpu_seconds: float | None = attrs.field(default=None, validator=is_positive)
 

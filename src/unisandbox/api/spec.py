@@ -10,6 +10,7 @@ import attrs
 
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.checks import (
+    is_address,
     is_at_most,
     is_of,
     is_one_of,
@@ -240,7 +241,7 @@ class SandboxSpec:
         security: capabilities, seccomp, no_new_privileges.
         share_pid: containers see each other's processes.
         ttl: seconds after which it is removed, at most ten years.
-        labels: the user's own words, searchable.
+        labels: the user's own words; `status()` and `list()` tell them.
         annotations: for backends.
         cgroup_parent: the cgroup below which the sandbox's own is made, from the top of each hierarchy, as
             "/kubepods/pod1"; empty: the engine's own place. It is made when it is missing, and stays.
@@ -292,6 +293,8 @@ class SandboxSpec:
         for host, address in self.hosts.items():
             if not matches(r"[A-Za-z0-9.-]+", host) or not matches(r"[0-9A-Fa-f.:]+", address):
                 raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")
+            if not is_address(address):
+                raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is no IP address")
         targets = [mount.target for mount in self.mounts]
         if len(set(targets)) != len(targets):
             raise InvalidArgumentError(f"two mounts have the same target: {sorted(targets)}")

@@ -18,6 +18,7 @@ import anyio
 
 from unisandbox import api
 from unisandbox.api import BackendError, SandboxError, UnavailableError
+from unisandbox.host import bytecode
 from unisandbox.host.keeper import Keeper, protocol
 from unisandbox.host.memory import in_memory
 from unisandbox.host.readiness import readable, writable
@@ -146,7 +147,7 @@ class Clerk:
 
     async def _start(self, control: socket.socket) -> None:
         python = str(getattr(sys, "_base_executable", "") or sys.executable)
-        argv = [python, "-I", "-S", "-c", _PROGRAM, *(path for path in sys.path if path)]
+        argv = [python, "-I", "-S", *bytecode.options(), "-c", _PROGRAM, *(path for path in sys.path if path)]
         env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         try:
             started = await self._keeper.spawn(f"clerk/{os.urandom(8).hex()}", argv, env=env, fds=[control.fileno()])

@@ -43,7 +43,7 @@ from unisandbox.engine.records import RecordStore
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory
-from unisandbox.engine.state_files import SANDBOXES
+from unisandbox.engine.state_files import OPERATIONS, SANDBOXES
 from unisandbox.host.keeper.records import Policy
 from unisandbox.host.services import Host
 
@@ -84,7 +84,7 @@ class EngineCore:
         self.records: RecordStore = RecordStore(
             os.path.join(host.state_dir, SANDBOXES), durable=state.durable, place=host.keeper.directory
         )
-        self.operations: OperationLog = OperationLog(os.path.join(host.state_dir, "operations"), durable=state.durable)
+        self.operations: OperationLog = OperationLog(os.path.join(host.state_dir, OPERATIONS), durable=state.durable)
         self.boot_id: str = boot_id()
         self.left: dict[str, Left] = {}
         # What others have made and only they can use: its backend is missing here.

@@ -246,10 +246,8 @@ class Entry:
             raise
 
     async def _undo(self) -> None:
-        if self._core.host.shared and not self._core.host.keeper.alive:
-            async with self._core.regaining.alone():
-                await self._free()
-        else:
+        is_lost = self._core.host.shared and not self._core.host.keeper.alive
+        async with self._core.regaining.alone() if is_lost else contextlib.nullcontext():
             await self._free()
 
     async def _begin(self) -> None:
@@ -267,7 +265,8 @@ class Entry:
 
     async def _make_ready(self) -> None:
         """The last steps of a creation and of a start: it is ready when all of them are done, and to others, too."""
-        self._task = (await self._sandboxer.start(self.sandbox_id)).task
+        async with self.sharing.telling_expiry():
+            self._task = (await self._sandboxer.start(self.sandbox_id)).task
         self._write("ready", started_at=time.time(), stopped_at=None)
         self.sharing.forget_stop()
         self._core.check_keeper()  # not each step has asked it for something

@@ -188,10 +188,24 @@ class Sharing:
             await self._until_expired(_NOTE_SECONDS)
         return self._entry.expired
 
+    @contextlib.asynccontextmanager
+    async def telling_expiry(self) -> AsyncIterator[None]:
+        """What fails within is told as the end of the ttl if that is why.
+
+        Raises:
+            NotFoundError: its ttl is over.
+        """
+        try:
+            yield
+        except (SandboxError, OSError) as error:
+            if await self.has_expired():
+                raise self._entry.gone() from error
+            raise
+
     async def _until_expired(self, within: float) -> None:
         """Wait for its end if that comes within so many seconds."""
         entry = self._entry
-        if entry.record.expires_at is None or entry.expired or entry.state in {"new", "removed"}:
+        if entry.record.expires_at is None or entry.expired or entry.state == "removed":
             return
         if not self._host.keeper.alive:
             return

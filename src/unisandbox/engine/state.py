@@ -23,7 +23,7 @@ from unisandbox.engine.runtime_directory import (
     remove_if_empty,
     runtime_directory,
 )
-from unisandbox.engine.state_files import engine_id_of, has_records, known_id
+from unisandbox.engine.state_files import check_own, engine_id_of, has_records, known_id
 from unisandbox.host import small_files
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroups
@@ -76,7 +76,8 @@ class StateDirectory:
         Raises:
             BackendError: they cannot be made or written: the disk is full or read-only, say.
             FailedPreconditionError: others could write into the state directory.
-            InvalidArgumentError: it cannot be a path, or is none of a directory in which files can be made.
+            InvalidArgumentError: it cannot be a path, or is none of a directory in which files can be made, or holds
+                somebody else's.
         """
         runtime, claim = os.path.dirname(work_dir) or runtime_directory(), -1
         try:
@@ -88,6 +89,8 @@ class StateDirectory:
                 _make_on_disk(path)
             try:
                 _check_private(path, "state directory")
+                if directory is not None and not work_dir:
+                    check_own(path)
                 engine_id = engine_id_of(path, os.path.basename(work_dir))
                 in_runtime(runtime, lambda: _check_private(runtime, "runtime directory"))
                 work = os.path.join(runtime, engine_id)

@@ -13,20 +13,31 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from unisandbox.api import short_name
+from unisandbox.api import InvalidArgumentError, short_name
 from unisandbox.engine import durable
 from unisandbox.host import small_files
 from unisandbox.host.boundary import reached
+from unisandbox.host.keeper.protocol import EVENTS_NAME, LOCK_NAME, LOG_NAME, SOCKET_NAME
 
 SANDBOXES: Final = "sandboxes"
 """The directory of records in a state directory."""
+OPERATIONS: Final = "operations"
+"""The directory of those that were begun under an operation id."""
 _PARENTS: Final = "cgroups"
 _PARENTS_VERSION: Final = 2
 _PARENTS_LIMIT: Final = 1 << 20
 _ID_FILE: Final = "engine-id"
 # Files that get their name when they are whole.
 _LEFT: Final = re.compile(r"(engine-id\.[0-9a-f]{16})|(cgroups\.[0-9a-f]{8}\.tmp)")
+# All that there is in a state directory: of the engine, of its keeper, of `serve` ("empty"); some have another name
+# until they are whole. And what a file system has at its top.
+_OURS: Final = re.compile(
+    rf"({'|'.join(map(re.escape, (_ID_FILE, _PARENTS, SANDBOXES, OPERATIONS, LOCK_NAME, LOG_NAME, EVENTS_NAME)))})"
+    rf"(\.(new|[0-9a-f]+(\.tmp)?))?|{re.escape(SOCKET_NAME)}|empty|unisandbox-.*\.img|lost\+found"
+)
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
+_ID_LINE: Final = re.compile(rb"[a-z2-7]{10} [0-9]+:[0-9]+( 2 [0-9a-f]+)?\n")
+_SHOWN: Final = 3
 _ID_LENGTH: Final = 10
 _ID_LIMIT: Final = 1024
 
@@ -49,6 +60,36 @@ def known_id(path: str) -> str:
     known, place = raw[:_ID_LENGTH].decode("ascii", "replace"), f"{status.st_dev}:{status.st_ino}"
     first = f"{known} {place}\n".encode()
     return known if is_engine_id(known) and raw in {first, _id_line(known, place)} else ""
+
+
+def check_own(path: str) -> None:
+    """See that a directory is an engine's, or can become one: an engine replaces files that have the names of its own.
+
+    Raises:
+        InvalidArgumentError: somebody else's things are in it.
+    """
+    why = ""
+    if os.path.realpath(path) == "/":
+        why = "it is the root directory"
+    elif not _has_id_of_any(path):
+        with os.scandir(path) as entries:
+            others = sorted(entry.name for entry in entries if not _OURS.fullmatch(entry.name))
+        if others:
+            more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+            why = f"it is no engine's, and holds {', '.join(map(repr, others[:_SHOWN]))}{more}"
+    if why:
+        raise InvalidArgumentError(
+            f"{path!r} cannot be a state directory: {why}",
+            hint=f"Give a directory of its own, such as {os.path.join(path, 'unisandbox')!r}; it need not be there.",
+        )
+
+
+def _has_id_of_any(path: str) -> bool:
+    """Whether an engine's id is written there, be it that of the directory that this one is a copy of."""
+    try:
+        return _ID_LINE.fullmatch(small_files.read(os.path.join(path, _ID_FILE), _ID_LIMIT)[0]) is not None
+    except (FileNotFoundError, small_files.NotARegularFileError, small_files.TooLargeError):
+        return False
 
 
 def engine_id_of(path: str, of_keeper: str = "") -> str:

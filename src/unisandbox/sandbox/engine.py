@@ -60,7 +60,7 @@ class Engine:
         """Open an engine, as the owner of its state directory.
 
         Args:
-            directory: where its state is kept; made if need be; None: a temporary one.
+            directory: where its state is kept, and nothing else; made if need be; None: a temporary one.
             policy: what becomes of the sandboxes at the end of this engine, also when its process is killed: "stop"
                 ends and frees all of them, "keep" lets them live on for the next one that opens the directory.
             on_recover: what to do with sandboxes that a former engine has left there: "adopt" goes on with those that
@@ -68,7 +68,8 @@ class Engine:
             backends: backends by name beside the installed ones.
 
         Raises:
-            InvalidArgumentError: an argument is wrong; `directory` "" is no path.
+            InvalidArgumentError: an argument is wrong; `directory` "" is no path, and "/" and a directory that holds
+                somebody else's things are none for an engine.
             FailedPreconditionError: another engine owns the directory; its process is named.
             UnavailableError: this host cannot carry an engine; what is missing is said.
 

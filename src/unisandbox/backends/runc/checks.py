@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 from typing import Final
 
 from unisandbox.api import (
@@ -14,6 +13,7 @@ from unisandbox.api import (
     UnavailableError,
     UnsupportedError,
 )
+from unisandbox.api.resources import DEFAULT_NOFILE
 from unisandbox.backends.runc.capabilities import CAPABILITIES
 from unisandbox.backends.runc.pod import LEASED_IDS
 from unisandbox.backends.runc.sysctls import checked_sysctls
@@ -27,8 +27,8 @@ _LEAST_MEMORY: Final = 1 << 20
 _LEAST_PIDS: Final = 3
 
 
-def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
-    """Refuse what cannot be done, before anything is."""
+def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram, most_files: int) -> None:
+    """Refuse what cannot be done, before anything is; `most_files` as for `check_resources`."""
     if spec.rootfs.kind not in CAPABILITIES.rootfs:
         raise UnsupportedError(
             f"rootfs kind {spec.rootfs.kind!r} ({spec.rootfs.ref!r})",
@@ -75,7 +75,7 @@ def check_sandbox(spec: SandboxSpec, runtime: RuntimeProgram) -> None:
             reason=f"{runtime.path} is built without seccomp",
             hint="Install one that has it (apt install crun), or use seccomp='unconfined' if you trust what runs.",
         )
-    check_resources(spec.resources)
+    check_resources(spec.resources, most_files)
     checked_sysctls(spec.sysctls, spec.network)
 
 
@@ -107,18 +107,29 @@ def _masked() -> Obstacle | None:
     return remedies.of_all(obstacles.masked())
 
 
-def check_resources(resources: Resources) -> None:
+def check_resources(resources: Resources, most_files: int) -> None:
+    """Refuse limits that cannot hold, before anything is done.
+
+    Args:
+        resources: of a sandbox.
+        most_files: that any process of the engine can have open.
+    """
     if resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use run(..., timeout=), or isolation='wasm'.")
     _check_memory(resources)
+    _check_pids(resources)
+    # The default is a bound; see `Resources`.
+    if resources.nofile is not None and resources.nofile != DEFAULT_NOFILE and resources.nofile > most_files:
+        raise InvalidArgumentError(
+            f"nofile must be at most {most_files}, the hard limit of the process that opened this engine (ulimit -Hn),"
+            f" got {resources.nofile}"
+        )
+
+
+def _check_pids(resources: Resources) -> None:
     if resources.pids is not None and resources.pids < _LEAST_PIDS:
         raise InvalidArgumentError(
             f"pids must be at least {_LEAST_PIDS} (init, the runtime and a program), got {resources.pids}"
-        )
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    if resources.nofile is not None and most != resource.RLIM_INFINITY and resources.nofile > most:
-        raise InvalidArgumentError(
-            f"nofile must be at most {most}, this process's own hard limit (ulimit -Hn), got {resources.nofile}"
         )
 
 
@@ -133,11 +144,26 @@ def _check_memory(resources: Resources) -> None:
         )
 
 
-def check_container(container: ContainerSpec) -> None:
-    """Refuse what a container cannot have, before anything is done."""
+def check_container(container: ContainerSpec, sandbox: Resources, most_files: int) -> None:
+    """Refuse what a container cannot have, before anything is done.
+
+    Args:
+        container: wanted.
+        sandbox: the limits of its sandbox.
+        most_files: that any process of the engine can have open.
+    """
+    if container.rootfs is None and container.mounts:
+        raise UnsupportedError(
+            f"mounts in container {container.name!r}",
+            "runc",
+            reason="it has the sandbox's own files, and all that share those would see them",
+            hint="Give the sandbox these mounts, or the container a rootfs of its own, such as 'host'.",
+        )
     resources = container.resources
     if resources is not None:
         _check_memory(resources)
+        _check_pids(resources)
+        _check_below(resources, sandbox, most_files)
     if resources is not None and resources.cpu_seconds is not None:
         raise UnsupportedError("resources.cpu_seconds", "runc", hint="Use isolation='wasm'.")
     if resources is not None and resources.disk not in {None, 0}:
@@ -146,3 +172,16 @@ def check_container(container: ContainerSpec) -> None:
         )
     if container.rootfs is not None and container.rootfs.kind == "image":
         raise UnsupportedError("rootfs kind 'image'", "runc", hint="Unpack it and use Rootfs.dir(path).")
+
+
+def _check_below(resources: Resources, sandbox: Resources, most_files: int) -> None:
+    """What no cgroup limits is a number of each process: a larger one of the container's would count for nothing."""
+    most = {"nofile": most_files if sandbox.nofile is None else min(sandbox.nofile, most_files), "core": sandbox.core}
+    for name, limit in most.items():
+        wanted = getattr(resources, name)
+        is_default = name == "nofile" and wanted == DEFAULT_NOFILE  # a bound; see `Resources`
+        if wanted is not None and limit is not None and wanted > limit and not is_default:
+            raise InvalidArgumentError(
+                f"resources.{name} of a container must be at most {limit}, which its sandbox has, got {wanted}",
+                hint="Give the sandbox more, or the container less.",
+            )

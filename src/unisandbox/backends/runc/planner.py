@@ -23,11 +23,12 @@ from unisandbox.api import (
     RootMount,
     UnsupportedError,
 )
+from unisandbox.api.filesystem import parents_first
 from unisandbox.backends.runc import users
 from unisandbox.backends.runc.adapting import Adapted, bind_op, root_op
 from unisandbox.backends.runc.checks import check_container
 from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
-from unisandbox.backends.runc.rlimits import Rlimits, process_limits
+from unisandbox.backends.runc.rlimits import Rlimits, most_files_in, process_limits
 from unisandbox.backends.runc.rootfs import Op, mount_ops, not_shown, root_attributes, root_ops
 from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.host import seccomp
@@ -92,7 +93,7 @@ class PodPlanner:
         """Root file system (unless the sandbox's own is shared), cgroup and bundle."""
         pod, container = self._pod, request.container
         assert container is not None  # noqa: S101 (the task service has looked)
-        check_container(container)
+        check_container(container, pod.spec.resources, most_files_in(self._plain_limits))
         if pod.keeper_ids is not None and container.rootfs is not None:
             users.check_rootfs(container.rootfs)
         if pod.is_single:
@@ -250,7 +251,9 @@ class PodPlanner:
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs, request: CreateTask) -> None:
         pod = self._pod
-        mounts = container.mounts if container.own_mounts_only else (*pod.spec.mounts, *container.mounts)
+        mounts = container.mounts
+        if not container.own_mounts_only:
+            mounts = parents_first((*pod.spec.mounts, *mounts))
         place = pod.place(container.name)
         sources = open_sources(rootfs, mounts, container.name)
         try:

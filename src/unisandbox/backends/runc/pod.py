@@ -255,7 +255,7 @@ def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[in
     """Open what will be mounted, once: what is mounted later is what was looked at now.
 
     Raises:
-        InvalidArgumentError: a source does not exist, or the root is no directory.
+        InvalidArgumentError: a source does not exist, or the root or its /etc is no directory.
         UnsupportedError: they are too many.
     """
     fds: list[int] = []
@@ -264,6 +264,7 @@ def open_sources(rootfs: Rootfs, mounts: Sequence[Mount], label: str) -> list[in
     try:
         if rootfs.kind == "dir":
             fds.append(_open_source(rootfs.path, os.O_DIRECTORY, f"root directory of {label!r}"))
+            _check_etc(fds[0], rootfs.path, label)
         fds += [_open_source(mount.source, 0, f"mount source of {label!r}") for mount in mounts if mount.source]
     except BaseException:
         for fd in fds:
@@ -279,6 +280,20 @@ def too_many_sources() -> UnsupportedError:
         "runc",
         hint="Mount a directory that has several of them in it.",
     )
+
+
+def _check_etc(root: int, path: str, label: str) -> None:
+    """A directory of ours is put over it, with what differs from sandbox to sandbox: through that no link is seen."""
+    try:
+        mode = os.stat("etc", dir_fd=root, follow_symlinks=False).st_mode
+    except OSError:
+        return
+    if not stat.S_ISDIR(mode):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "not a directory"
+        raise InvalidArgumentError(
+            f"rootfs {path!r} of {label!r} cannot be used: its /etc is {what}",
+            hint="Make it a directory: a sandbox has files of its own there.",
+        )
 
 
 def _open_source(path: str, flags: int, what: str) -> int:

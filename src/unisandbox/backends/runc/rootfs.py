@@ -370,7 +370,7 @@ def _mount_point(path: str, mount: Mount, first_id: int) -> list[Op]:
 
 
 def mount_ops(place: Place, mounts: Sequence[Mount], first_fd: int) -> list[Op]:
-    """Mount what the user asked for, in his order; sources are descriptors of the request from `first_fd` on."""
+    """Mount what the user asked for, in this order; sources are descriptors of the request from `first_fd` on."""
     ops: list[Op] = []
     fd = first_fd
     for mount in mounts:

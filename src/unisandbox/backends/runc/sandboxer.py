@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ from unisandbox.backends.runc.making import Maker, clear_network, restore_networ
 from unisandbox.backends.runc.pidns import SharedPids
 from unisandbox.backends.runc.planner import PodPlanner
 from unisandbox.backends.runc.pod import DEVICES, Pod, ids_of, open_sources
-from unisandbox.backends.runc.rlimits import Rlimits, plain_limits
+from unisandbox.backends.runc.rlimits import Rlimits, most_files_in, plain_limits
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host import subordinate
 from unisandbox.host.boundary import reached
@@ -84,14 +85,13 @@ class RuncSandboxer:
         # The engine's own.
         self._root: Cgroup | None = None
         self._init_fd = -1
-        self._plain_limits: Rlimits = {}
 
     async def create(self, request: CreateSandbox) -> None:
         """See `Sandboxer.create`."""
         spec = request.spec
         if request.sandbox_id in self._sandboxes:
             raise AlreadyExistsError(f"sandbox {request.sandbox_id!r} exists already")
-        check_sandbox(spec, self._runtime.program)
+        check_sandbox(spec, self._runtime.program, most_files_in(self._plain_limits))
         host = self._host
         if host.keeper.ids is not None:
             users.check_sandbox(spec, host.cgroups, host.keeper.ids)
@@ -187,9 +187,11 @@ class RuncSandboxer:
                 self._init_fd = fd
         return self._init_fd
 
+    @functools.cached_property
+    def _plain_limits(self) -> Rlimits:
+        return plain_limits(self._host.keeper.pid)  # nobody changes those of the keeper, which all go by
+
     async def _planner_of(self, pod: Pod) -> PodPlanner:
-        # Nobody changes those of the keeper, which all go by.
-        self._plain_limits = self._plain_limits or plain_limits(self._host.keeper.pid)
         return PodPlanner(
             self._host,
             self._runtime,
@@ -351,7 +353,7 @@ class RuncSandboxer:
             raise UnsupportedError(
                 "a change of the disk limit of a living sandbox", "runc", hint="Leave disk= out: it stays as it is."
             )
-        check_resources(resources)
+        check_resources(resources, most_files_in(self._plain_limits))
         if pod.keeper_ids is not None:
             users.check_resources(resources, self._host.cgroups.missing)
         try:

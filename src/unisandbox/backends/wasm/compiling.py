@@ -21,6 +21,7 @@ from unisandbox.api.units import GIB, MIB
 from unisandbox.backends.wasm.compiler import INVALID
 from unisandbox.backends.wasm.places import Place, place_in
 from unisandbox.backends.wasm.programs import Program
+from unisandbox.host import bytecode
 from unisandbox.host.cgroups import Cgroup, Limits
 from unisandbox.host.keeper import Guard, SpawnFailed
 from unisandbox.host.services import Host
@@ -170,7 +171,7 @@ class Compiler:
         keeper = self._host.keeper
         spawned = await keeper.spawn(
             name,
-            [sys.executable, "-I", _COMPILER, json.dumps(request)],
+            [sys.executable, "-I", *bytecode.options(), _COMPILER, json.dumps(request)],
             env=env,
             cgroup_procs=cgroup.entry,
             fds=fds,

@@ -32,6 +32,7 @@ from unisandbox.api import (
     UnsupportedError,
     short_name,
 )
+from unisandbox.api.filesystem import parents_first
 from unisandbox.backends.wasm.artefacts import Images, Root
 from unisandbox.backends.wasm.capabilities import NAME
 from unisandbox.backends.wasm.checks import check_copied_mounts, check_mounts, check_resources, check_spec
@@ -203,7 +204,7 @@ class WasmSandboxer:
     async def _tree_of(self, sandbox: _Sandbox, container: ContainerSpec) -> SandboxTree:
         """The files of a container that has some of its own: its layer is a part of the sandbox's."""
         rootfs = container.rootfs or sandbox.spec.rootfs
-        mounts = (*sandbox.spec.mounts, *container.mounts)
+        mounts = parents_first((*sandbox.spec.mounts, *container.mounts))
         self._check_mounts(mounts)
         root = await self._take_root(sandbox, rootfs.path)
         sources = Sources.open(root.path, mounts, f"{sandbox.label}/{container.name}")

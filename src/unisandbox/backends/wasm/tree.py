@@ -372,7 +372,7 @@ def _mount_point(path: str, mount: Mount) -> list[Op]:
 
 
 def _mount_ops(mounts: Sequence[Mount]) -> list[Op]:
-    """What the user asked for, in his order; sources are descriptors of the request from 1 on."""
+    """What the user asked for, in this order; sources are descriptors of the request from 1 on."""
     ops: list[Op] = []
     fd = 1
     for mount in mounts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import os
@@ -11,6 +10,7 @@ import signal
 
 from unisandbox.host import subordinate, syscalls
 from unisandbox.host.keeper import protocol
+from unisandbox.host.keeper.inheritance import reset_attributes
 from unisandbox.host.keeper.loop import note
 
 TYPE_CHECKING = False
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _LEAST_NOFILE = 4096
 NAME = "unisandbox-keep"  # 15 bytes: all that the kernel stores
 
-#: The limit of file descriptors that children get back: the keeper raises its own as far as it may.
-inherited_nofile: tuple[int, int] = resource.getrlimit(resource.RLIMIT_NOFILE)
+#: The soft limit of file descriptors that children get back: the keeper raises its own as far as it may.
+inherited_soft_nofile: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def leave_inheritance(keep: Sequence[int]) -> None:
-    """Close every fd but 0-2 and `keep`, set signals, umask, directory and name; become a subreaper.
+    """Close every fd but 0-2 and `keep`, set signals, umask, directory, name and attributes; become a subreaper.
 
     Signal mask and handlers were reset by the spawn that started us. The starting process's other fds may be here if it
     opened them inheritable: they must not live as long as we do.
@@ -46,7 +46,7 @@ def leave_inheritance(keep: Sequence[int]) -> None:
     os.umask(0o077)
     os.chdir("/")
     _take_descriptors()
-    _reset_scheduling()
+    reset_attributes()
     syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(NAME)
@@ -65,17 +65,9 @@ def enter(cgroups: Sequence[str]) -> None:
             note(f"cannot move to another cgroup by {path}: {error.strerror}")
 
 
-def _reset_scheduling() -> None:
-    """Ordinary priority on all CPUs: what the starting process happens to run under is not for its sandboxes."""
-    with contextlib.suppress(OSError):  # without CAP_SYS_NICE a higher nice value stays
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
-    with contextlib.suppress(OSError):  # a cpuset that allows none of them
-        os.sched_setaffinity(0, range(os.cpu_count() or 1))
-
-
 def _take_descriptors() -> None:
     """Use all the file descriptors that we may have, and at least those that one message can bring."""
-    soft, hard = inherited_nofile
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(hard, _LEAST_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import struct
 
 from unisandbox.host import sealed
@@ -200,7 +201,7 @@ def _open_cgroup(asked: Sequence[str], paths: Sequence[str]) -> tuple[int, int]:
 
 
 def _order(program: Program, paths: Sequence[str], fds: Sequence[int], places: tuple[int, int, int, int]) -> bytes:
-    nofile = birth.inherited_nofile
+    nofile = birth.inherited_soft_nofile, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     head = _ORDER.pack(
         _MAGIC,
         _VERSION,

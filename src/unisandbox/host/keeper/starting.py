@@ -18,8 +18,8 @@ import anyio
 
 import unisandbox.host
 from unisandbox.api.errors import FailedPreconditionError, UnavailableError
+from unisandbox.host import bytecode, small_files
 from unisandbox.host import pidfd as pidfds
-from unisandbox.host import small_files
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import protocol
@@ -331,7 +331,7 @@ def _spawn_keeper(
             }
         )
         source_root = os.path.dirname(os.path.dirname(unisandbox.host.__path__[0]))
-        argv = [executable, "-I", "-S", "-X", "utf8", "-c", _PROGRAM, source_root, argument]
+        argv = [executable, "-I", "-S", "-X", "utf8", *bytecode.options(), "-c", _PROGRAM, source_root, argument]
         # Nothing of the caller's environment: it may hold secrets. A Python outside of the system's directories may
         # need this one to find its own library.
         env = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}

@@ -35,7 +35,7 @@ from unisandbox.api import (
 )
 from unisandbox.backends.wasm.artefacts import Images as Layouts
 from unisandbox.backends.wasm.artefacts import Root
-from unisandbox.backends.wasm.checks import check_resources, check_spec
+from unisandbox.backends.wasm.checks import check_resources, check_spec, files_of
 from unisandbox.backends.wasm.given import Surroundings
 from unisandbox.backends.wasm.process.capabilities import NAME
 from unisandbox.backends.wasm.process.images import Images
@@ -282,5 +282,5 @@ def _inner_resources(resources: Resources) -> Resources:
         resources,
         cpu_seconds=None,
         pids=None if resources.pids is None else (resources.pids + 1) * _THREADS,
-        nofile=None if resources.nofile is None else resources.nofile + _WORKER_FILES,
+        nofile=None if resources.nofile is None else files_of(resources) + _WORKER_FILES,
     )

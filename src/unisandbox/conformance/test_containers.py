@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
-from unisandbox import AlreadyExistsError, InvalidArgumentError, NotFoundError, Resources, Sandbox
+from unisandbox import AlreadyExistsError, Container, InvalidArgumentError, NotFoundError, Resources, Sandbox
 from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.programs import Programs
@@ -271,3 +272,50 @@ async def test_all_end_with_the_sandbox(create: Create, rootfs: str, programs: P
     await sandbox.remove()
     for container in added:
         await container.remove()
+
+
+async def test_a_handle_of_a_removed_container_tells_its_own_end_and_leaves_a_namesake_alone(
+    sandbox: Sandbox, rootfs: str, programs: Programs
+) -> None:
+    async def add(argv: Sequence[str]) -> Container:
+        return await sandbox.containers.add(rootfs=rootfs, argv=argv, name="b")
+
+    first = await add(programs.exits(3))
+
+    async def stopped() -> bool:
+        return (await first.status()).state == "stopped"
+
+    await until(stopped, "it has ended")
+    await (await sandbox.containers.get("b")).remove()
+    second = await add(programs.sleeps(60))
+    async with second:
+        await (await sandbox.containers.get("b")).kill()
+    third = await add(programs.sleeps(60))
+
+    assert (await first.wait()).code == (await first.kill()).code == 3
+    assert (await second.wait()).signal == signal.SIGKILL
+    for call in (first.status, first.logs, lambda: second.signal(signal.SIGTERM), lambda: anext(second.follow())):
+        with pytest.raises(NotFoundError):
+            await call()
+    async with first:
+        await second.remove()
+    assert (await third.status()).state == "running"
+    await third.remove()
+    assert (await first.wait()).code == 3
+    assert (await third.wait()).signal == signal.SIGKILL
+
+
+async def test_a_handle_of_a_launched_program_tells_its_own_end_and_not_that_of_the_next(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    first = await sandbox.launch(programs.exits(3))
+
+    async def stopped() -> bool:
+        return (await first.status()).state == "stopped"
+
+    await until(stopped, "it has ended")
+    second = await sandbox.launch(programs.sleeps(60))
+
+    assert (await first.wait()).code == 3
+    await first.remove()
+    assert (await second.status()).state == "running"

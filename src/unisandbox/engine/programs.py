@@ -131,15 +131,23 @@ class Programs:
             self.main_made = True
             return pid
 
-    async def remove(self, container_id: str) -> Exit | None:
-        """Free a container with all that is kept of it: how its main process ended, if that is known."""
-        entry = self._entry
-        if container_id != MAIN:
+    async def remove(self, container_id: str, identity: str) -> Exit | None:
+        """Free a container with all that is kept of it: how its main process ended, if that is known.
+
+        A later one of the same name than the one with this identity is left alone.
+        """
+        entry, exit = self._entry, None
+        if container_id == MAIN:
+            async with entry.sharing.changing():
+                return await self._drop_main(entry.last_task) if self._is(MAIN, identity) else None
+        if self._is(container_id, identity):
             exit = await entry.last_task.delete(container_id)
+        if self._is(container_id, identity):  # who else removes it may have been quicker, and its name taken since
             await self.drop_logs(container_id)
-            return exit
-        async with entry.sharing.changing():
-            return await self._drop_main(entry.last_task)
+        return exit
+
+    def _is(self, container_id: str, identity: str) -> bool:
+        return not self._entry.telling.is_replaced(container_id, identity)
 
     async def forget_main(self) -> None:
         """The main container is gone: if it was launched, what it wrote goes, too."""
@@ -167,12 +175,16 @@ class Programs:
 
     async def _drop_main(self, task: TaskService) -> Exit | None:
         self.main_made = False
+        telling = self._entry.telling
+        identity = telling.identity_of(MAIN)
         exit = await task.delete(MAIN)
+        telling.container_exited(MAIN, identity, exit)
         await self.forget_main()
         return exit
 
     async def _make_main(self, task: TaskService) -> None:
         await self._check_going(task)
+        self._entry.telling.container_begins(MAIN)
         try:
             await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
             self._entry.telling.container_created(MAIN)
@@ -278,6 +290,7 @@ class Programs:
                 ends.callback(os.close, writer)
                 readers.append(reader)
                 writers.append(writer)
+            self._entry.telling.container_begins(spec.name)
             try:
                 await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
                 self._entry.telling.container_created(spec.name)
@@ -295,12 +308,21 @@ class Programs:
 
     # --- what they write ---
 
-    def logs(self, container_id: str, stream: LogStream, *, offset: int = 0, tail: int | None = None) -> LogReader:
-        """What the main process of a container writes."""
+    def logs(
+        self, container_id: str, identity: str, stream: LogStream, *, offset: int = 0, tail: int | None = None
+    ) -> LogReader:
+        """What the main process of the container with this name and identity writes."""
         if stream not in LOG_STREAMS:
             raise InvalidArgumentError(f"stream must be 'stdout' or 'stderr', got {stream!r}")
         whose = f"container {container_id!r} of sandbox {self._entry.label!r}"
-        return LogReader(self._host.keeper, self._log(container_id, stream), whose, offset=offset, tail=tail)
+        return LogReader(
+            self._host.keeper,
+            self._log(container_id, stream),
+            whose,
+            is_replaced=lambda: not self._is(container_id, identity),
+            offset=offset,
+            tail=tail,
+        )
 
     async def drop_logs(self, container_id: str) -> None:
         """Forget what a container wrote."""

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
+import anyio.lowlevel
+
 from unisandbox.api import (
     ContainerSpec,
     ContainerStatus,
@@ -18,6 +20,7 @@ from unisandbox.api import (
     ProcessSpec,
     Resources,
     Rootfs,
+    SandboxError,
 )
 from unisandbox.api.checks import check_signal
 from unisandbox.engine.cleaning import CLEANING_SECONDS
@@ -28,6 +31,9 @@ from unisandbox.sandbox.process import pid_of
 
 class Container:
     """A container that was added to a sandbox; its main process runs.
+
+    It stands for this very one: when that was removed, a later container of the same name is another one, which nothing
+    here ends or asks.
 
     Attributes:
         name: unique within the sandbox.
@@ -53,12 +59,46 @@ class Container:
         return pid_of(self._pid, self._entry)
 
     async def wait(self) -> Exit:
-        """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
+        """Wait until the main process has ended; with it everything in the container ends. May be repeated.
+
+        Raises:
+            NotFoundError: it was removed, and how it ended is not known here.
+        """
         if self._exit is None:
-            with self._entry.in_our_words():
-                self._exit = await self._entry.last_task.wait(self.name)
+            self._exit = await self._ended()
             self._entry.telling.container_exited(self.name, self._identity, self._exit)
+        else:
+            await anyio.lowlevel.checkpoint()
         return self._exit
+
+    async def _ended(self) -> Exit:
+        try:
+            self._check_there()
+            with self._entry.in_our_words():
+                return await self._entry.last_task.wait(self.name)
+        except NotFoundError:
+            exit = self._entry.telling.exit_of(self.name, self._identity)
+            if exit is None:
+                raise
+            await anyio.lowlevel.checkpoint()
+            return exit
+
+    @property
+    def _is_replaced(self) -> bool:
+        return self._entry.telling.is_replaced(self.name, self._identity)
+
+    def _check_there(self) -> None:
+        if self._is_replaced:
+            raise NotFoundError(
+                f"container {self.name!r} of sandbox {self._entry.label!r} was removed; a later one has its name",
+                hint="containers.get() that one.",
+            )
+
+    async def _look(self) -> None:
+        """Before what cannot be undone: another process may have removed it, and given its name to another one."""
+        if self._entry.engine_open:
+            with contextlib.suppress(SandboxError):  # a look that fails keeps nothing alive
+                await self._entry.sharing.look()
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
         """The last of what the main process wrote, at most 1 MiB of each stream; also after its end.
@@ -70,7 +110,7 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return await self._entry.programs.logs(self.name, stream, tail=tail).kept()
+        return await self._entry.programs.logs(self.name, self._identity, stream, tail=tail).kept()
 
     def follow(
         self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0, tail: int | None = None
@@ -85,17 +125,19 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return self._entry.programs.logs(self.name, stream, offset=offset, tail=tail)
+        return self._entry.programs.logs(self.name, self._identity, stream, offset=offset, tail=tail)
 
     async def signal(self, number: int) -> None:
         """Send a signal to the main process.
 
         Raises:
             InvalidArgumentError: it is no signal's number.
+            NotFoundError: the container was removed.
             FailedPreconditionError: another engine has taken the sandbox over.
         """
         check_signal(number)
         self._entry.sharing.check_ours()
+        self._check_there()
         with self._entry.in_our_words():
             await self._entry.task.kill(self.name, signal=number)
 
@@ -103,22 +145,28 @@ class Container:
         """The state at this moment.
 
         Raises:
+            NotFoundError: it was removed.
             FailedPreconditionError: another engine has taken the sandbox over.
         """
         self._entry.sharing.check_ours()
+        self._check_there()
         with self._entry.in_our_words():
             state = await self._entry.task.state(self.name)
         return ContainerStatus(self.name, state.state, state.pid, state.exit)
 
     async def kill(self) -> Exit:
-        """End everything in the container at once.
+        """End everything in the container at once; how it ended, also when that was before.
 
         Raises:
+            NotFoundError: it was removed, and how it ended is not known here.
             FailedPreconditionError: another engine has taken the sandbox over; the container goes on.
         """
         self._entry.sharing.check_ours()
-        with self._entry.in_our_words():
-            self._entry.last_task.kill_now(self.name)
+        task = self._entry.last_task
+        await self._look()
+        if not self._is_replaced:
+            with self._entry.in_our_words():
+                task.kill_now(self.name)
         return await self.wait()
 
     async def remove(self) -> None:
@@ -130,14 +178,19 @@ class Container:
             DeadlineExceededError: it could not be removed in time; what is left of it is removed later.
         """
         if self._entry.removed or self._entry.ended_with_engine():
+            await anyio.lowlevel.checkpoint()
             return
         with contextlib.suppress(NotFoundError):  # the sandbox is gone, and this with it
             await self._remove()
 
     async def _remove(self) -> None:
         self._entry.sharing.check_ours()
+        task = self._entry.task
+        await self._look()
+        if self._is_replaced:
+            return
         with self._entry.in_our_words():
-            self._entry.task.kill_now(self.name)
+            task.kill_now(self.name)
         if not await self._entry.cleaning.run(self._free, seconds=CLEANING_SECONDS):
             raise DeadlineExceededError(
                 f"container {self.name!r} of sandbox {self._entry.label!r} could not be removed within"
@@ -147,7 +200,7 @@ class Container:
 
     async def _free(self) -> None:
         with self._entry.in_our_words():
-            exit = await self._entry.programs.remove(self.name)
+            exit = await self._entry.programs.remove(self.name, self._identity)
         self._exit = self._exit or exit
         self._entry.telling.container_exited(self.name, self._identity, self._exit)
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -53,18 +53,23 @@ class Programs:
         self._host = core.host
         self._prefix = core.host.prefix(entry.sandbox_id)
         self._execs = 0
+        # Processes in the main container that this process has started, or is about to, and not deleted.
+        self._going: set[str] = set()
         self._containers = 0
 
     @contextlib.asynccontextmanager
-    async def beginning(self) -> AsyncIterator[None]:
+    async def beginning(self, exec_id: str = "") -> AsyncIterator[None]:
         """Around all that starts a program: what fails is told in our words, and as the end of the ttl if that is why.
+
+        Args:
+            exec_id: of a process in the main container, which is not given to another program meanwhile.
 
         Raises:
             NotFoundError: its ttl is over.
             SandboxError: see `Entry.in_our_words`.
         """
         try:
-            with self._entry.in_our_words():
+            with self._entry.in_our_words(), self._kept_for(exec_id):
                 yield
         except SandboxError as error:
             if await self._entry.sharing.has_expired():
@@ -108,7 +113,7 @@ class Programs:
         """Make the main container with this program as its main process; its pid on the host, if it has one.
 
         Raises:
-            FailedPreconditionError: the main container runs.
+            FailedPreconditionError: the main container is in use, or may be by another process at this moment.
         """
         entry = self._entry
         await self._check_usable()
@@ -117,10 +122,7 @@ class Programs:
             task = entry.task
             if self.main_made:
                 if await self._main_runs(task):
-                    raise FailedPreconditionError(
-                        f"something runs in sandbox {entry.label!r} already",
-                        hint="Use exec, or stop the sandbox first.",
-                    )
+                    await self._check_idle(task)
                 await self._drop_main(task)
             await entry.held.launch()
             try:
@@ -130,6 +132,31 @@ class Programs:
                 raise
             self.main_made = True
             return pid
+
+    async def _check_idle(self, task: TaskService) -> None:
+        """Raises FailedPreconditionError: somebody has use of the main container, or may have at this moment.
+
+        Of other processes that is not known: they start programs without a turn. One that attaches from now on waits
+        for ours before it does.
+        """
+        entry, keeper = self._entry, self._host.keeper
+        if await entry.held.launched():
+            raise FailedPreconditionError(
+                f"a launched program runs in sandbox {entry.label!r} already",
+                hint="Use exec, or stop the sandbox first.",
+            )
+        clients = await keeper.clients() if self._host.shared else {keeper.hello.client}
+        in_use = bool(await task.pids(MAIN) or await entry.held.read())
+        if in_use or self._going:  # asked last: what begins after that finds no main container
+            raise FailedPreconditionError(
+                f"what run or exec has started in sandbox {entry.label!r} runs, or was not waited for",
+                hint="Wait for it, or stop() and start() the sandbox first.",
+            )
+        if clients != {keeper.hello.client}:
+            raise FailedPreconditionError(
+                f"run or exec was used in sandbox {entry.label!r}, and another process may be about to use it again",
+                hint="Launch before the first run, or stop() and start() the sandbox first.",
+            )
 
     async def remove(self, container_id: str, identity: str) -> Exit | None:
         """Free a container with all that is kept of it: how its main process ended, if that is known.
@@ -150,7 +177,8 @@ class Programs:
         return not self._entry.telling.is_replaced(container_id, identity)
 
     async def forget_main(self) -> None:
-        """The main container is gone: if it was launched, what it wrote goes, too."""
+        """The main container is gone, with what ran in it: if it was launched, what it wrote goes, too."""
+        self._going.clear()
         if await self._entry.held.launched():
             await self.drop_logs(MAIN)
             self._entry.held.forget_launch()
@@ -207,12 +235,24 @@ class Programs:
         generation = self._entry.record.generation
         return exec_id if generation == 1 else f"{exec_id}-{generation}"
 
+    @contextlib.contextmanager
+    def _kept_for(self, exec_id: str) -> Iterator[None]:
+        if exec_id:
+            self._going.add(exec_id)
+        try:
+            yield
+        except BaseException:
+            self._going.discard(exec_id)
+            raise
+
     def started(self, exec_id: str) -> None:
         """A process was started in the main container."""
+        self._going.add(exec_id)
         self._entry.telling.process_started(MAIN, exec_id)
 
     def exited(self, exec_id: str, exit: Exit | None) -> None:
         """A process of the main container has ended, and whoever started it knows how."""
+        self._going.discard(exec_id)
         self._entry.held.forget(exec_id)
         self._entry.telling.process_exited(MAIN, exec_id, exit)
 

@@ -15,6 +15,7 @@ from unisandbox.api import (
     ContainerStatus,
     DeadlineExceededError,
     Exit,
+    FailedPreconditionError,
     Mount,
     NotFoundError,
     ProcessSpec,
@@ -39,9 +40,10 @@ class Container:
         name: unique within the sandbox.
     """
 
-    def __init__(self, entry: Entry, name: str, pid: int | None) -> None:
+    def __init__(self, entry: Entry, name: str, pid: int | None, *, has_program: bool = True) -> None:
         self.name = name
         self._pid = pid
+        self._has_program = has_program
         self._entry = entry
         self._identity = entry.telling.identity_of(name)
         self._exit: Exit | None = None
@@ -55,7 +57,9 @@ class Container:
 
         Raises:
             UnsupportedError: it is no process of its own, but runs in this one (a Wasm guest).
+            FailedPreconditionError: it has no main process; see `Containers.get`.
         """
+        self._check_program()
         return pid_of(self._pid, self._entry)
 
     async def wait(self) -> Exit:
@@ -63,7 +67,9 @@ class Container:
 
         Raises:
             NotFoundError: it was removed, and how it ended is not known here.
+            FailedPreconditionError: it has no main process; see `Containers.get`.
         """
+        self._check_program()
         if self._exit is None:
             self._exit = await self._ended()
             self._entry.telling.container_exited(self.name, self._identity, self._exit)
@@ -92,6 +98,14 @@ class Container:
             raise NotFoundError(
                 f"container {self.name!r} of sandbox {self._entry.label!r} was removed; a later one has its name",
                 hint="containers.get() that one.",
+            )
+
+    def _check_program(self) -> None:
+        if not self._has_program:
+            raise FailedPreconditionError(
+                f"container {self.name!r} of sandbox {self._entry.label!r} has no main process: only what run and exec"
+                " start is in it",
+                hint="Take the processes that exec() gives, or kill(), stop() or remove() the sandbox.",
             )
 
     async def _look(self) -> None:
@@ -133,9 +147,11 @@ class Container:
         Raises:
             InvalidArgumentError: it is no signal's number.
             NotFoundError: the container was removed.
-            FailedPreconditionError: another engine has taken the sandbox over.
+            FailedPreconditionError: it has no main process (see `Containers.get`), or another engine has taken the
+                sandbox over.
         """
         check_signal(number)
+        self._check_program()
         self._entry.sharing.check_ours()
         self._check_there()
         with self._entry.in_our_words():
@@ -159,8 +175,10 @@ class Container:
 
         Raises:
             NotFoundError: it was removed, and how it ended is not known here.
-            FailedPreconditionError: another engine has taken the sandbox over; the container goes on.
+            FailedPreconditionError: it has no main process (see `Containers.get`), or another engine has taken the
+                sandbox over; the container goes on.
         """
+        self._check_program()
         self._entry.sharing.check_ours()
         task = self._entry.last_task
         await self._look()
@@ -273,12 +291,16 @@ class Containers:
     async def get(self, name: str) -> Container:
         """The container of that name, whoever has added it.
 
+        "main" is the one of `run`, `exec` and `launch`. Without a launched program it has no main process: it can be
+        looked at and removed, but not waited for, signalled or killed.
+
         Raises:
             NotFoundError: there is none.
         """
         task = await self._entry.known_task()
+        has_program = name != self._entry.main or await self._entry.held.launched()
         state = await task.state(name)
-        return Container(self._entry, name, 0 if state.state == "stopped" else state.pid)
+        return Container(self._entry, name, 0 if state.state == "stopped" else state.pid, has_program=has_program)
 
     async def list(self) -> list[ContainerStatus]:
         """The containers that there are now."""

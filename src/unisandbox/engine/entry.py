@@ -444,12 +444,12 @@ class Entry:
         """Change the limits of the whole sandbox."""
         if isinstance(resources, Resources):
             self._core.check_resources(self.backend, resources)
+        await self.programs.check_usable()
         async with self.sharing.changing():
             self.check_alive()
             before, spec = self.record, self.spec
             if isinstance(resources, Resources):
-                # What comes after us shall know; the disk's limit stays what it was. Before it is done: a full disk
-                # refuses it.
+                # Written first: a full disk refuses it, and what comes after us shall know. The disk's limit stays.
                 spec = attrs.evolve(spec, resources=attrs.evolve(resources, disk=spec.resources.disk_limit))
                 self._save(before._replace(spec=plain_spec(spec)))
             try:

@@ -86,7 +86,7 @@ class Programs:
             FailedPreconditionError: it is stopped.
         """
         entry = self._entry
-        await self._check_usable()
+        await self.check_usable()
         await entry.sharing.await_expiry()
         entry.check_alive()
         await entry.sharing.refresh()
@@ -116,7 +116,7 @@ class Programs:
             FailedPreconditionError: the main container is in use, or may be by another process at this moment.
         """
         entry = self._entry
-        await self._check_usable()
+        await self.check_usable()
         async with self.beginning(), entry.sharing.changing():
             entry.check_started()
             task = entry.task
@@ -298,7 +298,7 @@ class Programs:
         entry.check_alive()
         if spec.resources is not None:
             self._core.check_resources(entry.backend, spec.resources)
-        await self._check_usable()
+        await self.check_usable()
         if spec.name == MAIN:
             raise AlreadyExistsError(
                 f"container {MAIN!r} of sandbox {entry.label!r} is the one that run and exec use",
@@ -371,7 +371,13 @@ class Programs:
     def _log(self, container_id: str, stream: LogStream) -> str:
         return f"{self._prefix}log/{container_id}/{stream}"
 
-    async def _check_usable(self) -> None:
+    async def check_usable(self) -> None:
+        """Before something new is done with it: it is there, and what was cut before is finished.
+
+        Raises:
+            NotFoundError: it was removed.
+            UnavailableError: the keeper has ended.
+        """
         self._entry.check_alive()
         self._core.check_keeper()
         await self._entry.cleaning.catch_up()

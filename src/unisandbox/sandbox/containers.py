@@ -200,6 +200,7 @@ class Container:
             return
         with contextlib.suppress(NotFoundError):  # the sandbox is gone, and this with it
             await self._remove()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # what was begun is finished
 
     async def _remove(self) -> None:
         self._entry.sharing.check_ours()

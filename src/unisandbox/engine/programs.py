@@ -53,7 +53,8 @@ class Programs:
         self._host = core.host
         self._prefix = core.host.prefix(entry.sandbox_id)
         self._execs = 0
-        # Processes in the main container that this process has started, or is about to, and not deleted.
+        # Processes in the main container that this process is starting, and that it has started and not deleted.
+        self._starting: set[str] = set()
         self._going: set[str] = set()
         self._containers = 0
 
@@ -147,7 +148,7 @@ class Programs:
             )
         clients = await keeper.clients() if self._host.shared else {keeper.hello.client}
         in_use = bool(await task.pids(MAIN) or await entry.held.read())
-        if in_use or self._going:  # asked last: what begins after that finds no main container
+        if in_use or self._starting or self._going:  # asked last: what begins after that finds no main container
             raise FailedPreconditionError(
                 f"what run or exec has started in sandbox {entry.label!r} runs, or was not waited for",
                 hint="Wait for it, or stop() and start() the sandbox first.",
@@ -238,12 +239,11 @@ class Programs:
     @contextlib.contextmanager
     def _kept_for(self, exec_id: str) -> Iterator[None]:
         if exec_id:
-            self._going.add(exec_id)
+            self._starting.add(exec_id)
         try:
             yield
-        except BaseException:
-            self._going.discard(exec_id)
-            raise
+        finally:
+            self._starting.discard(exec_id)
 
     def started(self, exec_id: str) -> None:
         """A process was started in the main container."""

@@ -39,7 +39,7 @@ class Telling:
         # How containers ended whose end was told, as far as that is known; by name and identity.
         self._told: Latest[tuple[str, str], Exit | None] = Latest(ENDS_KEPT)
         # What identifies those of whom the task service says nothing, or nothing yet.
-        self._made: dict[str, str] = {}
+        self._made: Latest[str, str] = Latest(ENDS_KEPT)
 
     def emit(
         self,

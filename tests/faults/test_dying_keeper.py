@@ -106,6 +106,29 @@ async def test_a_process_that_dies_with_it_before_it_was_started_is_told_as_its_
             await CALLS[call](engine, sandbox)
 
 
+@pytest.mark.parametrize("whose", ["private", "owned"])
+async def test_what_is_asked_of_a_sandbox_after_its_death_is_not_told_as_done(whose: str, tmp_path: Path) -> None:
+    async with Engine.open(None if whose == "private" else tmp_path) as engine:
+        sandbox = await engine.create(resources=SMALL)
+        process = await sandbox.exec(["sleep", "60"])
+        keeper = engine._core.host.keeper
+        os.kill(keeper.pid, signal.SIGKILL)
+        assert keeper.ends_within(20.0)
+        calls: list[Callable[[], Awaitable[object]]] = [
+            lambda: sandbox.update(Resources(memory="32M")),
+            sandbox.pause,
+            sandbox.resume,
+        ]
+        for call in calls:
+            with pytest.raises(UnavailableError, match=r"keeper .*has ended"):
+                await call()
+        await process.signal(signal.SIGTERM)  # it has ended, which is seen without the keeper
+        with contextlib.suppress(UnavailableError):
+            await sandbox.stop(grace=0)
+        with pytest.raises(UnavailableError, match=r"keeper .*has ended"):
+            await process.signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("whose", ["private", "owned", "attached"])
 async def test_who_reads_events_is_told_of_its_death(whose: str, tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:

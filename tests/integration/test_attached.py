@@ -25,6 +25,7 @@ from unisandbox import (
     UnavailableError,
 )
 from unisandbox.api import StartedSandbox
+from unisandbox.conformance.waiting import until
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.keeper import Keeper
 from unisandbox.oci import starting
@@ -301,6 +302,38 @@ async def test_what_another_process_has_removed_is_not_found(tmp_path: Path, loo
         ):
             with pytest.raises(NotFoundError, match="'w' was removed"):
                 await call()
+
+
+async def test_a_handle_leaves_a_namesake_of_another_process_alone(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as owner, Engine.attach(tmp_path) as other:
+        sandbox = await owner.create(name="w", resources=SMALL)
+        first = await sandbox.containers.add(argv=["sleep", "60"], name="c")
+        seen = await (await other.get("w")).containers.get("c")
+        await first.remove()
+        second = await sandbox.containers.add(argv=["sleep", "60"], name="c")
+        with contextlib.suppress(NotFoundError):
+            await seen.kill()
+        await seen.remove()
+        assert (await second.status()).state == "running"
+        await sandbox.remove()
+
+
+async def test_no_program_is_launched_in_the_place_of_what_another_process_may_be_starting(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as owner:
+        sandbox = await owner.create(name="w", resources=SMALL)
+        async with Engine.attach(tmp_path) as other:
+            assert (await (await other.get("w")).run(["true"])).exit_code == 0
+            with pytest.raises(FailedPreconditionError, match="another process may be about to use it"):
+                await sandbox.launch(["sleep", "60"])
+        keeper = owner._core.host.keeper
+
+        async def alone() -> bool:
+            return await keeper.clients() == {keeper.hello.client}
+
+        await until(alone, "the other one has left")
+        launched = await sandbox.launch(["sh", "-c", "exit 3"])
+        assert (await launched.wait()).code == 3
+        await sandbox.remove()
 
 
 async def test_reading_events_asks_for_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -273,6 +273,23 @@ async def test_a_cancelled_run_ends_what_it_started_at_once(world: World) -> Non
     assert not await running()
 
 
+async def test_a_call_in_a_scope_that_was_cancelled_says_so_also_when_there_is_nothing_to_wait_for() -> None:
+    async with Engine.open() as engine:
+        sandbox = await engine.create()
+        container = await sandbox.containers.add(argv=["true"])
+        await container.wait()
+        for call in (container.wait, container.kill, container.remove, container.remove, sandbox.processes):
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await call()
+            assert scope.cancelled_caught, call
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await engine.get(sandbox.id)
+        assert scope.cancelled_caught
+        assert await sandbox.containers.list() == []
+
+
 async def _cancelled_twice(operation: Coroutine[Any, Any, None], at: int) -> int:
     """Run it in a task that is cancelled natively when it suspends for the `at`-th time, and again while it cleans."""
     loop = asyncio.get_running_loop()

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
-from unisandbox import AlreadyExistsError, InvalidArgumentError, NotFoundError, Resources, Sandbox
+from unisandbox import (
+    AlreadyExistsError,
+    Container,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    Resources,
+    Sandbox,
+)
 from unisandbox.api import Capabilities
 from unisandbox.conformance.conftest import Create
 from unisandbox.conformance.programs import Programs
@@ -272,3 +281,85 @@ async def test_all_end_with_the_sandbox(create: Create, rootfs: str, programs: P
     await sandbox.remove()
     for container in added:
         await container.remove()
+
+
+async def test_a_handle_of_a_removed_container_tells_its_own_end_and_leaves_a_namesake_alone(
+    sandbox: Sandbox, rootfs: str, programs: Programs
+) -> None:
+    async def add(argv: Sequence[str]) -> Container:
+        return await sandbox.containers.add(rootfs=rootfs, argv=argv, name="b")
+
+    first = await add(programs.exits(3))
+
+    async def stopped() -> bool:
+        return (await first.status()).state == "stopped"
+
+    await until(stopped, "it has ended")
+    await (await sandbox.containers.get("b")).remove()
+    second = await add(programs.sleeps(60))
+    async with second:
+        await (await sandbox.containers.get("b")).kill()
+    third = await add(programs.sleeps(60))
+
+    assert (await first.wait()).code == (await first.kill()).code == 3
+    assert (await second.wait()).signal == signal.SIGKILL
+    for call in (first.status, first.logs, lambda: second.signal(signal.SIGTERM), lambda: anext(second.follow())):
+        with pytest.raises(NotFoundError):
+            await call()
+    async with first:
+        await second.remove()
+    assert (await third.status()).state == "running"
+    await third.remove()
+    assert (await first.wait()).code == 3
+    assert (await third.wait()).signal == signal.SIGKILL
+
+
+async def test_a_handle_of_a_launched_program_tells_its_own_end_and_not_that_of_the_next(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    first = await sandbox.launch(programs.exits(3))
+
+    async def stopped() -> bool:
+        return (await first.status()).state == "stopped"
+
+    await until(stopped, "it has ended")
+    second = await sandbox.launch(programs.sleeps(60))
+
+    assert (await first.wait()).code == 3
+    await first.remove()
+    assert (await second.status()).state == "running"
+
+
+async def test_a_program_is_launched_where_others_have_ended_and_not_where_one_runs(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    await sandbox.run(programs.nothing())
+    async with sandbox.exec(programs.sleeps(60)) as process:
+        with pytest.raises(FailedPreconditionError, match="was not waited for"):
+            await sandbox.launch(programs.nothing())
+        assert process.exit is None
+    launched = await sandbox.launch(programs.exits(3))
+    assert (await launched.wait()).code == 3
+
+    beside = await sandbox.launch(programs.sleeps(60))
+    with pytest.raises(FailedPreconditionError, match="a launched program runs"):
+        await sandbox.launch(programs.nothing())
+    assert (await sandbox.run(programs.nothing())).exit_code == 0
+    assert (await beside.status()).state == "running"
+
+
+async def test_the_main_container_without_a_program_is_not_waited_for_or_ended_by_its_handle(
+    sandbox: Sandbox, programs: Programs
+) -> None:
+    async with sandbox.exec(programs.sleeps(60)) as process:
+        main = await sandbox.containers.get("main")
+        for call in (main.wait, main.kill, lambda: main.signal(signal.SIGKILL)):
+            with pytest.raises(FailedPreconditionError, match="no main process"):
+                await call()
+        with pytest.raises(FailedPreconditionError, match="no main process"):
+            _ = main.pid
+        assert (await main.status()).state == "running"
+        await process.signal(signal.SIGTERM)
+        assert (await process.wait()).signal == signal.SIGTERM
+    await main.remove()
+    assert await sandbox.containers.list() == []

@@ -54,6 +54,18 @@ async def test_a_signal_from_outside_is_exact(sandbox: Sandbox, programs: Progra
         assert (end.signal, end.code, end.reason) == (int(number), 128 + number, "signaled")
 
 
+async def test_a_signal_to_what_has_ended_with_its_sandbox_is_taken_without_a_word(
+    create: Create, programs: Programs
+) -> None:
+    sandbox = await create()
+    process = await sandbox.exec(programs.sleeps(60))
+    await sandbox.stop(grace=0)
+    await process.signal(signal.SIGTERM)
+    await sandbox.remove()
+    await process.signal(signal.SIGTERM)
+    assert (await process.wait()).signal == signal.SIGKILL
+
+
 @pytest.mark.parametrize("number", [0, -1, signal.NSIG, True, "TERM"])
 async def test_what_is_no_signal_is_refused(sandbox: Sandbox, programs: Programs, number: Any) -> None:
     async with sandbox.exec(programs.sleeps(60)) as process:

@@ -17,15 +17,19 @@ if TYPE_CHECKING:
 
 
 async def update(core: EngineCore, entry: Entry, sandboxer: Sandboxer, resources: Resources) -> None:
-    """Change the limits of the whole sandbox."""
+    """Change the limits of the whole sandbox.
+
+    Raises:
+        UnavailableError: the keeper has ended.
+    """
     if isinstance(resources, Resources):
         core.check_resources(entry.backend, resources)
+    await entry.programs.check_usable()
     async with entry.sharing.changing():
         entry.check_alive()
         before, spec = entry.record, entry.spec
         if isinstance(resources, Resources):
-            # What comes after us shall know; the disk's limit stays what it was. Before it is done: a full disk
-            # refuses it.
+            # Written first: a full disk refuses it, and what comes after us shall know. The disk's limit stays.
             spec = attrs.evolve(spec, resources=attrs.evolve(resources, disk=spec.resources.disk_limit))
             entry.save(before._replace(spec=plain_spec(spec)))
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Final, Literal
 
 from unisandbox.api import InvalidArgumentError, NotFoundError
@@ -27,11 +27,21 @@ class LogReader(AsyncIterator[bytes]):
         keeper: who keeps it.
         name: of the ring.
         whose: what to call it in messages.
+        is_replaced: whether the ring is, or is about to be, that of another container of the same name.
         offset: bytes since the beginning that are not wanted.
         tail: begin with so many lines, the last of those that are kept; None: all.
     """
 
-    def __init__(self, keeper: Keeper, name: str, whose: str, *, offset: int = 0, tail: int | None = None) -> None:
+    def __init__(
+        self,
+        keeper: Keeper,
+        name: str,
+        whose: str,
+        *,
+        is_replaced: Callable[[], bool],
+        offset: int = 0,
+        tail: int | None = None,
+    ) -> None:
         if tail is not None and (isinstance(tail, bool) or not isinstance(tail, int) or tail < 0):
             raise InvalidArgumentError(f"tail must be >= 0 lines, got {tail!r}")
         if isinstance(offset, bool) or not isinstance(offset, int) or offset < 0:
@@ -39,6 +49,7 @@ class LogReader(AsyncIterator[bytes]):
         self._keeper = keeper
         self._name = name
         self._whose = whose
+        self._is_replaced = is_replaced
         self._offset = offset
         self._tail = tail
         self._begun = False
@@ -51,7 +62,7 @@ class LogReader(AsyncIterator[bytes]):
             NotFoundError: nothing is kept.
         """
         try:
-            got = await self._keeper.spools.ring_read(self._name, limit=LOG_BYTES)
+            got = await self._read(0, LOG_BYTES)
         except FileNotFoundError as error:
             raise NotFoundError(
                 f"no output of {self._whose} is kept",
@@ -68,13 +79,19 @@ class LogReader(AsyncIterator[bytes]):
             return data
         while not self._ended:
             try:
-                got = await self._keeper.spools.ring_read(self._name, self._offset, limit=_PIECE, wait=_WAIT_SECONDS)
+                got = await self._read(self._offset, _PIECE, wait=_WAIT_SECONDS)
             except FileNotFoundError:
                 break  # the container was removed
             self._go_on(got)
             if got.data:
                 return got.data
         raise StopAsyncIteration
+
+    async def _read(self, offset: int, limit: int, *, wait: float = 0.0) -> RingData:
+        got = await self._keeper.spools.ring_read(self._name, offset, limit=limit, wait=wait)
+        if self._is_replaced():
+            raise FileNotFoundError(self._name)
+        return got
 
     def _go_on(self, got: RingData) -> None:
         self._offset = max(self._offset, got.next)

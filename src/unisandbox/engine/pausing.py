@@ -16,7 +16,9 @@ async def pause(entry: Entry) -> None:
 
     Raises:
         FailedPreconditionError: nothing runs in it.
+        UnavailableError: the keeper has ended.
     """
+    await entry.programs.check_usable()
     async with entry.sharing.changing():
         task, running = await _pausing(entry)
         if not running:
@@ -33,7 +35,12 @@ async def pause(entry: Entry) -> None:
 
 
 async def resume(entry: Entry) -> None:
-    """Let its processes go on; those that run do."""
+    """Let its processes go on; those that run do.
+
+    Raises:
+        UnavailableError: the keeper has ended.
+    """
+    await entry.programs.check_usable()
     async with entry.sharing.changing():
         await _resume(*await _pausing(entry))
     entry.telling.emit("sandbox.resumed")

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Final
 
+import anyio
 import attrs
 
 from unisandbox.api import (
@@ -53,18 +54,26 @@ class Programs:
         self._host = core.host
         self._prefix = core.host.prefix(entry.sandbox_id)
         self._execs = 0
+        # Processes in the main container that this process is starting, and that it has started and not deleted.
+        self._starting: set[str] = set()
+        self._going: set[str] = set()
         self._containers = 0
+        # One at a time counts the pipes that are drained, and adds its own.
+        self._draining = anyio.Lock()
 
     @contextlib.asynccontextmanager
-    async def beginning(self) -> AsyncIterator[None]:
+    async def beginning(self, exec_id: str = "") -> AsyncIterator[None]:
         """Around all that starts a program: what fails is told in our words, and as the end of the ttl if that is why.
+
+        Args:
+            exec_id: of a process in the main container, which is not given to another program meanwhile.
 
         Raises:
             NotFoundError: its ttl is over.
             SandboxError: see `Entry.in_our_words`.
         """
         try:
-            with self._entry.in_our_words():
+            with self._entry.in_our_words(), self._kept_for(exec_id):
                 yield
         except SandboxError as error:
             if await self._entry.sharing.has_expired():
@@ -81,7 +90,7 @@ class Programs:
             FailedPreconditionError: it is stopped.
         """
         entry = self._entry
-        await self._check_usable()
+        await self.check_usable()
         await entry.sharing.await_expiry()
         entry.check_alive()
         await entry.sharing.refresh()
@@ -108,19 +117,16 @@ class Programs:
         """Make the main container with this program as its main process; its pid on the host, if it has one.
 
         Raises:
-            FailedPreconditionError: the main container runs.
+            FailedPreconditionError: the main container is in use, or may be by another process at this moment.
         """
         entry = self._entry
-        await self._check_usable()
+        await self.check_usable()
         async with self.beginning(), entry.sharing.changing():
             entry.check_started()
             task = entry.task
             if self.main_made:
                 if await self._main_runs(task):
-                    raise FailedPreconditionError(
-                        f"something runs in sandbox {entry.label!r} already",
-                        hint="Use exec, or stop the sandbox first.",
-                    )
+                    await self._check_idle(task)
                 await self._drop_main(task)
             await entry.held.launch()
             try:
@@ -131,18 +137,52 @@ class Programs:
             self.main_made = True
             return pid
 
-    async def remove(self, container_id: str) -> Exit | None:
-        """Free a container with all that is kept of it: how its main process ended, if that is known."""
-        entry = self._entry
-        if container_id != MAIN:
+    async def _check_idle(self, task: TaskService) -> None:
+        """Raises FailedPreconditionError: somebody has use of the main container, or may have at this moment.
+
+        Of other processes that is not known: they start programs without a turn. One that attaches from now on waits
+        for ours before it does.
+        """
+        entry, keeper = self._entry, self._host.keeper
+        if await entry.held.launched():
+            raise FailedPreconditionError(
+                f"a launched program runs in sandbox {entry.label!r} already",
+                hint="Use exec, or stop the sandbox first.",
+            )
+        clients = await keeper.clients() if self._host.shared else {keeper.hello.client}
+        in_use = bool(await task.pids(MAIN) or await entry.held.read())
+        if in_use or self._starting or self._going:  # asked last: what begins after that finds no main container
+            raise FailedPreconditionError(
+                f"what run or exec has started in sandbox {entry.label!r} runs, or was not waited for",
+                hint="Wait for it, or stop() and start() the sandbox first.",
+            )
+        if clients != {keeper.hello.client}:
+            raise FailedPreconditionError(
+                f"run or exec was used in sandbox {entry.label!r}, and another process may be about to use it again",
+                hint="Launch before the first run, or stop() and start() the sandbox first.",
+            )
+
+    async def remove(self, container_id: str, identity: str) -> Exit | None:
+        """Free a container with all that is kept of it: how its main process ended, if that is known.
+
+        A later one of the same name than the one with this identity is left alone.
+        """
+        entry, exit = self._entry, None
+        if container_id == MAIN:
+            async with entry.sharing.changing():
+                return await self._drop_main(entry.last_task) if self._is(MAIN, identity) else None
+        if self._is(container_id, identity):
             exit = await entry.last_task.delete(container_id)
+        if self._is(container_id, identity):  # who else removes it may have been quicker, and its name taken since
             await self.drop_logs(container_id)
-            return exit
-        async with entry.sharing.changing():
-            return await self._drop_main(entry.last_task)
+        return exit
+
+    def _is(self, container_id: str, identity: str) -> bool:
+        return not self._entry.telling.is_replaced(container_id, identity)
 
     async def forget_main(self) -> None:
-        """The main container is gone: if it was launched, what it wrote goes, too."""
+        """The main container is gone, with what ran in it: if it was launched, what it wrote goes, too."""
+        self._going.clear()
         if await self._entry.held.launched():
             await self.drop_logs(MAIN)
             self._entry.held.forget_launch()
@@ -167,12 +207,16 @@ class Programs:
 
     async def _drop_main(self, task: TaskService) -> Exit | None:
         self.main_made = False
+        telling = self._entry.telling
+        identity = telling.identity_of(MAIN)
         exit = await task.delete(MAIN)
+        telling.container_exited(MAIN, identity, exit)
         await self.forget_main()
         return exit
 
     async def _make_main(self, task: TaskService) -> None:
         await self._check_going(task)
+        self._entry.telling.container_begins(MAIN)
         try:
             await task.create(CreateTask(MAIN, container=ContainerSpec(name=MAIN)))
             self._entry.telling.container_created(MAIN)
@@ -195,12 +239,23 @@ class Programs:
         generation = self._entry.record.generation
         return exec_id if generation == 1 else f"{exec_id}-{generation}"
 
+    @contextlib.contextmanager
+    def _kept_for(self, exec_id: str) -> Iterator[None]:
+        if exec_id:
+            self._starting.add(exec_id)
+        try:
+            yield
+        finally:
+            self._starting.discard(exec_id)
+
     def started(self, exec_id: str) -> None:
         """A process was started in the main container."""
+        self._going.add(exec_id)
         self._entry.telling.process_started(MAIN, exec_id)
 
     def exited(self, exec_id: str, exit: Exit | None) -> None:
         """A process of the main container has ended, and whoever started it knows how."""
+        self._going.discard(exec_id)
         self._entry.held.forget(exec_id)
         self._entry.telling.process_exited(MAIN, exec_id, exit)
 
@@ -220,12 +275,13 @@ class Programs:
         It does so for so many pipes at a time; who writes to another one gets SIGPIPE.
         """
         keeper, drains = self._host.keeper, f"{self._prefix}drain/"
-        held = await keeper.held(drains)
-        ended = [name for name, number in held.items() if number < 0]
-        if ended:
-            await keeper.drop(ended)
-        if len(held) - len(ended) < _MOST_DRAINED:
-            await keeper.spools.ring(f"{drains}{self.next_exec_id()}", fd, limit=1)
+        async with self._draining:
+            held = await keeper.held(drains)
+            ended = [name for name, number in held.items() if number < 0]
+            if ended:
+                await keeper.drop(ended)
+            if len(held) - len(ended) < _MOST_DRAINED:
+                await keeper.spools.ring(f"{drains}{self.next_exec_id()}", fd, limit=1)
 
     # --- containers that are added ---
 
@@ -246,7 +302,7 @@ class Programs:
         entry.check_alive()
         if spec.resources is not None:
             self._core.check_resources(entry.backend, spec.resources)
-        await self._check_usable()
+        await self.check_usable()
         if spec.name == MAIN:
             raise AlreadyExistsError(
                 f"container {MAIN!r} of sandbox {entry.label!r} is the one that run and exec use",
@@ -278,6 +334,7 @@ class Programs:
                 ends.callback(os.close, writer)
                 readers.append(reader)
                 writers.append(writer)
+            self._entry.telling.container_begins(spec.name)
             try:
                 await task.create(CreateTask(spec.name, container=spec, stdio=Stdio(None, *writers)))
                 self._entry.telling.container_created(spec.name)
@@ -295,12 +352,21 @@ class Programs:
 
     # --- what they write ---
 
-    def logs(self, container_id: str, stream: LogStream, *, offset: int = 0, tail: int | None = None) -> LogReader:
-        """What the main process of a container writes."""
+    def logs(
+        self, container_id: str, identity: str, stream: LogStream, *, offset: int = 0, tail: int | None = None
+    ) -> LogReader:
+        """What the main process of the container with this name and identity writes."""
         if stream not in LOG_STREAMS:
             raise InvalidArgumentError(f"stream must be 'stdout' or 'stderr', got {stream!r}")
         whose = f"container {container_id!r} of sandbox {self._entry.label!r}"
-        return LogReader(self._host.keeper, self._log(container_id, stream), whose, offset=offset, tail=tail)
+        return LogReader(
+            self._host.keeper,
+            self._log(container_id, stream),
+            whose,
+            is_replaced=lambda: not self._is(container_id, identity),
+            offset=offset,
+            tail=tail,
+        )
 
     async def drop_logs(self, container_id: str) -> None:
         """Forget what a container wrote."""
@@ -309,7 +375,13 @@ class Programs:
     def _log(self, container_id: str, stream: LogStream) -> str:
         return f"{self._prefix}log/{container_id}/{stream}"
 
-    async def _check_usable(self) -> None:
+    async def check_usable(self) -> None:
+        """Before something new is done with it: it is there, and what was cut before is finished.
+
+        Raises:
+            NotFoundError: it was removed.
+            UnavailableError: the keeper has ended.
+        """
         self._entry.check_alive()
         self._core.check_keeper()
         await self._entry.cleaning.catch_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, cast
 
@@ -35,8 +36,10 @@ class Telling:
         self._log = log
         self._sandbox_id = sandbox_id
         self._task = task
-        # Containers whose end was told: name and identity.
-        self._told: Latest[tuple[str, str], None] = Latest(ENDS_KEPT)
+        # How containers ended whose end was told, as far as that is known; by name and identity.
+        self._told: Latest[tuple[str, str], Exit | None] = Latest(ENDS_KEPT)
+        # What identifies those of whom the task service says nothing, or nothing yet.
+        self._made: Latest[str, str] = Latest(ENDS_KEPT)
 
     def emit(
         self,
@@ -62,19 +65,34 @@ class Telling:
         )
 
     def identity_of(self, container_id: str) -> str:
-        """What tells a container from a later one of the same name, while it is there; empty when it is not known."""
+        """What tells the last container of this name from a later one; empty when it is not known."""
         task = _teller(self._task())
-        return "" if task is None else task.identity_of(container_id)
+        told = "" if task is None else task.identity_of(container_id)
+        return told or self._made.get(container_id, "")
+
+    def is_replaced(self, container_id: str, identity: str) -> bool:
+        """Whether there is, or was, a later container of this name than the one with this identity."""
+        return self.identity_of(container_id) not in {"", identity}
+
+    def exit_of(self, container_id: str, identity: str) -> Exit | None:
+        """How this very container ended, if that was told here."""
+        return self._told.get((container_id, identity))
 
     def identities(self) -> dict[str, str]:
         """What `identity_of` says of each container."""
         task = self._task()
         return {} if task is None else {name: self.identity_of(name) for name in task.container_ids}
 
+    def container_begins(self, container_id: str) -> None:
+        """There is about to be a new container of this name: from now on an earlier one is replaced."""
+        self._told.pop((container_id, ""), None)
+        self._made[container_id] = os.urandom(8).hex()
+
     def container_created(self, container_id: str) -> None:
         """There is a new container of this name."""
-        for told in [told for told in self._told if told[0] == container_id]:
-            del self._told[told]
+        task = _teller(self._task())
+        if task is not None and task.identity_of(container_id):
+            self._made.pop(container_id, None)
         self.emit("container.created", container_id=container_id)
 
     def container_started(self, container_id: str) -> None:
@@ -83,9 +101,10 @@ class Telling:
 
     def container_exited(self, container_id: str, identity: str, exit: Exit | None) -> None:
         """A container has ended."""
-        if (container_id, identity) not in self._told:
-            self._told[container_id, identity] = None
+        told = (container_id, identity)
+        if told not in self._told:
             self.emit("container.exited", container_id=container_id, exit=exit, identity=identity)
+        self._told[told] = self._told.get(told) or exit
 
     async def containers_exited(self, containers: Mapping[str, str]) -> None:
         """These, which are `identities`, have ended."""

@@ -38,7 +38,7 @@ class TellsEnds(Protocol):
     """A task service whose processes' ends the keeper sees."""
 
     def identity_of(self, container_id: str) -> str:
-        """What tells this container from a later one of the same name; empty when it is not known."""
+        """What tells this container from a later one of the same name, also when it is gone; empty: it is not known."""
         ...
 
     def end_of(self, container_id: str, exec_id: str = "") -> HeldEnd | None:

@@ -80,6 +80,8 @@ class OciTaskService:
         self._oom_kills_gone = 0
         # Exits of processes whose container is gone, for those who have not asked yet.
         self._exits: Latest[tuple[str, str], Exit] = Latest(EXITS_KEPT)
+        # Of the last container of a name that is gone, whose exits these are.
+        self._identities: Latest[str, str] = Latest(EXITS_KEPT)
         self._taken_over: list[tuple[str, str]] = []
 
     @property
@@ -95,6 +97,7 @@ class OciTaskService:
     def _let_go(self, name: str) -> None:
         """Forget a container here, and close what this process holds of it."""
         container = self._containers.pop(name)
+        self._remember(container)
         for exec_id, process in container.processes.items():
             if process.pid is not None:
                 exit = process.exit or end_now(process)
@@ -140,6 +143,7 @@ class OciTaskService:
         requests.check_create(request)
         if name in self._containers or name in self._making:
             raise AlreadyExistsError(f"sandbox {self._label!r} has a container {name!r} already")
+        self._identities.pop(name, None)
         stdio = duplicate(request.stdio)
         main = Process("", request.container.process if request.container else None, stdio, terminal=request.terminal)
         facts = ContainerFacts(name, request.container, request.bundle)
@@ -281,7 +285,12 @@ class OciTaskService:
     def identity_of(self, container_id: str) -> str:
         """See `TellsEnds.identity_of`."""
         container = self._containers.get(container_id)
-        return "" if container is None else looking.identity(container)
+        there = "" if container is None else looking.identity(container)
+        return there or self._identities.get(container_id, "")
+
+    def _remember(self, container: Container) -> None:
+        if identity := looking.identity(container):
+            self._identities[container.name] = identity
 
     def end_of(self, container_id: str, exec_id: str = "") -> HeldEnd | None:
         """See `TellsEnds.end_of`. A bundle's process has no init of ours that would tell the keeper."""
@@ -347,6 +356,7 @@ class OciTaskService:
 
     async def _delete_container(self, container: Container) -> Exit | None:
         container.deleting = True
+        self._remember(container)
         self.kill_now(container.name)
         # Init tells how they ended; one that does not answer (stopped, say) is killed too, and the kernel may tell.
         for seconds in (_TOLD_SECONDS, _END_SECONDS):

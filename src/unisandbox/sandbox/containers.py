@@ -8,16 +8,20 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
+import anyio.lowlevel
+
 from unisandbox.api import (
     ContainerSpec,
     ContainerStatus,
     DeadlineExceededError,
     Exit,
+    FailedPreconditionError,
     Mount,
     NotFoundError,
     ProcessSpec,
     Resources,
     Rootfs,
+    SandboxError,
 )
 from unisandbox.api.checks import check_signal
 from unisandbox.engine.cleaning import CLEANING_SECONDS
@@ -29,13 +33,17 @@ from unisandbox.sandbox.process import pid_of
 class Container:
     """A container that was added to a sandbox; its main process runs.
 
+    It stands for this very one: when that was removed, a later container of the same name is another one, which nothing
+    here ends or asks.
+
     Attributes:
         name: unique within the sandbox.
     """
 
-    def __init__(self, entry: Entry, name: str, pid: int | None) -> None:
+    def __init__(self, entry: Entry, name: str, pid: int | None, *, has_program: bool = True) -> None:
         self.name = name
         self._pid = pid
+        self._has_program = has_program
         self._entry = entry
         self._identity = entry.telling.identity_of(name)
         self._exit: Exit | None = None
@@ -49,16 +57,62 @@ class Container:
 
         Raises:
             UnsupportedError: it is no process of its own, but runs in this one (a Wasm guest).
+            FailedPreconditionError: it has no main process; see `Containers.get`.
         """
+        self._check_program()
         return pid_of(self._pid, self._entry)
 
     async def wait(self) -> Exit:
-        """Wait until the main process has ended; with it everything in the container ends. May be repeated."""
+        """Wait until the main process has ended; with it everything in the container ends. May be repeated.
+
+        Raises:
+            NotFoundError: it was removed, and how it ended is not known here.
+            FailedPreconditionError: it has no main process; see `Containers.get`.
+        """
+        self._check_program()
         if self._exit is None:
-            with self._entry.in_our_words():
-                self._exit = await self._entry.last_task.wait(self.name)
+            self._exit = await self._ended()
             self._entry.telling.container_exited(self.name, self._identity, self._exit)
+        else:
+            await anyio.lowlevel.checkpoint()
         return self._exit
+
+    async def _ended(self) -> Exit:
+        try:
+            self._check_there()
+            with self._entry.in_our_words():
+                return await self._entry.last_task.wait(self.name)
+        except NotFoundError:
+            exit = self._entry.telling.exit_of(self.name, self._identity)
+            if exit is None:
+                raise
+            await anyio.lowlevel.checkpoint()
+            return exit
+
+    @property
+    def _is_replaced(self) -> bool:
+        return self._entry.telling.is_replaced(self.name, self._identity)
+
+    def _check_there(self) -> None:
+        if self._is_replaced:
+            raise NotFoundError(
+                f"container {self.name!r} of sandbox {self._entry.label!r} was removed; a later one has its name",
+                hint="containers.get() that one.",
+            )
+
+    def _check_program(self) -> None:
+        if not self._has_program:
+            raise FailedPreconditionError(
+                f"container {self.name!r} of sandbox {self._entry.label!r} has no main process: only what run and exec"
+                " start is in it",
+                hint="Take the processes that exec() gives, or kill(), stop() or remove() the sandbox.",
+            )
+
+    async def _look(self) -> None:
+        """Before what cannot be undone: another process may have removed it, and given its name to another one."""
+        if self._entry.engine_open:
+            with contextlib.suppress(SandboxError):  # a look that fails keeps nothing alive
+                await self._entry.sharing.look()
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
         """The last of what the main process wrote, at most 1 MiB of each stream; also after its end.
@@ -70,7 +124,7 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return await self._entry.programs.logs(self.name, stream, tail=tail).kept()
+        return await self._entry.programs.logs(self.name, self._identity, stream, tail=tail).kept()
 
     def follow(
         self, stream: Literal["stdout", "stderr"] = "stdout", *, offset: int = 0, tail: int | None = None
@@ -85,17 +139,21 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        return self._entry.programs.logs(self.name, stream, offset=offset, tail=tail)
+        return self._entry.programs.logs(self.name, self._identity, stream, offset=offset, tail=tail)
 
     async def signal(self, number: int) -> None:
         """Send a signal to the main process.
 
         Raises:
             InvalidArgumentError: it is no signal's number.
-            FailedPreconditionError: another engine has taken the sandbox over.
+            NotFoundError: the container was removed.
+            FailedPreconditionError: it has no main process (see `Containers.get`), or another engine has taken the
+                sandbox over.
         """
         check_signal(number)
+        self._check_program()
         self._entry.sharing.check_ours()
+        self._check_there()
         with self._entry.in_our_words():
             await self._entry.task.kill(self.name, signal=number)
 
@@ -103,22 +161,30 @@ class Container:
         """The state at this moment.
 
         Raises:
+            NotFoundError: it was removed.
             FailedPreconditionError: another engine has taken the sandbox over.
         """
         self._entry.sharing.check_ours()
+        self._check_there()
         with self._entry.in_our_words():
             state = await self._entry.task.state(self.name)
         return ContainerStatus(self.name, state.state, state.pid, state.exit)
 
     async def kill(self) -> Exit:
-        """End everything in the container at once.
+        """End everything in the container at once; how it ended, also when that was before.
 
         Raises:
-            FailedPreconditionError: another engine has taken the sandbox over; the container goes on.
+            NotFoundError: it was removed, and how it ended is not known here.
+            FailedPreconditionError: it has no main process (see `Containers.get`), or another engine has taken the
+                sandbox over; the container goes on.
         """
+        self._check_program()
         self._entry.sharing.check_ours()
-        with self._entry.in_our_words():
-            self._entry.last_task.kill_now(self.name)
+        task = self._entry.last_task
+        await self._look()
+        if not self._is_replaced:
+            with self._entry.in_our_words():
+                task.kill_now(self.name)
         return await self.wait()
 
     async def remove(self) -> None:
@@ -130,14 +196,20 @@ class Container:
             DeadlineExceededError: it could not be removed in time; what is left of it is removed later.
         """
         if self._entry.removed or self._entry.ended_with_engine():
+            await anyio.lowlevel.checkpoint()
             return
         with contextlib.suppress(NotFoundError):  # the sandbox is gone, and this with it
             await self._remove()
+        await anyio.lowlevel.checkpoint_if_cancelled()  # what was begun is finished
 
     async def _remove(self) -> None:
         self._entry.sharing.check_ours()
+        task = self._entry.task
+        await self._look()
+        if self._is_replaced:
+            return
         with self._entry.in_our_words():
-            self._entry.task.kill_now(self.name)
+            task.kill_now(self.name)
         if not await self._entry.cleaning.run(self._free, seconds=CLEANING_SECONDS):
             raise DeadlineExceededError(
                 f"container {self.name!r} of sandbox {self._entry.label!r} could not be removed within"
@@ -147,7 +219,7 @@ class Container:
 
     async def _free(self) -> None:
         with self._entry.in_our_words():
-            exit = await self._entry.programs.remove(self.name)
+            exit = await self._entry.programs.remove(self.name, self._identity)
         self._exit = self._exit or exit
         self._entry.telling.container_exited(self.name, self._identity, self._exit)
 
@@ -220,12 +292,16 @@ class Containers:
     async def get(self, name: str) -> Container:
         """The container of that name, whoever has added it.
 
+        "main" is the one of `run`, `exec` and `launch`. Without a launched program it has no main process: it can be
+        looked at and removed, but not waited for, signalled or killed.
+
         Raises:
             NotFoundError: there is none.
         """
         task = await self._entry.known_task()
+        has_program = name != self._entry.main or await self._entry.held.launched()
         state = await task.state(name)
-        return Container(self._entry, name, 0 if state.state == "stopped" else state.pid)
+        return Container(self._entry, name, 0 if state.state == "stopped" else state.pid, has_program=has_program)
 
     async def list(self) -> list[ContainerStatus]:
         """The containers that there are now."""

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Literal, Self
 
+import anyio.lowlevel
 from typing_extensions import Unpack
 
 from unisandbox.api import (
@@ -137,6 +138,7 @@ class Engine:
             InvalidArgumentError: it is no text; a sandbox without a name has None, and is found by its id.
             NotFoundError: there is none.
         """
+        await anyio.lowlevel.checkpoint_if_cancelled()
         return Sandbox(await self._core.get(ref))
 
     async def list(self) -> list[SandboxStatus]:

@@ -218,6 +218,7 @@ class Process:
     @classmethod
     async def all_of(cls, entry: Entry) -> list[Process]:
         """See `Sandbox.processes`."""
+        await anyio.lowlevel.checkpoint_if_cancelled()
         task = await entry.known_task()
         handles = tuple(_handles.get(entry.streams, {}).values())
         mine = [process._under(entry) for process in handles if process.exit is None]
@@ -338,12 +339,17 @@ class Process:
         Raises:
             InvalidArgumentError: it is no signal's number.
             FailedPreconditionError: another engine has taken the sandbox over.
+            UnavailableError: the keeper has ended, and with it what ran.
         """
         check_signal(number)
         if self.exit is None:
             self._entry.sharing.check_ours()
-            with self._entry.in_our_words():
-                await self._entry.task.kill(self._entry.main, self._exec_id, signal=number)
+            with contextlib.suppress(NotFoundError), self._entry.in_our_words():
+                task = self._entry.task
+                try:
+                    await task.kill(self._entry.main, self._exec_id, signal=number)
+                except NotFoundError:  # it ended with its container
+                    self._entry.check_there()
         else:
             await anyio.lowlevel.checkpoint()
 

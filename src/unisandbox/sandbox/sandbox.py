@@ -311,7 +311,8 @@ class Sandbox:
             argv, cwd, env, user: as for `run`.
 
         Raises:
-            FailedPreconditionError: something runs in the sandbox already.
+            FailedPreconditionError: a launched program, or what `run` or `exec` has started, runs in the sandbox or was
+                not waited for; or another process, which uses the same engine, may be about to start something in it.
         """
         pid = await self._entry.programs.launch(ProcessSpec(argv=argv, env=env, cwd=cwd, user=user))
         return Container(self._entry, self._entry.main, pid)

@@ -23,7 +23,7 @@ async def start(
     """
     exec_id = exec_id or entry.programs.next_exec_id()
     try:
-        async with entry.programs.beginning():
+        async with entry.programs.beginning(exec_id):
             try:
                 started = await _start(entry, exec_id, spec, pipes, operation_id)
             except (NotFoundError, UnavailableError):

@@ -393,6 +393,18 @@ with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as giving:
 """
 
 
+async def test_many_at_once_leave_no_more_pipes_to_the_keeper_than_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(programs, "_MOST_DRAINED", 6)
+    async with Engine.open() as engine, engine.create() as sandbox:
+        async with sandbox.exec(["python3", "-c", COLLECTING]) as process, anyio.create_task_group() as group:
+            await process.stdout.receive()
+            for _ in range(8):
+                group.start_soon(sandbox.run, ["python3", "-c", GIVING])
+        assert await _drained(engine) == 6
+
+
 async def test_a_program_that_keeps_the_pipes_of_others_does_not_use_up_the_keepers_descriptors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -81,6 +81,19 @@ async def test_mounts_for_the_sandboxs_own_files_alone_are_refused(tmp_path: Pat
         assert [container.name for container in await sandbox.containers.list()] == []
 
 
+async def test_no_mount_hides_one_below_it_whatever_their_order(tmp_path: Path) -> None:
+    for name in ("outer/inner", "inner"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "outer/one").write_bytes(b"1")
+    (tmp_path / "inner/two").write_bytes(b"2")
+    inner, outer = Mount.bind(tmp_path / "inner", "/data/inner"), Mount.bind(tmp_path / "outer", "/data")
+    for mounts in ((inner, outer), (outer, inner)):
+        async with Sandbox.create(mounts=mounts) as sandbox:
+            for path, content in (("/data/one", b"1"), ("/data/inner/two", b"2")):
+                assert (await sandbox.run(["cat", path])).stdout == content
+                assert await sandbox.files.read(path) == content
+
+
 async def test_a_containers_mount_hides_none_of_its_sandboxs_below_it(tmp_path: Path) -> None:
     (tmp_path / "outer/inner").mkdir(parents=True)
     (tmp_path / "inner").mkdir()

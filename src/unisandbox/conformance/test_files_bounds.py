@@ -231,22 +231,6 @@ async def changes_alike(create: Create, programs: Programs, host: Path, mount: M
 
 
 @pytest.mark.needs("host_mounts")
-async def test_no_mount_hides_one_below_it_whatever_their_order(
-    create: Create, programs: Programs, tmp_path: Path
-) -> None:
-    for name in ("outer/inner", "inner"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "outer/one").write_bytes(b"1")
-    (tmp_path / "inner/two").write_bytes(b"2")
-    inner, outer = Mount.bind(tmp_path / "inner", "/data/inner"), Mount.bind(tmp_path / "outer", "/data")
-    for mounts in ((inner, outer), (outer, inner)):
-        async with create(mounts=mounts) as sandbox:
-            for path, content in (("/data/one", b"1"), ("/data/inner/two", b"2")):
-                assert (await sandbox.run(programs.shows(path))).stdout == content
-                assert await sandbox.files.read(path) == content
-
-
-@pytest.mark.needs("host_mounts")
 async def test_files_may_read_what_a_program_may(create: Create, programs: Programs, tmp_path: Path) -> None:
     await reads_alike(create, programs, tmp_path, Mount.bind(tmp_path, "/data"))
 

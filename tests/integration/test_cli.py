@@ -278,6 +278,28 @@ def run_json(*args: str) -> tuple[int, dict[str, Any]]:
     return done.returncode, answer
 
 
+@pytest.mark.parametrize("args", [("--bogus", "true"), ("--cpus", "many", "true"), ()])
+def test_json_says_what_is_wrong_with_the_arguments(args: tuple[str, ...]) -> None:
+    code, answer = run_json(*args)
+    assert code == answer["exit_code"] == 125
+    assert answer["error"]["type"] == "InvalidArgumentError"
+    assert "--help" in answer["error"]["hint"]
+
+
+def test_json_of_the_program_is_not_ours() -> None:
+    done = run("run", "--bogus", "--", "echo", "--json")
+    assert (done.returncode, done.stdout) == (125, b"")
+
+
+def test_input_that_cannot_be_read_is_an_error_before_anything_runs(tmp_path: Path) -> None:
+    writing = (tmp_path / "file").open("wb")
+    with writing, started("run", "-i", "sh", "-c", "echo ran", stdin=writing.fileno()) as process:
+        out, err = process.communicate(timeout=SECONDS)
+    assert (process.returncode, out) == (125, b"")
+    assert b"standard input cannot be read" in err
+    assert b"bug" not in err
+
+
 def test_json_is_one_object_with_every_field() -> None:
     code, answer = run_json("sh", "-c", "echo out; echo err >&2; exit 3")
     assert {name: type(value) for name, value in answer.items()} == {

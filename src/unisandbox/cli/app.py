@@ -17,7 +17,7 @@ from unisandbox.api import FailedPreconditionError, InvalidArgumentError, Mount,
 from unisandbox.api.units import parse_size
 from unisandbox.cli.answering import answer, answering, fill_streams, forget_output
 from unisandbox.cli.commands import COMMANDS, STATE, launch_detached
-from unisandbox.cli.errors import STDOUT_GONE, complain, explain, with_json_errors
+from unisandbox.cli.errors import STDOUT_GONE, explain, with_json_errors
 from unisandbox.cli.options import LARGEST_OUTPUT, attend, own_terminal, pairs, process_options
 
 if TYPE_CHECKING:
@@ -44,13 +44,23 @@ def run_app(args: Sequence[str]) -> int:
     except click.exceptions.Abort:
         return _INTERRUPTED
     except click.ClickException as error:
-        return complain(error, error.format_message().rstrip("."), _help_hint(error), debug=False)
+        return _refused(error, args)
     except BrokenPipeError:
         forget_output()
         return STDOUT_GONE
     except FailedPreconditionError as error:
         return explain(error, debug=False)
     return code if isinstance(code, int) else 0
+
+
+def _refused(error: click.ClickException, args: Sequence[str]) -> int:
+    """Say what is wrong with the arguments, also as JSON: what was not parsed is looked for by its name."""
+    own = args[: args.index("--")] if "--" in args else args
+
+    def raising() -> int:
+        raise InvalidArgumentError(error.format_message().rstrip("."), hint=_help_hint(error)) from error
+
+    return with_json_errors(raising, as_json="--json" in own, debug=False)
 
 
 def _help_hint(error: click.ClickException) -> str:
@@ -165,6 +175,9 @@ def run_command(
 
     The program sees this host's /usr and nothing of your files, has no network and limited memory, processes and disk;
     the options below change that. Its files are /tmp, /run and /home, or with --rootfs DIR a private layer over DIR.
+
+    Signals go to the program, which decides what they do; SIGINT (Ctrl-C) three times within 2 seconds kills it. Ctrl-Z
+    stops this command only. With -it keys are the program's own, Ctrl-C and Ctrl-Z too.
     """
 
     def work() -> int:

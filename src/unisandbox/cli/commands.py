@@ -220,6 +220,7 @@ def exec_command(
 
     It has the environment, working directory and user that run -d was given, where the options do not say otherwise.
     What it leaves in the background goes on. It also goes on itself when this command is killed (kill -9).
+    What signals and keys do is as with run.
     """
 
     def work() -> int:

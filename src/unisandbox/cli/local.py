@@ -6,6 +6,8 @@ to them is small enough not to block after poll(2) has said that there is room.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import select
 import termios
@@ -17,7 +19,7 @@ from typing import Final
 import anyio
 import anyio.lowlevel
 
-from unisandbox.api import Terminal
+from unisandbox.api import FailedPreconditionError, Terminal
 
 STDIN: Final = 0
 STDOUT: Final = 1
@@ -35,7 +37,11 @@ class LocalInput:
         self._waits = _can_wait(fd)
 
     async def read(self) -> bytes:
-        """The next bytes; b"" at the end, also when there is no standard input at all."""
+        """The next bytes; b"" at the end, also when there is no standard input at all, or no terminal any more.
+
+        Raises:
+            FailedPreconditionError: it cannot be read.
+        """
         await anyio.lowlevel.checkpoint()
         while True:
             if self._waits:
@@ -44,6 +50,26 @@ class LocalInput:
                 return os.read(self._fd, _PIECE)
             except BlockingIOError:  # another reader of the same pipe was quicker
                 continue
+            except OSError as error:
+                if error.errno == errno.EIO:  # a terminal that is gone; source: pty(7)
+                    return b""
+                raise _unreadable(error) from error
+
+
+def check_input(fd: int = STDIN) -> None:
+    """See that standard input can be read, as far as that is known before it is.
+
+    Raises:
+        FailedPreconditionError: it was opened for writing only.
+    """
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise _unreadable(OSError(errno.EBADF, "it is open for writing only"))
+
+
+def _unreadable(error: OSError) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"standard input cannot be read: {error.strerror}", hint="Leave out -i, or give an input that can be read."
+    )
 
 
 class LocalOutput:

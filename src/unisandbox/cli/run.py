@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, nullcontext, suppress
 from typing import Final, NamedTuple
@@ -13,7 +14,16 @@ import anyio
 import anyio.abc
 
 from unisandbox.api import Exit, FailedPreconditionError, NotFoundError, Terminal
-from unisandbox.cli.local import STDERR, STDIN, STDOUT, LocalInput, LocalOutput, raw_terminal, terminal_size
+from unisandbox.cli.local import (
+    STDERR,
+    STDIN,
+    STDOUT,
+    LocalInput,
+    LocalOutput,
+    check_input,
+    raw_terminal,
+    terminal_size,
+)
 from unisandbox.cli.sandboxes import find, running
 from unisandbox.cli.state import opened
 from unisandbox.sandbox import Engine, Process, Sandbox
@@ -23,8 +33,23 @@ from unisandbox.sandbox.streams import ReceiveStream
 TIMEOUT_CODE: Final = 124
 """What `unisandbox run --timeout` ends with when the time was over; as timeout(1) does."""
 
-_FORWARDED: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# Signals that are about this process and not for the program:
+_OWN: Final = frozenset(
+    {
+        *(signal.SIGKILL, signal.SIGSTOP),  # cannot be caught
+        *(signal.SIGCHLD, signal.SIGPIPE, signal.SIGURG),  # what its children, streams and sockets do
+        *(signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),  # what its shell does with it
+        signal.SIGWINCH,  # the size of its window, which a program with a terminal is told in another way
+        signal.SIGXCPU,  # its own limit
+        # Its own faults: Python would return from its handler into the same fault, for ever.
+        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS),
+    }
+)
 _STOPPING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
+# So many Ctrl-C in such a time say that the program is to end, whatever it does with them. Docker's client gives up at
+# the third, too; it leaves the container behind.
+_IMPATIENT: Final = 3
+_IMPATIENT_SECONDS: Final = 2.0
 # Output of a process that has ended is in its pipes already; whoever still holds them is a background process, and
 # that ends with the sandbox, or is not waited for.
 _LAST_OUTPUT_SECONDS: Final = 0.05
@@ -143,20 +168,22 @@ class _Collected:
 async def run(request: Request) -> Ended:
     """Run it; a sandbox of its own is gone when this returns or raises.
 
-    SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 go to the program, a second SIGINT kills it. Before the
-    program runs they end everything.
+    Signals go to the program, but for those that are about this process; SIGINT three times within 2 seconds kills it.
+    Before it runs SIGINT, SIGTERM, SIGHUP and SIGQUIT end everything, and the others wait for it.
 
     Raises:
         InvalidArgumentError: a wrong option; or the program cannot be started, with its `exit_code`.
-        FailedPreconditionError: there is no terminal, or the caller's output cannot be written.
+        FailedPreconditionError: there is no terminal, or the caller's input cannot be read, his output not written.
         SandboxError: the sandbox cannot be created, or there is none.
     """
     if request.tty and request.interactive and not os.isatty(STDIN):
         raise FailedPreconditionError(
             "-t with -i needs a terminal, and standard input is none", hint="Leave out -t, or run it in a terminal."
         )
+    if request.interactive:
+        check_input()
     session = _Session(request)
-    wanted = (*_FORWARDED, signal.SIGWINCH) if request.tty else _FORWARDED
+    wanted = signal.valid_signals() - _OWN | ({signal.SIGWINCH} if request.tty else set())
     # What is ignored stays so: a shell starts background jobs without SIGINT, and nohup takes SIGHUP away.
     numbers = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
     with anyio.open_signal_receiver(*numbers) as signals:
@@ -172,7 +199,8 @@ class _Session:
         self._showing = anyio.CancelScope()
         self._ended = False
         self._early: int | None = None
-        self._interrupts = 0
+        self._waiting: list[int] = []
+        self._interrupts: deque[float] = deque(maxlen=_IMPATIENT)
 
     async def run(self, signals: AsyncIterator[signal.Signals]) -> Ended:
         outcome: Ended | Exception = Ended(None)
@@ -199,10 +227,19 @@ class _Session:
                 if number in _STOPPING:
                     self._early = number
                     self._starting.cancel()
+                else:
+                    self._waiting.append(number)
             else:
-                self._interrupts += number == signal.SIGINT
                 with suppress(NotFoundError):  # its sandbox is being removed, which ends it too
-                    await self._process.signal(signal.SIGKILL if self._interrupts > 1 else number)
+                    await self._process.signal(signal.SIGKILL if self._is_impatient(number) else number)
+
+    def _is_impatient(self, number: int) -> bool:
+        """Whether this signal is the last straw."""
+        if number != signal.SIGINT:
+            return False
+        now = time.monotonic()
+        self._interrupts.append(now)
+        return len(self._interrupts) == _IMPATIENT and now - self._interrupts[0] <= _IMPATIENT_SECONDS
 
     async def _resize(self) -> None:
         size = terminal_size()
@@ -218,7 +255,9 @@ class _Session:
             if self._sandbox is None or self._process is None:
                 return Ended(None, signal=self._early)
             if self._early is not None:  # it came in the moment in which the program was started
-                await self._process.signal(self._early)
+                self._waiting.append(self._early)
+            for number in self._waiting:
+                await self._process.signal(number)
             with raw_terminal() if request.tty and request.interactive else nullcontext():
                 return await self._attend(self._sandbox, self._process)
         raise AssertionError("unreachable: no context here swallows errors")

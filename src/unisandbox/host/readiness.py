@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -71,6 +72,12 @@ class Descriptor:
             anyio.notify_closing(fd)  # and the last of the waiters closes it
         except RuntimeError:
             return  # outside of their event loop; they close it when they end with it
+
+    def hung_up(self) -> bool:
+        """Whether nobody has the other end: who wrote to a pipe that we read, or the slave of a terminal."""
+        poll = select.poll()
+        poll.register(self.fileno(), 0)  # POLLHUP is told unasked
+        return any(event & select.POLLHUP for _, event in poll.poll(0))
 
     def read(self, limit: int) -> bytes | None:
         """What is there, b"" at the end, None when nothing is there yet."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import select
 from collections.abc import Callable
 from functools import partial
 from typing import Self
@@ -55,11 +54,7 @@ class End(Descriptor):
 
     def is_written_to(self) -> bool:
         """Whether somebody has the other end of it."""
-        if super().closed:
-            return False
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return not any(event & select.POLLHUP for _, event in poll.poll(0))
+        return not super().closed and not self.hung_up()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", None) is not None:

@@ -35,7 +35,6 @@ from unisandbox.api.plain import plain, plain_given
 from unisandbox.engine.entry import Entry
 from unisandbox.engine.held import HeldProcess, OpenStreams, StreamName
 from unisandbox.engine.operations import digest_of, in_progress_error
-from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.pipes import Pipes, ended_pipe
 from unisandbox.sandbox.starting import CLEANING_SECONDS, start
 from unisandbox.sandbox.streams import (
@@ -43,6 +42,7 @@ from unisandbox.sandbox.streams import (
     MissingSendStream,
     ReceiveStream,
     SendStream,
+    TypingStream,
 )
 
 NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
@@ -50,7 +50,6 @@ NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
 _handles: Final[weakref.WeakKeyDictionary[OpenStreams, weakref.WeakValueDictionary[str, Process]]] = (
     weakref.WeakKeyDictionary()
 )
-_END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for the end of input; source: termios(3) VEOF
 
 
 @attrs.frozen
@@ -99,7 +98,8 @@ class Process:
         id: unique in its sandbox.
         argv: what was run.
         lost: bytes of its output that were dropped while nobody read it; those that were kept come first.
-        stdin: what it reads; with a terminal, what is typed.
+        stdin: what it reads; with a terminal, what is typed. Closing that types the end of the input, which ends what
+            reads lines; in raw mode it is the key Ctrl-D.
         stdout: what it writes; with a terminal, all of it.
         stderr: its errors; with a terminal there is none.
     """
@@ -131,9 +131,8 @@ class Process:
         self._operation_id = operation_id
         self._pipes = pipes
         if pipes.terminal is not None:
-            master = pipes.terminal
-            self.stdin = SendStream(master, close=lambda: _type_end(master))
-            self.stdout = ReceiveStream(master, kept.get("terminal", b""), reopens=True)
+            self.stdin = TypingStream(pipes.terminal)
+            self.stdout = ReceiveStream(pipes.terminal, kept.get("terminal", b""), reopens=True)
             self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
         else:
             self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
@@ -398,9 +397,10 @@ class Process:
         return self
 
     async def __anext__(self) -> Output:
-        """The next piece of output, of either stream; ends when nobody can write any more.
+        """The next piece of output, of either stream that is open here; ends when nobody can write any more.
 
         Raises:
+            anyio.ClosedResourceError: both were closed here.
             UnavailableError: this process has too many open files to wait for some.
         """
         streams: list[tuple[Literal["stdout", "stderr"], ReceiveStream]] = []
@@ -413,7 +413,8 @@ class Process:
         await anyio.lowlevel.checkpoint()
         while True:
             waiting: list[int] = []
-            for name, stream in streams:
+            # Closed ones are left out, unless there is no other: then it is an error to read on.
+            for name, stream in [each for each in streams if not each[1].closed] or streams:
                 data = stream.receive_nowait()
                 if data:
                     self._last = name
@@ -461,10 +462,3 @@ async def _any_readable(fds: Sequence[int]) -> None:
                 hint="This process has too many open files: close some, or raise the limit (ulimit -n).",
             ) from error
         await anyio.wait_readable(poll.fileno())
-
-
-def _type_end(master: Descriptor) -> None:
-    try:
-        os.write(master.fileno(), _END_OF_INPUT)
-    except (OSError, anyio.ClosedResourceError):
-        return  # the terminal is gone, and with it whoever could read

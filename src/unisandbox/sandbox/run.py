@@ -206,14 +206,20 @@ async def run(
 async def _end_of(entry: Entry, exec_id: str, exchange: _Exchange) -> Exit:
     """Move bytes until the process has ended and what it wrote has been taken."""
     outcome: Exit | SandboxError
-    async with anyio.create_task_group() as group:
-        group.start_soon(exchange.pump)
-        try:
-            with entry.in_our_words():
-                outcome = await entry.last_task.wait(entry.main, exec_id)
-        except SandboxError as error:
-            outcome = error  # raised below: a task group would wrap it
-        group.cancel_scope.cancel()
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(exchange.pump)
+            try:
+                with entry.in_our_words():
+                    outcome = await entry.last_task.wait(entry.main, exec_id)
+            except SandboxError as error:
+                outcome = error  # raised below: a task group would wrap it
+            group.cancel_scope.cancel()
+    except BaseExceptionGroup as raised:
+        # Nobody outside knows of this group: a KeyboardInterrupt, which trio raises in here, is one.
+        if len(raised.exceptions) > 1:
+            raise
+        raise raised.exceptions[0] from None
     if isinstance(outcome, SandboxError):
         raise outcome
     exchange.drain()

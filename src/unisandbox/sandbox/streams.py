@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
 
 import anyio
 import anyio.abc
@@ -13,6 +14,11 @@ import anyio.lowlevel
 from unisandbox.api import FailedPreconditionError, InvalidArgumentError
 from unisandbox.host.readiness import Descriptor
 from unisandbox.sandbox.pipes import End
+
+# More is not read at once, whatever is asked for: the kernel wants the memory first.
+_MOST_AT_ONCE: Final = 1 << 20
+_END_OF_INPUT: Final = b"\x04"  # what a terminal's line discipline takes for the end of input; source: termios(3) VEOF
+_LINE_ENDS: Final = b"\n\r" + _END_OF_INPUT
 
 
 def bytes_of(data: object, what: str) -> memoryview:
@@ -48,7 +54,7 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
         self._reopens = reopens
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
-        """The next bytes, at least one.
+        """The next bytes, at least one and at most 1 MiB.
 
         Raises:
             anyio.EndOfStream: everybody who could write has closed it.
@@ -72,10 +78,15 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
         if self.kept and not self._source.closed:
             kept, self.kept = self.kept[:max_bytes], self.kept[max_bytes:]
             return kept
-        data = self._source.read(max_bytes)
+        data = self._source.read(min(max_bytes, _MOST_AT_ONCE))
         if data == b"" and not self._reopens:
             self._source.finish()
         return data
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed here; the end of what it reads is no closing."""
+        return self._source.closed
 
     def fileno(self) -> int:
         """The descriptor to wait for."""
@@ -90,10 +101,9 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
 class SendStream(anyio.abc.ByteSendStream):
     """What a process reads."""
 
-    def __init__(self, sink: Descriptor, close: Callable[[], None] | None = None) -> None:
+    def __init__(self, sink: Descriptor) -> None:
         self._sink = sink
-        self._close = close or sink.close
-        self._turn = anyio.ResourceGuard("sending to")
+        self._turn = anyio.Lock()
 
     async def send(self, item: bytes) -> None:
         """Write all of it, waiting while the process does not read.
@@ -104,21 +114,74 @@ class SendStream(anyio.abc.ByteSendStream):
             InvalidArgumentError: it is not bytes.
         """
         view = bytes_of(item, "what is sent")
-        with self._turn:
+        try:
+            self._turn.acquire_nowait()
+        except anyio.WouldBlock as error:
+            raise anyio.BusyResourceError("sending to") from error
+        try:
             await anyio.lowlevel.checkpoint()
             while view:
-                try:
-                    view = view[os.write(self._sink.fileno(), view) :]
-                except BlockingIOError:
-                    await self._sink.writable()
-                except (BrokenPipeError, OSError) as error:
-                    if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
-                        raise anyio.BrokenResourceError from error
-                    raise
+                view = view[await self._write(view) :]
+        finally:
+            self._turn.release()
+
+    async def _write(self, view: memoryview) -> int:
+        """Write some of it, or wait until there is room; how many bytes were written."""
+        try:
+            return os.write(self._sink.fileno(), view)
+        except BlockingIOError:
+            await self._sink.writable()
+            return 0
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
+                raise anyio.BrokenResourceError from error
+            raise
 
     async def aclose(self) -> None:
         """Close our end; the process reads the end of the file."""
-        self._close()
+        self._sink.close()
+        await anyio.lowlevel.checkpoint()
+
+
+class TypingStream(SendStream):
+    """What is typed at the terminal of a process. The terminal outlives its closing: output is read from it."""
+
+    def __init__(self, sink: Descriptor) -> None:
+        super().__init__(sink)
+        self._closed = False
+        self._end_typed = False
+        self._within_line = False
+
+    async def send(self, item: bytes) -> None:
+        """As `SendStream.send`; anyio.BrokenResourceError is raised, too, when no process has the terminal any more."""
+        if self._closed:
+            raise anyio.ClosedResourceError
+        await super().send(item)
+
+    async def _write(self, view: memoryview) -> int:
+        # The kernel takes what is written to a terminal that nobody has until it is full, and then does not let us
+        # wait: POLLHUP counts as ready.
+        if self._sink.hung_up():
+            raise anyio.BrokenResourceError
+        written = await super()._write(view)
+        if written:
+            self._within_line = view[written - 1] not in _LINE_ENDS
+        return written
+
+    async def aclose(self) -> None:
+        """Type the end of the input (Ctrl-D) after what is being sent, waiting while the terminal is full.
+
+        Who reads lines reads the end of the file, once. Who reads keys (raw mode: an editor, a shell that edits its
+        lines) gets the key, and does with it what he does. If the waiting is cut, closing again types it.
+        """
+        self._closed = True
+        async with self._turn:
+            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # nobody is there who could read it
+                while not self._end_typed:
+                    # Within a line the first one passes on what there is of it. Source: termios(3), VEOF.
+                    within_line = self._within_line
+                    typed = await self._write(memoryview(_END_OF_INPUT))
+                    self._end_typed = typed > 0 and not within_line
         await anyio.lowlevel.checkpoint()
 
 

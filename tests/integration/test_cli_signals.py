@@ -59,7 +59,6 @@ while True:
             signal.SIGUSR1,
             signal.SIGUSR2,
             signal.SIGALRM,
-            signal.SIGABRT,
         ),
         *(signal.SIGCONT, signal.SIGIO, signal.SIGPWR, signal.SIGRTMIN, signal.SIGRTMIN + 1, signal.SIGRTMAX),
     ],

@@ -41,8 +41,8 @@ _OWN: Final = frozenset(
         *(signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU),  # what its shell does with it
         signal.SIGWINCH,  # the size of its window, which a program with a terminal is told in another way
         signal.SIGXCPU,  # its own limit
-        # Its own faults: Python would return from its handler into the same fault, for ever.
-        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS),
+        # Its own faults: Python would return from its handler into the same one for ever, and faulthandler has them.
+        *(signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP, signal.SIGSYS, signal.SIGABRT),
     }
 )
 _STOPPING: Final = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})

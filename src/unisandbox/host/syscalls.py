@@ -75,8 +75,10 @@ PR_GET_PDEATHSIG: Final = 2
 PR_GET_DUMPABLE: Final = 3
 PR_SET_DUMPABLE: Final = 4
 PR_GET_SECUREBITS: Final = 27
+PR_SET_TIMERSLACK: Final = 29
 PR_SET_CHILD_SUBREAPER: Final = 36
 PR_SET_NO_NEW_PRIVS: Final = 38
+PR_SET_THP_DISABLE: Final = 41
 
 IN_MODIFY: Final = 0x2
 
@@ -104,6 +106,9 @@ _NR_PIVOT_ROOT: Final = {"x86_64": 155, "aarch64": 41}
 _NR_BPF: Final = {"x86_64": 321, "aarch64": 280}
 _NR_SETGROUPS: Final = {"x86_64": 116, "aarch64": 159}
 _NR_KEYCTL: Final = {"x86_64": 250, "aarch64": 219}
+_NR_IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30}
+_NR_SET_MEMPOLICY: Final = {"x86_64": 238, "aarch64": 237}
+_IOPRIO_WHO_PROCESS: Final = 1
 _KEYCTL_GET_KEYRING_ID: Final = 0
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -190,6 +195,23 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
     """prctl(2) with integer arguments."""
     result: int = _prctl(option, arg2, arg3, arg4, arg5)
     return result if result >= 0 else _check(result, f"prctl({option})")
+
+
+def personality(persona: int) -> None:
+    """personality(2) of the calling thread."""
+    _check(_libc.personality(ctypes.c_ulong(persona)), "personality")
+
+
+def default_ioprio() -> None:
+    """Let the calling thread's I/O priority follow its nice value; ioprio_set(2)."""
+    number = ctypes.c_long(_NR_IOPRIO_SET[os.uname().machine])
+    _check(_syscall(number, ctypes.c_int(_IOPRIO_WHO_PROCESS), ctypes.c_int(0), ctypes.c_int(0)), "ioprio_set")
+
+
+def default_mempolicy() -> None:
+    """Let the calling thread's memory come from where it runs; set_mempolicy(2), MPOL_DEFAULT."""
+    number = ctypes.c_long(_NR_SET_MEMPOLICY[os.uname().machine])
+    _check(_syscall(number, ctypes.c_int(0), None, ctypes.c_ulong(0)), "set_mempolicy")
 
 
 def setfsuid(uid: int) -> None:

@@ -151,8 +151,8 @@ class Container:
                 sandbox over.
         """
         check_signal(number)
-        self._check_program()
         self._entry.sharing.check_ours()
+        self._check_program()
         self._check_there()
         with self._entry.in_our_words():
             await self._entry.task.kill(self.name, signal=number)
@@ -178,8 +178,8 @@ class Container:
             FailedPreconditionError: it has no main process (see `Containers.get`), or another engine has taken the
                 sandbox over; the container goes on.
         """
-        self._check_program()
         self._entry.sharing.check_ours()
+        self._check_program()
         task = self._entry.last_task
         await self._look()
         if not self._is_replaced:

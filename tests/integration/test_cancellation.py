@@ -181,11 +181,11 @@ async def clean(world: World) -> None:
         (world.local / "out").rmdir()
 
 
-def settled(world: World, before: Inventory, **options: float) -> list[str]:
+def settled(world: World, before: Inventory, kind: str = "") -> list[str]:
     """See `settle`; without the keeper's workers, which stay a while after jobs, also after those that clean up."""
     keeper = world.engine._core.host.keeper.pid
     end_workers(keeper)
-    left = settle(before, **options)
+    left = settle(before, kind=kind)
     # A job that waited for the death of a cancelled one may have begun meanwhile.
     return [line for line in left if not any(f": process {worker} " in line for worker in workers_of(keeper))]
 
@@ -322,7 +322,7 @@ async def test_cancelled_twice_by_asyncio_nothing_is_left(
     at = 1
     while True:
         suspended = await _cancelled_twice(operation(world), at)
-        processes = [line for line in settled(world, before) if line.startswith("left behind: process")]
+        processes = settled(world, before, "process")
         assert not processes, f"cancelled at suspension {at}: {processes}"
         await clean(world)
         assert (await world.sandbox.run(["true"])).exit_code == 0

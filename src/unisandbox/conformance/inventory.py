@@ -103,25 +103,29 @@ class Inventory:
         return found
 
 
-def settle(before: Inventory, timeout: float = 10.0) -> list[str]:
+def settle(before: Inventory, timeout: float = 10.0, *, kind: str = "") -> list[str]:
     """Wait until nothing differs from `before`.
 
     Args:
         before: the listing to come back to.
         timeout: seconds; how long the kernel may take to free things.
+        kind: look only for what is left of this ("process", say); empty: for all.
 
     Returns:
         The differences that stayed, as of `Inventory.diff`; empty when all is as before.
     """
-    deadline = time.monotonic() + timeout
-    pause = 0.001
-    left = before.diff(Inventory.take())
+
+    def differences() -> list[str]:
+        return [line for line in before.diff(Inventory.take()) if not kind or line.startswith(f"left behind: {kind} ")]
+
+    deadline, pause = time.monotonic() + timeout, 0.001
+    left = differences()
     if left:
         gc.collect()  # an exception's traceback in a reference cycle may hold the fds of frames that have ended
     while left and time.monotonic() < deadline:
         time.sleep(pause)
         pause = min(pause * 2, 0.05)
-        left = before.diff(Inventory.take())
+        left = differences()
     return left
 
 

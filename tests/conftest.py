@@ -28,7 +28,7 @@ hypothesis.settings.load_profile("patient")
 # Of a run that is shared out among workers: what was there before, and what was left.
 BEFORE = pytest.StashKey[Inventory]()
 LEFT = pytest.StashKey[list[str]]()
-BY_TURNS = frozenset({"integration", "faults"})
+BY_TURNS = frozenset({"integration", "faults", "security", "wasm"})
 OF_THE_MACHINE = tuple(
     f"left behind: {kind} " for kind in ("cgroup", "hidden cgroup directory", "unix socket", "loop device")
 )

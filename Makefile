@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 # with places of its own (tests/places.py), which needs root.
 WORKERS ?= $(shell [ "$$(id -u)" = 0 ] && nproc || echo 0)
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# What is long runs on one of the two event loops; `make test TURNS=` runs all on both, as continuous integration does.
+# What is long runs on one of the two event loops; `make test TURNS=` runs all on both, as `make test-long` does.
 TURNS ?= --by-turns
 # The wheels of pyright and node are complete; this keeps pyright from asking the network for news of itself.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1

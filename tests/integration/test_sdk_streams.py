@@ -64,6 +64,17 @@ async def test_a_terminals_input_that_is_closed_stays_so() -> None:
 
 
 @pytest.mark.anyio
+async def test_a_terminals_input_is_closed_by_a_cancellation_too() -> None:
+    async with Engine.open() as engine, engine.create() as sandbox:
+        async with sandbox.exec(["cat"], tty=True) as process:
+            with anyio.CancelScope() as scope:
+                scope.cancel()
+                await process.stdin.aclose()
+            with anyio.fail_after(SECONDS):
+                assert (await process.wait()).code == 0
+
+
+@pytest.mark.anyio
 async def test_the_end_of_a_terminals_input_waits_for_room() -> None:
     async with Engine.open() as engine, engine.create() as sandbox:
         script = "stty raw -echo; echo ready; read line <&3; stty cooked -echo; exec cat >/dev/null"

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from unisandbox import api
 from unisandbox.api import errors
 from unisandbox.api.names import short_name
+from unisandbox.api.newcomers import check_new_sandbox
+from unisandbox.api.plain import plain, sandbox_spec_of
 from unisandbox.api.spec import LONGEST_TTL
 from unisandbox.api.units import GIB, MIB, parse_size
 from unisandbox.host.keeper.protocol import EXPIRE_LIMIT
@@ -93,13 +95,16 @@ def test_a_spec_takes_a_value_or_says_why_not(kind: type[Any], data: st.DataObje
         (lambda: api.Rootfs.parse(""), "rootfs"),
         (lambda: api.Rootfs.dir("/tmp/.."), "root directory"),
         (lambda: api.Rootfs(kind="dir", path="//."), "root directory"),
-        (lambda: api.Rootfs(kind="host"), "always read-only"),
-        (lambda: api.Rootfs(kind="dir", path="/a", local=True), "local"),
+        (lambda: check_new_sandbox(api.SandboxSpec(rootfs=api.Rootfs(kind="host"))), "always read-only"),
+        (lambda: check_new_sandbox(api.SandboxSpec(rootfs=api.Rootfs(kind="dir", path="/a", local=True))), "local"),
         (lambda: api.Network.parse("bridge"), "bridge"),
-        (lambda: api.Dns(servers=["not-an-address"]), "'not-an-address' is no IP address"),
-        (lambda: api.Dns(servers=["10.1"]), "'10.1' is no IP address"),
-        (lambda: api.SandboxSpec(hosts={"a": "999.1.1.1"}), "'999.1.1.1' is no IP address"),
-        (lambda: api.SandboxSpec(hosts={"a": ":::::"}), "':::::' is no IP address"),
+        (
+            lambda: check_new_sandbox(api.SandboxSpec(dns=api.Dns(servers=["not-an-address"]))),
+            "'not-an-address' is no IP address",
+        ),
+        (lambda: check_new_sandbox(api.SandboxSpec(dns=api.Dns(servers=["10.1"]))), "'10.1' is no IP address"),
+        (lambda: check_new_sandbox(api.SandboxSpec(hosts={"a": "999.1.1.1"})), "'999.1.1.1' is no IP address"),
+        (lambda: check_new_sandbox(api.SandboxSpec(hosts={"a": ":::::"})), "':::::' is no IP address"),
         (lambda: api.Security(capabilities=frozenset({"CAP_NONE"})), "CAP_NONE"),
         (lambda: api.Terminal(0, 80), "0"),
     ],
@@ -292,3 +297,17 @@ def test_every_name_of_the_contracts_can_be_imported() -> None:
         assert getattr(api, name) is not None
     with pytest.raises(AttributeError, match="'NoSuchName'"):
         _ = api.NoSuchName  # type: ignore[attr-defined]
+
+
+def test_a_spec_of_a_former_version_can_be_read_though_a_new_one_would_be_refused() -> None:
+    former = api.SandboxSpec(
+        rootfs=api.Rootfs(kind="host"), dns=api.Dns(servers=("ns1",)), hosts={"x": "1.2"}, name="former"
+    )
+    assert sandbox_spec_of(plain(former)) == former
+    with pytest.raises(errors.InvalidArgumentError):
+        check_new_sandbox(former)
+
+
+def test_mounts_stay_in_the_order_in_which_they_were_given() -> None:
+    mounts = (api.Mount.tmpfs("/a/b"), api.Mount.tmpfs("/a"))
+    assert api.SandboxSpec(mounts=mounts).mounts == mounts

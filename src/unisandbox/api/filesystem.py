@@ -41,10 +41,6 @@ class Rootfs:
                 "'/' cannot be a sandbox's root directory",
                 hint="Use Rootfs.host() for this machine's programs without its data.",
             )
-        if self.kind == "host" and not self.readonly:
-            raise InvalidArgumentError("rootfs 'host' is always read-only", hint="Make it by Rootfs.host().")
-        if self.kind != "host" and self.local:
-            raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with local=True: only 'host' has that")
         if (self.kind == "image") != bool(kernel_text(self.ref, "image reference")):
             raise InvalidArgumentError(f"rootfs of kind {self.kind!r} with ref {self.ref!r}: only 'image' has one")
 
@@ -136,14 +132,14 @@ class Mount:
 
 
 def mounts_of(values: Iterable[Mount]) -> tuple[Mount, ...]:
-    """A field of mounts, checked, parents first."""
+    """A field of mounts, checked."""
     mounts = several(values, "mounts")
     for mount in mounts:
         if not isinstance(mount, Mount):
             raise InvalidArgumentError(
                 f"mounts are Mount objects, got {mount!r}", hint="For example Mount.bind('/data', '/data')."
             )
-    return parents_first(mounts)
+    return mounts
 
 
 def parents_first(mounts: Iterable[Mount]) -> tuple[Mount, ...]:

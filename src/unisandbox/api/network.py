@@ -9,7 +9,7 @@ from typing import Literal
 import attrs
 
 from unisandbox.api.by_fields import by_fields
-from unisandbox.api.checks import is_address, is_one_of, kernel_text, matches, several
+from unisandbox.api.checks import is_one_of, kernel_text, matches, several
 from unisandbox.api.errors import InvalidArgumentError
 
 
@@ -94,8 +94,3 @@ class Dns:
         for word in (*self.servers, *self.search, *self.options):
             if not matches(r"[A-Za-z0-9_.:%-]+", word):
                 raise InvalidArgumentError(f"{word!r} cannot stand in resolv.conf")
-        for server in self.servers:
-            if not is_address(server):
-                raise InvalidArgumentError(
-                    f"the name server {server!r} is no IP address", hint="Names are looked up there; '192.0.2.1', say."
-                )

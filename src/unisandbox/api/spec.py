@@ -10,7 +10,6 @@ import attrs
 
 from unisandbox.api.by_fields import by_fields
 from unisandbox.api.checks import (
-    is_address,
     is_at_most,
     is_of,
     is_one_of,
@@ -293,8 +292,6 @@ class SandboxSpec:
         for host, address in self.hosts.items():
             if not matches(r"[A-Za-z0-9.-]+", host) or not matches(r"[0-9A-Fa-f.:]+", address):
                 raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is not valid")
-            if not is_address(address):
-                raise InvalidArgumentError(f"hosts entry {host!r}: {address!r} is no IP address")
         targets = [mount.target for mount in self.mounts]
         if len(set(targets)) != len(targets):
             raise InvalidArgumentError(f"two mounts have the same target: {sorted(targets)}")

@@ -29,6 +29,7 @@ from unisandbox.api import (
     UnsupportedError,
     check_id,
 )
+from unisandbox.api.newcomers import check_new_sandbox
 from unisandbox.api.plain import plain_given
 from unisandbox.engine.choice import Choice, check_resources, check_supported, choose, probe_all
 from unisandbox.engine.entry import Entry
@@ -165,6 +166,7 @@ class EngineCore:
             UnsupportedError, UnavailableError: it cannot be had; nothing was done.
         """
         self.check_open()
+        check_new_sandbox(spec)
         self.check_keeper()
         self.records.check_place()
         identity = check_id(sandbox_id) if sandbox_id is not None else os.urandom(16).hex()

@@ -293,11 +293,13 @@ class Entry:
                 self.programs.main_made = False
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
                 self.state = "stopped"
+                self._note("stopped")
             try:
                 await self._make_ready()
             except BaseException:
-                with contextlib.suppress(SandboxError):  # what went wrong first is told
-                    await self.cleaning.run(lambda: self._sandboxer.stop(self.sandbox_id, grace=0))
+                # Not to be finished later, when another process may have started it; what went wrong first is told.
+                with anyio.move_on_after(CLEANING_SECONDS, shield=True), contextlib.suppress(SandboxError, OSError):
+                    await self._sandboxer.stop(self.sandbox_id, grace=0)
                 raise
         self.telling.emit("sandbox.started")
 

@@ -40,7 +40,7 @@ async def resume(entry: Entry) -> None:
     Raises:
         UnavailableError: the keeper has ended.
     """
-    await entry.programs.check_usable()
+    await entry.programs.check_usable(catch_up=False)  # what was cut before may wait for what is frozen
     async with entry.sharing.changing():
         await _resume(*await _pausing(entry))
     entry.telling.emit("sandbox.resumed")

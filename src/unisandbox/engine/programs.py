@@ -25,6 +25,7 @@ from unisandbox.api import (
     Stdio,
     TaskService,
 )
+from unisandbox.api.newcomers import check_new_container
 from unisandbox.engine.logs import LOG_BYTES, LOG_STREAMS, LogReader, LogStream
 from unisandbox.host.pipes import open_pipe
 
@@ -253,9 +254,13 @@ class Programs:
         self._going.add(exec_id)
         self._entry.telling.process_started(MAIN, exec_id)
 
+    def ended(self, exec_id: str) -> None:
+        """A process of the main container has ended, and is about to be deleted."""
+        self._going.discard(exec_id)
+
     def exited(self, exec_id: str, exit: Exit | None) -> None:
         """A process of the main container has ended, and whoever started it knows how."""
-        self._going.discard(exec_id)
+        self.ended(exec_id)
         self._entry.held.forget(exec_id)
         self._entry.telling.process_exited(MAIN, exec_id, exit)
 
@@ -300,6 +305,7 @@ class Programs:
         """Create and start a container; the keeper keeps the last of what it writes. Its pid on the host, if any."""
         entry = self._entry
         entry.check_alive()
+        check_new_container(spec)
         if spec.resources is not None:
             self._core.check_resources(entry.backend, spec.resources)
         await self.check_usable()
@@ -375,8 +381,8 @@ class Programs:
     def _log(self, container_id: str, stream: LogStream) -> str:
         return f"{self._prefix}log/{container_id}/{stream}"
 
-    async def check_usable(self) -> None:
-        """Before something new is done with it: it is there, and what was cut before is finished.
+    async def check_usable(self, *, catch_up: bool = True) -> None:
+        """Before something new is done with it: it is there, and what was cut before is finished (`catch_up`).
 
         Raises:
             NotFoundError: it was removed.
@@ -384,4 +390,5 @@ class Programs:
         """
         self._entry.check_alive()
         self._core.check_keeper()
-        await self._entry.cleaning.catch_up()
+        if catch_up:
+            await self._entry.cleaning.catch_up()

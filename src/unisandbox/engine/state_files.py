@@ -33,7 +33,7 @@ _LEFT: Final = re.compile(r"(engine-id\.[0-9a-f]{16})|(cgroups\.[0-9a-f]{8}\.tmp
 # until they are whole. And what a file system has at its top.
 _OURS: Final = re.compile(
     rf"({'|'.join(map(re.escape, (_ID_FILE, _PARENTS, SANDBOXES, OPERATIONS, LOCK_NAME, LOG_NAME, EVENTS_NAME)))})"
-    rf"(\.(new|[0-9a-f]+(\.tmp)?))?|{re.escape(SOCKET_NAME)}|empty|unisandbox-.*\.img|lost\+found"
+    rf"(\.(new|[0-9a-f]+(\.tmp)?))?|{re.escape(SOCKET_NAME)}|empty|unisandbox-.*\.(img|files)|lost\+found"
 )
 _ENGINE_ID: Final = re.compile(r"[a-z2-7]{10}")
 _ID_LINE: Final = re.compile(rb"[a-z2-7]{10} [0-9]+:[0-9]+( 2 [0-9a-f]+)?\n")

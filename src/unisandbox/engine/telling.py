@@ -40,6 +40,8 @@ class Telling:
         self._told: Latest[tuple[str, str], Exit | None] = Latest(ENDS_KEPT)
         # What identifies those of whom the task service says nothing, or nothing yet.
         self._made: Latest[str, str] = Latest(ENDS_KEPT)
+        # What the task service calls those that handles were got of before it said anything.
+        self._became: Latest[str, str] = Latest(ENDS_KEPT)
 
     def emit(
         self,
@@ -72,11 +74,11 @@ class Telling:
 
     def is_replaced(self, container_id: str, identity: str) -> bool:
         """Whether there is, or was, a later container of this name than the one with this identity."""
-        return self.identity_of(container_id) not in {"", identity}
+        return self.identity_of(container_id) not in {"", identity, self._became.get(identity, identity)}
 
     def exit_of(self, container_id: str, identity: str) -> Exit | None:
         """How this very container ended, if that was told here."""
-        return self._told.get((container_id, identity))
+        return self._told.get((container_id, self._became.get(identity, identity)))
 
     def identities(self) -> dict[str, str]:
         """What `identity_of` says of each container."""
@@ -91,8 +93,9 @@ class Telling:
     def container_created(self, container_id: str) -> None:
         """There is a new container of this name."""
         task = _teller(self._task())
-        if task is not None and task.identity_of(container_id):
-            self._made.pop(container_id, None)
+        identity = "" if task is None else task.identity_of(container_id)
+        if identity and (made := self._made.pop(container_id, "")):
+            self._became[made] = identity
         self.emit("container.created", container_id=container_id)
 
     def container_started(self, container_id: str) -> None:
@@ -101,6 +104,7 @@ class Telling:
 
     def container_exited(self, container_id: str, identity: str, exit: Exit | None) -> None:
         """A container has ended."""
+        identity = self._became.get(identity, identity)
         told = (container_id, identity)
         if told not in self._told:
             self.emit("container.exited", container_id=container_id, exit=exit, identity=identity)

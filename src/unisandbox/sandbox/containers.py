@@ -6,8 +6,9 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
+import anyio
 import anyio.lowlevel
 
 from unisandbox.api import (
@@ -28,6 +29,9 @@ from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.process import pid_of
+
+# How long a look at what other processes have done may hold up the end of a container.
+_LOOK_SECONDS: Final = 2.0
 
 
 class Container:
@@ -96,8 +100,8 @@ class Container:
     def _check_there(self) -> None:
         if self._is_replaced:
             raise NotFoundError(
-                f"container {self.name!r} of sandbox {self._entry.label!r} was removed; a later one has its name",
-                hint="containers.get() that one.",
+                f"this container {self.name!r} of sandbox {self._entry.label!r} was removed",
+                hint="containers.get() gives a later one of its name, if there is one.",
             )
 
     def _check_program(self) -> None:
@@ -109,9 +113,10 @@ class Container:
             )
 
     async def _look(self) -> None:
-        """Before what cannot be undone: another process may have removed it, and given its name to another one."""
+        """Before it is used by its name: another process may have removed it, and given that to another one."""
         if self._entry.engine_open:
-            with contextlib.suppress(SandboxError):  # a look that fails keeps nothing alive
+            # A look that fails, or takes too long, keeps nothing alive, and nor does a cancellation.
+            with anyio.move_on_after(_LOOK_SECONDS, shield=True), contextlib.suppress(SandboxError):
                 await self._entry.sharing.look()
 
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
@@ -124,6 +129,7 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
+        await self._look()
         return await self._entry.programs.logs(self.name, self._identity, stream, tail=tail).kept()
 
     def follow(
@@ -153,6 +159,7 @@ class Container:
         check_signal(number)
         self._entry.sharing.check_ours()
         self._check_program()
+        await self._look()
         self._check_there()
         with self._entry.in_our_words():
             await self._entry.task.kill(self.name, signal=number)
@@ -165,6 +172,7 @@ class Container:
             FailedPreconditionError: another engine has taken the sandbox over.
         """
         self._entry.sharing.check_ours()
+        await self._look()
         self._check_there()
         with self._entry.in_our_words():
             state = await self._entry.task.state(self.name)

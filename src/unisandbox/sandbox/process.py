@@ -311,6 +311,7 @@ class Process:
                 # What was asked for is done, before anything is forgotten: asked for again, it is not done again.
                 self._end.exit = self._noted(exit) if self._operation_id else exit
                 self._entry.streams.waited_for(self._exec_id)
+                self._entry.programs.ended(self._exec_id)
                 await self._entry.cleaning.run(self._delete, seconds=CLEANING_SECONDS)
         else:
             await anyio.lowlevel.checkpoint()

@@ -127,10 +127,16 @@ class SendStream(anyio.abc.ByteSendStream):
 
     async def _write(self, view: memoryview) -> int:
         """Write some of it, or wait until there is room; how many bytes were written."""
+        written = self._write_now(view)
+        if not written:
+            await self._sink.writable()
+        return written
+
+    def _write_now(self, view: memoryview) -> int:
+        """How many bytes of it were written; 0 when there is no room."""
         try:
             return os.write(self._sink.fileno(), view)
         except BlockingIOError:
-            await self._sink.writable()
             return 0
         except OSError as error:
             if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
@@ -158,12 +164,12 @@ class TypingStream(SendStream):
             raise anyio.ClosedResourceError
         await super().send(item)
 
-    async def _write(self, view: memoryview) -> int:
+    def _write_now(self, view: memoryview) -> int:
         # The kernel takes what is written to a terminal that nobody has until it is full, and then does not let us
         # wait: POLLHUP counts as ready.
         if self._sink.hung_up():
             raise anyio.BrokenResourceError
-        written = await super()._write(view)
+        written = super()._write_now(view)
         if written:
             self._within_line = view[written - 1] not in _LINE_ENDS
         return written
@@ -175,14 +181,23 @@ class TypingStream(SendStream):
         lines) gets the key, and does with it what he does. If the waiting is cut, closing again types it.
         """
         self._closed = True
-        async with self._turn:
-            with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # nobody is there who could read it
-                while not self._end_typed:
-                    # Within a line the first one passes on what there is of it. Source: termios(3), VEOF.
-                    within_line = self._within_line
-                    typed = await self._write(memoryview(_END_OF_INPUT))
-                    self._end_typed = typed > 0 and not within_line
+        with suppress(anyio.BrokenResourceError, anyio.ClosedResourceError):  # nobody is there who could read it
+            # First without waiting: so it is typed in a scope that was cancelled, too.
+            if self._turn.locked() or not self._type_end():
+                async with self._turn:
+                    while not self._type_end():
+                        await self._sink.writable()
         await anyio.lowlevel.checkpoint()
+
+    def _type_end(self) -> bool:
+        """Whether it is typed; False when there is no room."""
+        while not self._end_typed:
+            # Within a line the first one passes on what there is of it. Source: termios(3), VEOF.
+            within_line = self._within_line
+            if not self._write_now(memoryview(_END_OF_INPUT)):
+                return False
+            self._end_typed = not within_line
+        return True
 
 
 class MissingReceiveStream(anyio.abc.ByteReceiveStream):

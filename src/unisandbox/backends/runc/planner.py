@@ -251,9 +251,7 @@ class PodPlanner:
 
     async def _make_root(self, container: ContainerSpec, rootfs: Rootfs, request: CreateTask) -> None:
         pod = self._pod
-        mounts = container.mounts
-        if not container.own_mounts_only:
-            mounts = parents_first((*pod.spec.mounts, *mounts))
+        mounts = parents_first((*(() if container.own_mounts_only else pod.spec.mounts), *container.mounts))
         place = pod.place(container.name)
         sources = open_sources(rootfs, mounts, container.name)
         try:

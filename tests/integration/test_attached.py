@@ -304,20 +304,6 @@ async def test_what_another_process_has_removed_is_not_found(tmp_path: Path, loo
                 await call()
 
 
-async def test_a_handle_leaves_a_namesake_of_another_process_alone(tmp_path: Path) -> None:
-    async with Engine.open(tmp_path) as owner, Engine.attach(tmp_path) as other:
-        sandbox = await owner.create(name="w", resources=SMALL)
-        first = await sandbox.containers.add(argv=["sleep", "60"], name="c")
-        seen = await (await other.get("w")).containers.get("c")
-        await first.remove()
-        second = await sandbox.containers.add(argv=["sleep", "60"], name="c")
-        with contextlib.suppress(NotFoundError):
-            await seen.kill()
-        await seen.remove()
-        assert (await second.status()).state == "running"
-        await sandbox.remove()
-
-
 async def test_no_program_is_launched_in_the_place_of_what_another_process_may_be_starting(tmp_path: Path) -> None:
     async with Engine.open(tmp_path) as owner:
         sandbox = await owner.create(name="w", resources=SMALL)

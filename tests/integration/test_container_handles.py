@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
@@ -51,15 +53,29 @@ async def test_a_handle_that_was_got_while_its_container_was_made_is_of_that_one
         assert (await early[0].wait()).signal == signal.SIGKILL
 
 
-async def test_a_handle_of_another_process_does_not_speak_of_a_namesake(tmp_path: Path) -> None:
-    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+@asynccontextmanager
+async def replaced(directory: Path, *argv: str) -> AsyncIterator[tuple[Container, Container]]:
+    """A handle of another process, of a container that is gone, and the one of `argv` that has its name now."""
+    async with Engine.open(directory) as engine, Engine.attach(directory) as other:
         sandbox = await engine.create(name="w", resources=SMALL)
         first = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
         stale = await (await other.get("w")).containers.get("c")
         await first.remove()
-        async with sandbox.containers.add(argv=["sh", "-c", "echo new; sleep 1000"], name="c") as second:
-            await anext(second.follow())
-            for call in (stale.status, stale.logs, lambda: stale.signal(signal.SIGTERM)):
-                with pytest.raises(NotFoundError):
-                    await call()
-            assert (await second.status()).state == "running"
+        yield stale, await sandbox.containers.add(argv=argv, name="c")
+
+
+async def test_a_handle_of_another_process_does_not_speak_of_a_namesake(tmp_path: Path) -> None:
+    async with replaced(tmp_path, "sh", "-c", "echo new; sleep 1000") as (stale, second):
+        await anext(second.follow())
+        for call in (stale.status, stale.logs, lambda: stale.signal(signal.SIGTERM)):
+            with pytest.raises(NotFoundError):
+                await call()
+        assert (await second.status()).state == "running"
+
+
+async def test_a_handle_of_another_process_ends_no_namesake(tmp_path: Path) -> None:
+    async with replaced(tmp_path, "sleep", "1000") as (stale, second):
+        with contextlib.suppress(NotFoundError):
+            await stale.kill()
+        await stale.remove()
+        assert (await second.status()).state == "running"

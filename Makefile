@@ -5,9 +5,9 @@ VENV ?= .venv
 export UNISANDBOX_VENV := $(VENV)
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-# The files of tests are shared out among as many workers as there are processors, in the order of tests/conftest.py, each
-# with places of its own (tests/places.py), which needs root.
-WORKERS ?= $(shell [ "$$(id -u)" = 0 ] && nproc || echo 0)
+# The files of tests are shared out among workers, in the order of tests/conftest.py, each with places of its own
+# (tests/places.py), which needs root. One more than there are processors: tests also wait.
+WORKERS ?= $(shell [ "$$(id -u)" = 0 ] && expr $$(nproc) + 1 || echo 0)
 SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # What is long runs on one of the two event loops; `make test TURNS=` runs all on both, as `make test-long` does.
 TURNS ?= --by-turns

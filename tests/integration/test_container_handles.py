@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from unisandbox import Container, Engine, NotFoundError, Resources
+from unisandbox import Container, Engine, NotFoundError, Resources, Sandbox
+from unisandbox.conformance.waiting import until
+from unisandbox.host.pidfd import Identity, identity, lives
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
 
@@ -53,13 +56,65 @@ async def test_a_handle_that_was_got_while_its_container_was_made_is_of_that_one
         assert (await early[0].wait()).signal == signal.SIGKILL
 
 
+@pytest.mark.parametrize("how", ["kill", "remove"])
+async def test_a_container_is_ended_by_a_task_that_is_cancelled_as_it_begins_to(
+    tmp_path: Path, how: str, anyio_backend: str
+) -> None:
+    if anyio_backend != "asyncio":
+        pytest.skip("asyncio alone cancels through a shield")
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL) as sandbox:
+        for turns in range(1, 10):
+            container = await sandbox.containers.add(argv=["sleep", "1000"])
+            main = identity(container.pid)
+            task = asyncio.create_task(getattr(container, how)())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.wait([task])
+
+            async def gone(main: Identity = main) -> bool:
+                return not lives(main.pid, main.start_time)
+
+            await until(gone, f"it ends though its task was cancelled after {turns} turns")
+            await container.remove()
+
+
+async def test_a_name_that_one_of_two_removals_has_freed_can_be_taken(
+    tmp_path: Path, count: Callable[[int], int]
+) -> None:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL) as sandbox:
+        for number in range(count(200)):
+            first = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
+            same = await sandbox.containers.get("c")
+            is_free = anyio.Event()
+
+            async def remove(container: Container, turns: int, is_free: anyio.Event = is_free) -> None:
+                for _ in range(turns):
+                    await anyio.lowlevel.checkpoint()
+                await container.remove()
+                is_free.set()
+
+            async with anyio.create_task_group() as group:
+                group.start_soon(remove, first, 0)
+                group.start_soon(remove, same, number * 4)
+                await is_free.wait()
+                second = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
+            assert (await second.status()).state == "running"
+            await second.remove()
+
+
 @asynccontextmanager
-async def replaced(directory: Path, *argv: str) -> AsyncIterator[tuple[Container, Container]]:
+async def replaced(
+    directory: Path, *argv: str, others: Callable[[Sandbox, Container], Awaitable[None]] | None = None
+) -> AsyncIterator[tuple[Container, Container]]:
     """A handle of another process, of a container that is gone, and the one of `argv` that has its name now."""
     async with Engine.open(directory) as engine, Engine.attach(directory) as other:
         sandbox = await engine.create(name="w", resources=SMALL)
-        first = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
-        stale = await (await other.get("w")).containers.get("c")
+        first = await sandbox.containers.add(argv=["sh", "-c", "echo old; sleep 1000"], name="c")
+        seen = await other.get("w")
+        stale = await seen.containers.get("c")
+        if others is not None:
+            await others(seen, stale)
         await first.remove()
         yield stale, await sandbox.containers.add(argv=argv, name="c")
 
@@ -79,3 +134,34 @@ async def test_a_handle_of_another_process_ends_no_namesake(tmp_path: Path) -> N
             await stale.kill()
         await stale.remove()
         assert (await second.status()).state == "running"
+
+
+@pytest.mark.parametrize("how", ["kill", "remove"])
+async def test_a_handle_ends_no_namesake_while_its_process_waits_for_a_turn(tmp_path: Path, how: str) -> None:
+    theirs: list[Sandbox] = []
+
+    async def note(sandbox: Sandbox, _: Container) -> None:
+        theirs.append(sandbox)
+
+    async with replaced(tmp_path, "sleep", "1000", others=note) as (stale, second):
+        async with anyio.create_task_group() as group:
+            async with second._entry.sharing.changing():
+                group.start_soon(theirs[0].update, SMALL)
+                await anyio.wait_all_tasks_blocked()
+                with contextlib.suppress(NotFoundError), anyio.move_on_after(2):
+                    await getattr(stale, how)()
+        assert (await second.status()).state == "running"
+
+
+async def test_a_reader_of_what_a_container_writes_reads_nothing_of_a_namesake(tmp_path: Path) -> None:
+    readers: list[AsyncIterator[bytes]] = []
+
+    async def begin(_: Sandbox, stale: Container) -> None:
+        readers.append(stale.follow())
+        assert await anext(readers[0]) == b"old\n"
+
+    async with replaced(tmp_path, "sh", "-c", "echo new and longer; sleep 1000", others=begin) as (stale, second):
+        await anext(second.follow())
+        assert [data async for data in readers[0]] == []
+        with pytest.raises(NotFoundError):
+            await anext(stale.follow())

@@ -178,7 +178,34 @@ async def test_with_its_main_process_everything_in_it_ends(sandbox: Sandbox, roo
         assert (await left.wait()).code == 0
         with anyio.fail_after(20):
             await left.remove()
-    assert not [pid for pid in os.listdir("/proc") if pid.isdigit() and seconds.encode() in _cmdline(pid)]
+    assert not _running(seconds)
+
+
+@pytest.mark.needs("shared_pid", "processes")
+@pytest.mark.parametrize("how", ["wait", "kill"])
+async def test_with_its_main_process_everything_in_it_ends_also_where_others_are_seen(
+    create: Create, rootfs: str, how: str
+) -> None:
+    seconds = str(20_000_000 + os.getpid())
+    async with create(share_pid=True) as sandbox:
+        beside = await sandbox.containers.add(rootfs=rootfs, argv=["sleep", "60"])
+        container = await sandbox.containers.add(rootfs=rootfs, argv=["sh", "-c", f"setsid sleep {seconds} & exit 3"])
+
+        async def stopped() -> bool:
+            return (await container.status()).state == "stopped"
+
+        async def gone() -> bool:
+            return not _running(seconds)
+
+        await until(stopped, "its main process has ended")
+        assert (await getattr(container, how)()).code == 3
+        await until(gone, "what it had left has ended")
+        assert (await beside.status()).state == "running"
+
+
+def _running(word: str) -> list[str]:
+    """The processes of this host whose arguments have this word in them."""
+    return [pid for pid in os.listdir("/proc") if pid.isdigit() and word.encode() in _cmdline(pid)]
 
 
 def _cmdline(pid: str) -> bytes:

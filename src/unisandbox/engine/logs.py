@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final, Literal
 
 from unisandbox.api import InvalidArgumentError, NotFoundError
@@ -27,7 +27,8 @@ class LogReader(AsyncIterator[bytes]):
         keeper: who keeps it.
         name: of the ring.
         whose: what to call it in messages.
-        is_replaced: whether the ring is, or is about to be, that of another container of the same name.
+        is_replaced: whether the ring is, or is about to be, that of another container of the same name; asked with each
+            piece that was read.
         offset: bytes since the beginning that are not wanted.
         tail: begin with so many lines, the last of those that are kept; None: all.
     """
@@ -38,7 +39,7 @@ class LogReader(AsyncIterator[bytes]):
         name: str,
         whose: str,
         *,
-        is_replaced: Callable[[], bool],
+        is_replaced: Callable[[], Awaitable[bool]],
         offset: int = 0,
         tail: int | None = None,
     ) -> None:
@@ -89,7 +90,7 @@ class LogReader(AsyncIterator[bytes]):
 
     async def _read(self, offset: int, limit: int, *, wait: float = 0.0) -> RingData:
         got = await self._keeper.spools.ring_read(self._name, offset, limit=limit, wait=wait)
-        if self._is_replaced():
+        if await self._is_replaced():
             raise FileNotFoundError(self._name)
         return got
 

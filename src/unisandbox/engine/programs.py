@@ -168,15 +168,15 @@ class Programs:
 
         A later one of the same name than the one with this identity is left alone.
         """
-        entry, exit = self._entry, None
-        if container_id == MAIN:
-            async with entry.sharing.changing():
-                return await self._drop_main(entry.last_task) if self._is(MAIN, identity) else None
-        if self._is(container_id, identity):
+        entry = self._entry
+        async with entry.sharing.changing():
+            if not self._is(container_id, identity):
+                return None
+            if container_id == MAIN:
+                return await self._drop_main(entry.last_task)
             exit = await entry.last_task.delete(container_id)
-        if self._is(container_id, identity):  # who else removes it may have been quicker, and its name taken since
             await self.drop_logs(container_id)
-        return exit
+            return exit
 
     def _is(self, container_id: str, identity: str) -> bool:
         return not self._entry.telling.is_replaced(container_id, identity)
@@ -365,11 +365,16 @@ class Programs:
         if stream not in LOG_STREAMS:
             raise InvalidArgumentError(f"stream must be 'stdout' or 'stderr', got {stream!r}")
         whose = f"container {container_id!r} of sandbox {self._entry.label!r}"
+
+        async def is_replaced() -> bool:
+            await self._entry.sharing.look()
+            return not self._is(container_id, identity)
+
         return LogReader(
             self._host.keeper,
             self._log(container_id, stream),
             whose,
-            is_replaced=lambda: not self._is(container_id, identity),
+            is_replaced=is_replaced,
             offset=offset,
             tail=tail,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -53,6 +53,8 @@ class Sharing:
         self._stop = f"{self._prefix}stopped"
         self._is_stop_noted = False
         self._lock = anyio.Lock()
+        # Whether it is this process's turn.
+        self._has_turn = False
         # One at a time takes over what others have done.
         self._catching_up = anyio.Lock()
         # When this process last had the right to change it; see `Turnstile.lock`.
@@ -80,23 +82,31 @@ class Sharing:
                 with entry.in_our_words():
                     yield
                 return
-            async with self._catching_up:
-                pass  # a look that has begun compares what it has read with what we are about to change
             await self.await_expiry()
             if not self._host.keeper.alive:
                 async with self._core.regaining.alone():
                     entry.record = await self._check_record() or entry.record
-                    with entry.in_our_words():
+                    with self._turn_taken(), entry.in_our_words():
                         if entry.state == "unread":
                             await self._recover_dead()
                         yield
                 return
             async with self._locked(to_free=to_free) as turn:
-                with entry.in_our_words():
+                with self._turn_taken(), entry.in_our_words():
+                    async with self._catching_up:
+                        pass  # a look that has begun compares what it has read with what we are about to change
                     if turn != self._turn + 1 and entry.state != "new":
                         await self._catch_up(exclusive=True, to_free=to_free)
                     self._turn = turn
                     yield
+
+    @contextlib.contextmanager
+    def _turn_taken(self) -> Iterator[None]:
+        self._has_turn = True
+        try:
+            yield
+        finally:
+            self._has_turn = False
 
     async def settled(self) -> None:
         """Wait until whoever changes it has done so."""
@@ -113,9 +123,9 @@ class Sharing:
     async def look(self) -> None:
         """Learn what others have done to it, whoever changes it now.
 
-        Nothing while this process changes it: then nobody else does, and what is written down is behind.
+        Nothing while it is this process's turn: then nobody else changes it, and what is written down is behind.
         """
-        if self._host.shared and self._entry.state != "new" and not self._lock.locked():
+        if self._host.shared and self._entry.state != "new" and not self._has_turn:
             async with self._catching_up:
                 await self._catch_up(exclusive=False)
 

@@ -9,8 +9,9 @@ from collections.abc import Iterable
 
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup
+from unisandbox.host.pidfd import has_ended
 from unisandbox.oci.ledger import Ledger
-from unisandbox.oci.processes import Container, Process, awaits_start, end_tree, members
+from unisandbox.oci.processes import Container, Process, awaits_start, end_descendants, end_init, end_tree, members
 
 
 def send(container: Container, process: Process, number: int, ledger: Ledger, *, all: bool) -> None:
@@ -35,8 +36,39 @@ def end(container: Container, processes: Iterable[Process], ledger: Ledger) -> N
     """End these with all that they have started, at once. Init stays, to tell how everybody ended."""
     for process in processes:
         if process.cgroup is not None and process.exit is None:
-            _note(container, process, ledger)
+            if process.pidfd < 0 or not has_ended(process.pidfd):
+                _note(container, process, ledger)
             end_tree(process.cgroup, process.pid or 0, process.pidfd)
+
+
+def end_all(container: Container, ledger: Ledger) -> None:
+    """The same for all processes of a container, and for what those have left that ended before.
+
+    A later container of its name is left alone: its processes and cgroups are others.
+    """
+    created = container.created
+    for cgroup in container.lingering:
+        cgroup.kill()
+    by_descent = container.with_init and not container.plan.cgroup.holds_processes
+    if by_descent and created is not None and not has_ended(created.pidfd):
+        end_descendants(created.pid)
+    end(container, container.processes.values(), ledger)
+    if (main := container.processes.get("")) is not None:
+        end_rest(container, main)
+
+
+def end_rest(container: Container, main: Process) -> None:
+    """End what the main process of a container has left, if it has ended.
+
+    In a pid namespace that is shared the end of its first process ends nobody else, who would hold its streams open and
+    go on unseen.
+    """
+    if main.exit is None:
+        return
+    if not container.with_init:
+        end_init(container.plan.cgroup, container.created)
+    elif main.cgroup is not None:
+        main.cgroup.kill()
 
 
 def _note(container: Container, process: Process, ledger: Ledger) -> None:

@@ -78,6 +78,8 @@ class Container:
     started: bool = False
     verified: bool = False
     deleting: bool = False
+    # One at a time deletes it; by its name, which is free when that is done.
+    deletion: anyio.Lock = attrs.field(factory=anyio.Lock)
     processes: dict[str, Process] = attrs.field(factory=dict)
     # Cgroups of ended processes that still hold something (background work, a zombie), with their kills for memory.
     lingering: dict[Cgroup, int] = attrs.field(factory=dict)

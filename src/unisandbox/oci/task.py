@@ -53,7 +53,6 @@ from unisandbox.oci.processes import (
     all_oom_kills_of,
     awaits_start,
     duplicate,
-    end_descendants,
     end_init,
 )
 from unisandbox.oci.restore import Restorer
@@ -272,15 +271,10 @@ class OciTaskService:
         container = self._containers.get(container_id)
         if container is None:
             return
-        if exec_id:
-            processes = [process for process in (container.processes.get(exec_id),) if process is not None]
-        else:
-            processes = list(container.processes.values())
-            for cgroup in container.lingering:
-                cgroup.kill()
-            if container.created is not None and container.with_init and not container.plan.cgroup.holds_processes:
-                end_descendants(container.created.pid)
-        killing.end(container, processes, self._ledger)
+        if not exec_id:
+            killing.end_all(container, self._ledger)
+        elif (process := container.processes.get(exec_id)) is not None:
+            killing.end(container, [process], self._ledger)
 
     def identity_of(self, container_id: str) -> str:
         """See `TellsEnds.identity_of`."""
@@ -316,12 +310,10 @@ class OciTaskService:
             status, at = await wait_end(self._keeper, container, process)
             if process.exit is None:
                 process.exit = exit_of(process, status, at)
-                if not exec_id and not container.with_init:
-                    # In a shared pid namespace the end of its first process ends nobody else, who would hold its
-                    # streams open and go on unseen.
-                    end_init(container.plan.cgroup, container.created)
         else:
             await anyio.lowlevel.checkpoint()
+        if not exec_id:
+            killing.end_rest(container, process)
         return process.exit
 
     async def delete(self, container_id: str, exec_id: str = "") -> Exit | None:
@@ -334,7 +326,10 @@ class OciTaskService:
             return self._exits.pop((container_id, exec_id), None)
         if exec_id:
             return await self._delete_process(container, exec_id)
-        return await self._delete_container(container)
+        async with container.deletion:
+            if self._containers.get(container_id) is container:
+                return await self._delete_container(container)
+        return self._exits.get((container_id, ""))  # somebody else was quicker, and its name may be another's by now
 
     async def _delete_process(self, container: Container, exec_id: str) -> Exit | None:
         process = container.processes.get(exec_id)

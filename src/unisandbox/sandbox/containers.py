@@ -23,6 +23,7 @@ from unisandbox.api import (
     Resources,
     Rootfs,
     SandboxError,
+    TaskService,
 )
 from unisandbox.api.checks import check_signal
 from unisandbox.engine.cleaning import CLEANING_SECONDS
@@ -119,6 +120,17 @@ class Container:
             with anyio.move_on_after(_LOOK_SECONDS, shield=True), contextlib.suppress(SandboxError):
                 await self._entry.sharing.look()
 
+    async def _end(self, task: TaskService) -> None:
+        """End everything in it, at once: whatever cuts this after its first step has not kept it alive."""
+        self._kill_now(task)
+        await self._look()
+        self._kill_now(task)  # also what other processes have started in it
+
+    def _kill_now(self, task: TaskService) -> None:
+        if not self._is_replaced:
+            with self._entry.in_our_words():
+                task.kill_now(self.name)
+
     async def logs(self, stream: Literal["stdout", "stderr"] = "stdout", *, tail: int | None = None) -> bytes:
         """The last of what the main process wrote, at most 1 MiB of each stream; also after its end.
 
@@ -188,11 +200,7 @@ class Container:
         """
         self._entry.sharing.check_ours()
         self._check_program()
-        task = self._entry.last_task
-        await self._look()
-        if not self._is_replaced:
-            with self._entry.in_our_words():
-                task.kill_now(self.name)
+        await self._end(self._entry.last_task)
         return await self.wait()
 
     async def remove(self) -> None:
@@ -212,12 +220,9 @@ class Container:
 
     async def _remove(self) -> None:
         self._entry.sharing.check_ours()
-        task = self._entry.task
-        await self._look()
+        await self._end(self._entry.task)
         if self._is_replaced:
             return
-        with self._entry.in_our_words():
-            task.kill_now(self.name)
         if not await self._entry.cleaning.run(self._free, seconds=CLEANING_SECONDS):
             raise DeadlineExceededError(
                 f"container {self.name!r} of sandbox {self._entry.label!r} could not be removed within"

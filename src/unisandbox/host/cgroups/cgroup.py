@@ -30,9 +30,12 @@ _FOR_PROCESS = frozenset({"memory", "freezer"})
 
 
 class Cgroup:
-    """One cgroup. Objects are handles: making one does not make the cgroup, and it outlives the object."""
+    """One cgroup. Objects are handles: making one does not make the cgroup, and it outlives the object.
 
-    __slots__ = ("_at", "_enabled", "_inherited", "_own", "_tree", "path")
+    A later cgroup of the same path is another one, whose processes are not ended by this.
+    """
+
+    __slots__ = ("_at", "_enabled", "_inherited", "_inodes", "_own", "_tree", "path")
 
     def __init__(self, tree: Cgroups, path: str, own: Mapping[Place, str], inherited: Mapping[Place, str]) -> None:
         """Use `Cgroups.root`, `Cgroups.find`, `Cgroup.child` or `open_existing`."""
@@ -40,6 +43,7 @@ class Cgroup:
         """Relative to the engine's cgroup; "" is that itself."""
         self._tree = tree
         self._own = dict(own)
+        self._inodes = {directory: _inode(directory) for directory in own.values()}
         self._inherited = dict(inherited)
         self._at = {controller: d for place, d in own.items() for controller in place.controllers}
         for place, directory in own.items():
@@ -305,7 +309,7 @@ class Cgroup:
 
     def kill(self) -> None:
         """SIGKILL for every process in and below, at once; does not wait for their ends. None there is fine."""
-        ending.kill(self.dirs, 0)
+        ending.kill([directory for directory, inode in self._inodes.items() if inode in {0, _inode(directory)}], 0)
 
     def let_die(self, pid: int) -> None:
         """Let a member that has got a SIGKILL end although the cgroup is stopped; the others stay so."""
@@ -378,6 +382,14 @@ class Cgroup:
         if gone and not self.path:
             self._tree.clean_up()
         return gone
+
+
+def _inode(directory: str) -> int:
+    """Its number, which no later directory of its name has; 0: it is not there. Source: fs/kernfs, cyclic ids."""
+    try:
+        return os.stat(directory, follow_symlinks=False).st_ino
+    except OSError:
+        return 0
 
 
 def _make(dirs: Sequence[str]) -> None:

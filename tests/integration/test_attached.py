@@ -26,6 +26,7 @@ from unisandbox import (
 )
 from unisandbox.api import StartedSandbox
 from unisandbox.conformance.waiting import until
+from unisandbox.engine.sharing import Sharing
 from unisandbox.host.cgroups import Cgroup
 from unisandbox.host.keeper import Keeper
 from unisandbox.oci import starting
@@ -320,6 +321,20 @@ async def test_no_program_is_launched_in_the_place_of_what_another_process_may_b
         launched = await sandbox.launch(["sh", "-c", "exit 3"])
         assert (await launched.wait()).code == 3
         await sandbox.remove()
+
+
+async def test_a_stop_is_past_when_a_start_was_written_down_that_did_not_live_to_say_so_to_the_keeper(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with Engine.open(tmp_path) as owner:
+        sandbox = await owner.create(name="w", resources=SMALL)
+        await sandbox.stop(grace=0)
+        await sandbox._entry.sharing.note_stop()  # as on a full disk
+        monkeypatch.setattr(Sharing, "forget_stop", lambda self: None)  # killed there
+        await sandbox.start()
+        monkeypatch.undo()
+        async with Engine.attach(tmp_path) as other:
+            assert (await (await other.get("w")).status()).state == "ready"
 
 
 async def test_reading_events_asks_for_many_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,7 +179,8 @@ class Sharing:
         """What is true of it by this record, and by the note of a stop."""
         noted = await self._host.keeper.notes.find(self._stop) if record.phase in {"ready", "stopped"} else None
         self._is_stop_noted = noted is not None
-        if noted is None or record.phase == "stopped":
+        # A start that was cut before it had forgotten the note has written down that it was done.
+        if noted is None or record.phase == "stopped" or float(noted) < (record.started_at or 0.0):
             return record
         return record._replace(phase="stopped", stopped_at=float(noted))
 

@@ -79,11 +79,12 @@ async def test_a_container_is_ended_by_a_task_that_is_cancelled_as_it_begins_to(
             await container.remove()
 
 
+@pytest.mark.parametrize("shared", [False, True])
 async def test_a_name_that_one_of_two_removals_has_freed_can_be_taken(
-    tmp_path: Path, count: Callable[[int], int]
+    tmp_path: Path, shared: bool, count: Callable[[int], int]
 ) -> None:
-    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL) as sandbox:
-        for number in range(count(200)):
+    async with Engine.open(tmp_path if shared else None) as engine, engine.create(resources=SMALL) as sandbox:
+        for number in range(count(100)):
             first = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
             same = await sandbox.containers.get("c")
             is_free = anyio.Event()
@@ -96,7 +97,7 @@ async def test_a_name_that_one_of_two_removals_has_freed_can_be_taken(
 
             async with anyio.create_task_group() as group:
                 group.start_soon(remove, first, 0)
-                group.start_soon(remove, same, number * 4)
+                group.start_soon(remove, same, number * 8)
                 await is_free.wait()
                 second = await sandbox.containers.add(argv=["sleep", "1000"], name="c")
             assert (await second.status()).state == "running"
@@ -165,3 +166,17 @@ async def test_a_reader_of_what_a_container_writes_reads_nothing_of_a_namesake(t
         assert [data async for data in readers[0]] == []
         with pytest.raises(NotFoundError):
             await anext(stale.follow())
+
+
+async def test_a_container_is_removed_while_its_sandbox_waits_for_others_to_end(tmp_path: Path) -> None:
+    for directory in (None, tmp_path):
+        async with Engine.open(directory) as engine, engine.create(resources=SMALL) as sandbox:
+            stubborn = await sandbox.containers.add(argv=["sh", "-c", "trap '' TERM; echo; while :; do sleep 1; done"])
+            await anext(stubborn.follow())
+            container = await sandbox.containers.add(argv=["sleep", "1000"])
+            async with anyio.create_task_group() as group:
+                group.start_soon(sandbox.stop, 60)
+                await anyio.wait_all_tasks_blocked()
+                await container.remove()
+                assert [status.name for status in await sandbox.containers.list()] == [stubborn.name]
+                await sandbox.kill()

@@ -169,13 +169,17 @@ class Programs:
         A later one of the same name than the one with this identity is left alone.
         """
         entry = self._entry
-        async with entry.sharing.changing():
+        # On an engine of this process alone a stop with a grace period has the turn all that time, and no other process
+        # can take the name of one that was added.
+        needs_turn = self._host.shared or container_id == MAIN
+        async with entry.sharing.changing() if needs_turn else contextlib.nullcontext():
             if not self._is(container_id, identity):
                 return None
             if container_id == MAIN:
                 return await self._drop_main(entry.last_task)
             exit = await entry.last_task.delete(container_id)
-            await self.drop_logs(container_id)
+            if self._is(container_id, identity):  # another task may have removed it first, and its name be taken
+                await self.drop_logs(container_id)
             return exit
 
     def _is(self, container_id: str, identity: str) -> bool:

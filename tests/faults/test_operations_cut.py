@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import time
 from pathlib import Path
@@ -17,6 +19,7 @@ from unisandbox.api import ProcessSpec
 from unisandbox.api.plain import plain
 from unisandbox.engine.operations import digest_of
 from unisandbox.host.init import has_told
+from unisandbox.host.pidfd import has_ended
 from unisandbox.oci import restore
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
@@ -96,6 +99,58 @@ async def test_a_process_whose_end_was_not_noted_is_not_started_again(
         again = await sandbox.exec(COUNTED, operation_id="job")
         assert (await again.wait()).code == 7
         assert await starts(sandbox) == 1
+
+
+def first_of(pid: int) -> int:
+    """The first process of the pid namespace of this one."""
+    namespace = os.readlink(f"/proc/{pid}/ns/pid")
+    for other in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            inside = next(line for line in Path(f"/proc/{other}/status").read_text().splitlines() if "NSpid" in line)
+            if os.readlink(f"/proc/{other}/ns/pid") == namespace and inside.split()[-1] == "1":
+                return int(other)
+    raise AssertionError(f"nobody is the first beside {pid}")
+
+
+@pytest.mark.parametrize("how", ["remove", "run", "start"])
+@pytest.mark.parametrize(("then", "code"), [("exit 7", 7), ("exec >&-; sleep 1000", 137)])
+async def test_a_process_whose_container_somebody_else_has_dropped_is_not_started_again(
+    then: str, code: int, how: str, tmp_path: Path, anyio_backend: str
+) -> None:
+    argv = ["sh", "-c", f"echo started >> /tmp/starts; {then}"]
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL, share_pid=how == "start")
+        killed(
+            f"""
+    process = await (await engine.get("w")).exec({argv!r}, operation_id="job")
+    async for _ in process.stdout:
+        pass
+    die()
+""",
+            anyio_backend,
+            tmp_path,
+        )
+        main = await sandbox.containers.get("main")
+        if how == "remove":
+            await main.remove()
+        else:
+            created = sandbox._entry.task._containers["main"].created  # type: ignore[attr-defined]
+            os.kill(first_of(created.pid), signal.SIGKILL)
+            assert has_ended(created.pidfd, 20)
+            await (sandbox.run(["true"]) if how == "run" else sandbox.start())
+        again = await sandbox.exec(argv, operation_id="job")
+        assert (await again.wait()).code == code
+        assert await starts(sandbox) == 1
+
+
+async def test_what_was_created_and_removed_by_another_is_not_created_again(tmp_path: Path, anyio_backend: str) -> None:
+    async with Engine.open(tmp_path) as engine:
+        killed("    OperationLog.finish = die\n    await engine.create(operation_id='make')", anyio_backend, tmp_path)
+        [made] = await engine.list()
+        await engine.remove(made.id)
+        with pytest.raises(NotFoundError):
+            await engine.create(operation_id="make")
+        assert await engine.list() == []
 
 
 @pytest.mark.parametrize("code", [7, 127])

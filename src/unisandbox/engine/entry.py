@@ -292,6 +292,7 @@ class Entry:
                 # It has lost what its containers share, and with it all that ran.
                 self.programs.main_made = False
                 await self._sandboxer.stop(self.sandbox_id, grace=0)
+                await self.programs.finish_operations()
                 self.state = "stopped"
                 self._note("stopped")
             try:
@@ -429,6 +430,7 @@ class Entry:
             # Who finds it cut asks whether we are still there.
             client = self._core.host.keeper.hello.client
             self.record = self.record._replace(owner=this_process(), client=client)
+            self.operations.note_created(self.record)
             self._note("removing")
             await self._free()
 

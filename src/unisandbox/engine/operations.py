@@ -25,7 +25,7 @@ from unisandbox.api import (
     check_name,
 )
 from unisandbox.engine import durable
-from unisandbox.engine.record import boot_id, this_process
+from unisandbox.engine.record import Record, boot_id, this_process
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host import small_files
 
@@ -197,6 +197,15 @@ class OperationLog:
             raise NotFoundError(f"operation {operation_id!r} has not been begun, or is forgotten") from error
         except OSError as error:
             raise self._cannot("finish", operation_id, error) from error
+
+    def note_created(self, record: Record) -> None:
+        """Finish the creation of a sandbox that is about to be removed, if its maker was cut before he could.
+
+        A disk that does not take it keeps nothing alive.
+        """
+        if record.operation_id and record.phase in {"ready", "stopped"}:
+            with contextlib.suppress(NotFoundError, BackendError):
+                self.finish(record.operation_id, record.sandbox_id)
 
     def forget(self, operation_id: str) -> None:
         """Make as if it had never been begun: it failed, and may be tried again. Repeating is harmless.

@@ -211,10 +211,12 @@ class Programs:
         return FailedPreconditionError(f"sandbox {self._entry.label!r} is paused", hint="await sandbox.resume() first.")
 
     async def _drop_main(self, task: TaskService) -> Exit | None:
-        self.main_made = False
         telling = self._entry.telling
         identity = telling.identity_of(MAIN)
+        task.kill_now(MAIN)
+        await self.finish_operations()
         exit = await task.delete(MAIN)
+        self.main_made = False
         telling.container_exited(MAIN, identity, exit)
         await self.forget_main()
         return exit

@@ -149,6 +149,8 @@ class Recovery:
             return
         try:
             lives = not self._is_new and await entry.sharing.adopt()
+            if entry.removed and not entry.expired:
+                return  # by another process, in order
             if lives and self._on_recover == "adopt":
                 self._tell(entry.record, "adopted", "its keeper ran on")
                 return

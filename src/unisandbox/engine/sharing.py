@@ -359,6 +359,7 @@ class Sharing:
         if entry.removed:
             return
         expired = entry.expired
+        entry.operations.note_created(entry.record)
         entry.let_go()
         await self._recover_dead()
         await self._sandboxer.remove(entry.sandbox_id)

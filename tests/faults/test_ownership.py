@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,7 @@ from unisandbox import (
     Sandbox,
     UnavailableError,
 )
-from unisandbox.api import Capabilities, Probe, Rootfs, Sandboxer, SandboxSpec
+from unisandbox.api import Capabilities, Event, Probe, Rootfs, Sandboxer, SandboxSpec
 from unisandbox.backends.runc import RuncBackend, pidns
 from unisandbox.cli import doctor
 from unisandbox.cli.state import opened
@@ -41,6 +42,22 @@ from unisandbox.sandbox import containers
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
 SMALL = Resources(memory="64M")
+
+# Removes a sandbox, and is in the middle of that until there is a file.
+REMOVER = """
+from unisandbox.engine.entry import Entry
+free = Entry._free
+async def wait_and_free(self):
+    tell(begun=True)
+    while not os.path.exists(sys.argv[3]):
+        await anyio.sleep(0.01)
+    await free(self)
+Entry._free = wait_and_free
+async def main():
+    async with Engine.attach(sys.argv[2]) as engine:
+        await engine.remove("w")
+anyio.run(main, backend=sys.argv[1])
+"""
 
 # Stops itself when its record of a new sandbox is on the disk, as Ctrl-Z may.
 SUSPENDED_MAKER = """
@@ -464,3 +481,39 @@ async def test_a_keeper_that_nobody_needs_ends(tmp_path: Path) -> None:
     wait_ended(keeper)
     until(lambda: os.listdir(tmp_path / "sandboxes") == [], "the record of what has expired is gone")
     assert settle(before) == []
+
+
+async def test_what_a_living_client_removes_while_another_engine_opens_is_told_as_removed_and_no_more(
+    tmp_path: Path, anyio_backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, go = tmp_path / "state", tmp_path / "go"
+    adopt = sharing.Sharing.adopt
+
+    async def go_and_adopt(self: sharing.Sharing) -> bool:
+        go.touch()
+        return await adopt(self)
+
+    monkeypatch.setattr(sharing.Sharing, "adopt", go_and_adopt)
+    async with Engine.open(state, policy="keep") as first:
+        await first.create(name="w", resources=SMALL)
+        await first.create(name="other", resources=SMALL)
+    with program(REMOVER, anyio_backend, str(state), str(go)) as remover:
+        remover.heard()
+        async with Engine.open(state) as engine:
+            assert engine.recovery is not None
+            assert [found.name for found in engine.recovery.sandboxes] == ["other"]
+            assert remover.finish()[0] == 0
+            await engine.create(name="last", resources=SMALL)
+            told = [event.kind async for event in until_started(engine)]
+            assert told.count("sandbox.removed") == 1
+            assert told.count("sandbox.recovered") == 1
+
+
+async def until_started(engine: Engine) -> AsyncIterator[Event]:
+    """What is told up to the start of the last of three."""
+    started = 0
+    async for event in engine.events():
+        yield event
+        started += event.kind == "sandbox.started"
+        if started == 3:
+            return

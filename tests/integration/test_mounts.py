@@ -60,6 +60,25 @@ def test_a_tree_is_built_as_told_and_taken_apart(tmp_path: Path) -> None:
     assert isolated(work, tmp_path) == [[{"unmounted": 1}], []]
 
 
+@pytest.mark.skipif(standing.kernel() < (6, 15), reason="this kernel mounts nothing in what is mounted nowhere")
+def test_a_detached_file_system_has_the_directories_that_were_asked_for_and_no_path_leads_out(tmp_path: Path) -> None:
+    def work(where: Path) -> object:
+        before = open_fds()
+        step: dict[str, object] = {"do": "detached", "name": "top", "size": 1 << 20, "inodes": 100}
+        _, named = jobs.run([{**step, "directories": {"a": 0o755, "a/b": 0o1777}}], [])
+        modes = [stat.S_IMODE(os.stat(path, dir_fd=named["top"]).st_mode) for path in ("a", "a/b")]
+        os.close(named["top"])
+        for path in (f"{where}/x", "a/../../x", "../x", "./x", "", "x/"):
+            with pytest.raises(jobs.StepError, match="must be relative"):
+                jobs.run([{**step, "directories": {"a": 0o755, path: 0o755}}], [])
+        with pytest.raises(jobs.StepError, match="permission bits"):
+            jobs.run([{**step, "directories": {"a": 0o10000}}], [])
+        assert open_fds() == before
+        return modes, os.listdir(where)
+
+    assert isolated(work, tmp_path) == [[0o755, 0o1777], []]
+
+
 def test_readonly_holds_for_submounts_where_a_plain_bind_does_not(tmp_path: Path) -> None:
     def work(where: Path) -> object:
         source = where / "source"

@@ -87,6 +87,7 @@ EXCEPTIONS: Final = {
     "host/keeper: Workers.kill": _KILL,
     "host/jobs.py: _unmount": _STEP,
     "host/jobs.py: _give": _STEP,
+    "host/jobs.py: _make_directory": _STEP,
     "host/mount_operations.py: _op_mkdir": _STEP,
     "host/mounts.py: new_mount": _STEP,
     "host/mounts.py: idmap": _STEP,

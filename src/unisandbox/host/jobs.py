@@ -10,8 +10,9 @@ Steps are `{"do": NAME, ...}`; fields without "=" are required.
   there already, in place of the kind), `uid_map=null`, `gid_map=null` (rows `[inside, outside, count]`; both, with
   either), `hostname=null`, `domainname=null`, `sysctls={}` (strings by dotted name), `loopback=true`. Makes them, the
   others owned by the "user" one; names their fds by kind; result `{"inodes": {kind: number}}`.
-- `detached`: `name`, `size`, `inodes`, `mode=0o755`. Names an fd of a tmpfs that is mounted nowhere, to build on (Linux
-  6.15). It lasts as long as this fd, with all that is mounted in it.
+- `detached`: `name`, `size`, `inodes`, `mode=0o755`, `directories={}` (modes by relative path, each after the one that
+  it is in). Names an fd of a tmpfs with these directories that is mounted nowhere, to build on (Linux 6.15). It lasts
+  as long as this fd, with all that is mounted in it.
 - `mounts`: `root` (an absolute path without symbolic links, or `{"name": s}`), `ops`: see `mount_operations`; result
   `{"unmapped": [paths]}`: mounts whose ids could not be mapped although `idmap` was "try".
 - `mount_namespace`: makes a mount namespace for the steps that follow, and names its fd "mnt". All that they mount ends
@@ -205,11 +206,25 @@ def _dirfd(job: Job, fields: Fields) -> dict[str, object]:
 def _detached(job: Job, fields: Fields) -> dict[str, object]:
     options = [("source", "tmpfs"), ("size", str(fields.number("size"))), ("nr_inodes", str(fields.number("inodes")))]
     options.append(("mode", f"{fields.number('mode', 0o755):o}"))
-    job.name(
-        fields.text("name"),
-        mounts.new_mount("tmpfs", options, syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV),
-    )
+    directories = fields.any("directories") or {}
+    if not isinstance(directories, dict):
+        raise ValueError(f"field 'directories' must have modes by path, got {directories!r}")
+    name = fields.text("name")
+    fd = mounts.new_mount("tmpfs", options, syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
+    job.name(name, fd)
+    for path, mode in directories.items():
+        _make_directory(fd, path, mode)
     return {}
+
+
+def _make_directory(root: int, path: object, mode: object) -> None:
+    """In a new file system, which holds nothing but what we have made there: no path in it can lead astray."""
+    if not isinstance(path, str) or not {"", ".", ".."}.isdisjoint(path.split("/")):
+        raise ValueError(f"the path of a directory must be relative and plain, got {path!r}")
+    if type(mode) is not int or not 0 <= mode <= 0o7777:
+        raise ValueError(f"the mode of directory {path!r} must be permission bits, got {mode!r}")
+    os.mkdir(path, dir_fd=root)
+    os.chmod(path, mode, dir_fd=root)  # does not depend on our umask
 
 
 def _mount_namespace(job: Job, fields: Fields) -> dict[str, object]:

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 WORKERS: Final = 3
 SEED: Final = 20261124
-# The part of the points that a second run of a story may not come by.
+# The part of the points that a second run of a story may not come by; one may be missed in any case.
 MISSED: Final = 0.05
 # How often a name is tried again that all of its cases have missed.
 TRIES: Final = 3
@@ -171,7 +171,7 @@ def test_after_a_kill_at_any_boundary_all_is_as_promised(
     # Looks at what takes its time come more or less often; whatever else a step goes by without was never tested.
     missed = [Point(**answer["point"]) for answer in answers if answer["missed"]]
     record_property("missed", [str(point) for point in missed])
-    assert len(missed) <= len(cases) * MISSED, missed
+    assert len(missed) <= max(1, len(cases) * MISSED), missed
     for number in range(TRIES):
         again = [min(point for point in fitting if point.name == name) for name in sorted(always_missed(answers))]
         answers += play([how.case(point, number) for point in again])

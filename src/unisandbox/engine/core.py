@@ -258,7 +258,8 @@ class EngineCore:
                     self.drop(entry)
                     raise
             await entry.begin(program)
-        entry.telling.emit("sandbox.started")
+        if program is None:
+            entry.telling.emit("sandbox.started")
         # What has run here once need not be probed again by this engine.
         self._chosen[wanted] = backend
         return entry

@@ -269,6 +269,7 @@ class Entry:
         async with self.sharing.telling_expiry():
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
         if program is not None:
+            self.telling.emit("sandbox.started")  # before what begins in it
             await self.programs.launch_first(self._task, program)
         self._write("ready", started_at=time.time(), stopped_at=None)
         self.sharing.forget_stop()

@@ -274,6 +274,21 @@ def test_what_the_host_process_runs_under_is_inherited_by_nobody(loop: str, poli
     assert int(str(inside["cpus"])) >= len(os.sched_getaffinity(0))
 
 
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the personality of a 32-bit program has a name of its own")
+def test_a_keeper_begins_under_the_personality_of_a_32_bit_program(loop: str, tmp_path: Path) -> None:
+    code = """
+from unisandbox.host.keeper import Keeper
+
+async def main():
+    keeper = await Keeper.start(sys.argv[2] + "/s", workdir=sys.argv[2] + "/w")
+    await keeper.close()
+
+anyio.run(main, backend=sys.argv[1])
+"""
+    with program(code, loop, str(tmp_path), wrapper=["setarch", "linux32"]) as host:
+        assert host.finish() == (0, "", "")
+
+
 def test_a_loop_in_another_thread(loop: str) -> None:
     run(
         loop,

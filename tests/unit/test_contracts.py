@@ -311,3 +311,7 @@ def test_a_spec_of_a_former_version_can_be_read_though_a_new_one_would_be_refuse
 def test_mounts_stay_in_the_order_in_which_they_were_given() -> None:
     mounts = (api.Mount.tmpfs("/a/b"), api.Mount.tmpfs("/a"))
     assert api.SandboxSpec(mounts=mounts).mounts == mounts
+
+
+def test_a_request_takes_what_is_no_spec_for_others_to_refuse() -> None:
+    assert api.CreateSandbox("x", None).spec is None  # type: ignore[arg-type]

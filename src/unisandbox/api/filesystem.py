@@ -143,5 +143,5 @@ def mounts_of(values: Iterable[Mount]) -> tuple[Mount, ...]:
 
 
 def parents_first(mounts: Iterable[Mount]) -> tuple[Mount, ...]:
-    """In an order in which no mount hides another one that is below it; else as they were."""
+    """By how deep their targets are, so that no mount hides another one below it; those equally deep as they were."""
     return tuple(sorted(mounts, key=lambda mount: mount.target.count("/")))

@@ -18,6 +18,8 @@ from unisandbox.api.task import TaskService
 
 
 def _in_order(spec: SandboxSpec) -> SandboxSpec:
+    if not isinstance(spec, SandboxSpec):
+        return spec  # not for a converter to refuse
     mounts = parents_first(spec.mounts)
     return spec if mounts == spec.mounts else attrs.evolve(spec, mounts=mounts)
 

@@ -18,6 +18,7 @@ from unisandbox.api import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    ProcessSpec,
     SandboxStatus,
 )
 from unisandbox.sandbox import Container, Engine, Sandbox
@@ -41,6 +42,10 @@ class Program(NamedTuple):
     env: Mapping[str, str] = {}
     cwd: str | None = None
     user: str | None = None
+
+    def as_spec(self) -> ProcessSpec:
+        """As the request to start it."""
+        return ProcessSpec(argv=self.argv, env=self.env, cwd=self.cwd, user=self.user)
 
     def as_label(self) -> str:
         """As text that a label can hold."""
@@ -154,21 +159,11 @@ async def launch(engine: Engine, options: SandboxOptions, program: Program) -> S
     """Create a sandbox and start a program in it that nobody has to wait for; on any failure nothing is left."""
     labelled: SandboxOptions = {**options, "labels": {PROGRAM_LABEL: program.as_label()}}
     try:
-        sandbox = await engine.create(**labelled)
+        return await engine.create_running(program.as_spec(), **labelled)
     except AlreadyExistsError as error:
         raise AlreadyExistsError(
             error.message, hint=f"Take another --name, or: unisandbox rm -f {options.get('name')}"
         ) from error
-    try:
-        await _launch(sandbox, program)
-    except BaseException:
-        await sandbox.remove()
-        raise
-    return sandbox
-
-
-async def _launch(sandbox: Sandbox, program: Program) -> Container:
-    return await sandbox.launch(program.argv, env=program.env, cwd=program.cwd, user=program.user)
 
 
 async def find(engine: Engine | None, ref: str) -> Sandbox:
@@ -217,7 +212,8 @@ async def start(sandbox: Sandbox, ref: str) -> None:
             hint=f"unisandbox exec {ref} PROGRAM",
         )
     await sandbox.start()
-    await _launch(sandbox, row.program)
+    program = row.program
+    await sandbox.launch(program.argv, env=program.env, cwd=program.cwd, user=program.user)
 
 
 async def stop(sandbox: Sandbox, grace: float) -> None:

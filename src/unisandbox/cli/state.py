@@ -18,7 +18,7 @@ from unisandbox.api import BackendError, FailedPreconditionError, RecoveryReport
 from unisandbox.cli.errors import say
 from unisandbox.engine.runtime_directory import POINTER, runtime_directory
 from unisandbox.engine.state_files import has_records, known_id
-from unisandbox.host.keeper import KeeperVersionError
+from unisandbox.host.keeper import KeeperElsewhereError, KeeperVersionError
 from unisandbox.sandbox import Engine
 
 _START_SECONDS: Final = 60.0
@@ -78,7 +78,7 @@ async def _engine(path: str, *, create: bool) -> Engine | None:
 async def _attached(path: str) -> Engine | None:
     try:
         return await Engine.attach(path)
-    except KeeperVersionError:
+    except (KeeperElsewhereError, KeeperVersionError):
         raise
     except UnavailableError:
         return None  # no keeper runs, or it is about to end

@@ -15,9 +15,9 @@ from unisandbox.api import (
     AlreadyExistsError,
     Capabilities,
     FailedPreconditionError,
-    InvalidArgumentError,
     NotFoundError,
     Probe,
+    ProcessSpec,
     RecoveryReport,
     Resources,
     Sandboxer,
@@ -39,7 +39,7 @@ from unisandbox.engine.left import Left
 from unisandbox.engine.locks import locked
 from unisandbox.engine.loops import OwnLoop
 from unisandbox.engine.operations import OperationLog, digest_of, in_progress_error
-from unisandbox.engine.record import Record, boot_id, plain_spec, spec_of, this_process
+from unisandbox.engine.record import Record, boot_id, check_ref, plain_spec, spec_of, this_process
 from unisandbox.engine.records import RecordStore
 from unisandbox.engine.regaining import Regaining
 from unisandbox.engine.registry import Backend, Registry
@@ -151,13 +151,21 @@ class EngineCore:
 
     # --- sandboxes ---
 
-    async def create(self, spec: SandboxSpec, *, sandbox_id: str | None = None, operation_id: str = "") -> Entry:
+    async def create(
+        self,
+        spec: SandboxSpec,
+        *,
+        sandbox_id: str | None = None,
+        operation_id: str = "",
+        program: ProcessSpec | None = None,
+    ) -> Entry:
         """Create and start a sandbox.
 
         Args:
             spec: what it shall be like.
             sandbox_id: an id from outside (containerd's); None: a new one.
             operation_id: asked again under the same one, the same sandbox is the answer.
+            program: launched before anybody can see the sandbox as ready: if that is cut, its creation was.
 
         Raises:
             AlreadyExistsError: the name or id is taken.
@@ -175,7 +183,7 @@ class EngineCore:
             if known is not None:
                 return known
         try:
-            entry = await self._create(spec, identity, operation_id, is_given=sandbox_id is not None)
+            entry = await self._create(spec, identity, operation_id, program, is_given=sandbox_id is not None)
         except BaseException:
             if operation_id:
                 self.operations.forget(operation_id)
@@ -212,7 +220,9 @@ class EngineCore:
             raise in_progress_error(known)
         return None
 
-    async def _create(self, spec: SandboxSpec, identity: str, operation_id: str, *, is_given: bool) -> Entry:
+    async def _create(
+        self, spec: SandboxSpec, identity: str, operation_id: str, program: ProcessSpec | None, *, is_given: bool
+    ) -> Entry:
         for entry in self._named(identity, spec):
             await entry.cleaning.catch_up()  # it may be about to be gone
         wanted = (spec.isolation, spec.rootfs.kind)
@@ -247,8 +257,9 @@ class EngineCore:
                 except BaseException:
                     self.drop(entry)
                     raise
-            await entry.begin()
-        entry.telling.emit("sandbox.started")
+            await entry.begin(program)
+        if program is None:
+            entry.telling.emit("sandbox.started")
         # What has run here once need not be probed again by this engine.
         self._chosen[wanted] = backend
         return entry
@@ -262,19 +273,14 @@ class EngineCore:
             FailedPreconditionError: it was left by a former engine and not adopted, or its backend is missing here.
         """
         self.check_open()
-        _check_ref(ref)
+        check_ref(ref)
         await self.refresh()
         for entry in self._entries.values():
             if ref in {entry.sandbox_id, entry.spec.name or entry.sandbox_id}:
                 return entry
         for left in self._not_ours():
             if ref in {left.record.sandbox_id, left.record.name or left.record.sandbox_id}:
-                if left.why:
-                    raise FailedPreconditionError(f"sandbox {ref!r} cannot be used here: {left.why}", hint=left.hint)
-                raise FailedPreconditionError(
-                    f"sandbox {ref!r} was left by a former engine and not taken over",
-                    hint="Open the engine with on_recover='adopt' or 'stop'.",
-                )
+                raise left.refusal(ref)
         raise NotFoundError(f"no sandbox has the id or name {ref!r}")
 
     async def remove(self, ref: str, *, operation_id: str = "") -> None:
@@ -285,7 +291,7 @@ class EngineCore:
         Raises:
             NotFoundError: there is none, and this operation has removed none.
         """
-        _check_ref(ref)
+        check_ref(ref)
         if not operation_id:
             await (await self.get(ref)).remove()
             return
@@ -492,8 +498,3 @@ class EngineCore:
                     f"a sandbox with the name {spec.name!r} exists already",
                     hint="Take another name, or remove the other sandbox first.",
                 )
-
-
-def _check_ref(ref: object) -> None:
-    if not isinstance(ref, str):
-        raise InvalidArgumentError(f"a sandbox is named by its id or name, got {ref!r}", hint="Give its id.")

@@ -18,6 +18,7 @@ from unisandbox.api import (
     FileBounds,
     Metrics,
     NotFoundError,
+    ProcessSpec,
     Resources,
     Sandboxer,
     SandboxError,
@@ -232,11 +233,11 @@ class Entry:
         """Write down that it shall be."""
         self.save(self.record)
 
-    async def begin(self) -> None:
-        """Create and start it, as whoever changes it; on any failure nothing is left."""
+    async def begin(self, program: ProcessSpec | None = None) -> None:
+        """Create and start it, with a program launched in it, as whoever changes it; on any failure nothing is left."""
         self._is_told = False
         try:
-            await self._begin()
+            await self._begin(program)
         except BaseException as error:
             await self.cleaning.run(self._undo)
             if isinstance(error, (BackendError, OSError)):
@@ -250,7 +251,7 @@ class Entry:
         async with self._core.regaining.alone() if is_lost else contextlib.nullcontext():
             await self._free()
 
-    async def _begin(self) -> None:
+    async def _begin(self, program: ProcessSpec | None) -> None:
         began = time.clock_gettime(time.CLOCK_BOOTTIME)
         if self.spec.ttl is not None:
             await self.sharing.set_expiry(self.spec.ttl, is_told=False)
@@ -261,12 +262,15 @@ class Entry:
             # Now that readers of events know it they are told of its end, too.
             left = began + self.spec.ttl - time.clock_gettime(time.CLOCK_BOOTTIME)
             await self.sharing.set_expiry(max(0.0, left))
-        await self._make_ready()
+        await self._make_ready(program)
 
-    async def _make_ready(self) -> None:
+    async def _make_ready(self, program: ProcessSpec | None = None) -> None:
         """The last steps of a creation and of a start: it is ready when all of them are done, and to others, too."""
         async with self.sharing.telling_expiry():
             self._task = (await self._sandboxer.start(self.sandbox_id)).task
+        if program is not None:
+            self.telling.emit("sandbox.started")  # before what begins in it
+            await self.programs.launch_first(self._task, program)
         self._write("ready", started_at=time.time(), stopped_at=None)
         self.sharing.forget_stop()
         self._core.check_keeper()  # not each step has asked it for something

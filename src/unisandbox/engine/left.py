@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import attrs
 
-from unisandbox.api import SandboxStatus
+from unisandbox.api import FailedPreconditionError, SandboxStatus
 from unisandbox.api.status import SandboxState
 from unisandbox.engine.record import Record, status_of
 
@@ -33,3 +33,12 @@ class Left(NamedTuple):
         if self.record.phase == "ready" and self.lived:
             state = "ready"
         return attrs.evolve(status_of(self.record, state), unusable=". ".join(filter(None, [self.why, self.hint])))
+
+    def refusal(self, ref: str) -> FailedPreconditionError:
+        """What to raise when somebody asks for it by this name or id."""
+        if self.why:
+            return FailedPreconditionError(f"sandbox {ref!r} cannot be used here: {self.why}", hint=self.hint)
+        return FailedPreconditionError(
+            f"sandbox {ref!r} was left by a former engine and not taken over",
+            hint="Open the engine with on_recover='adopt' or 'stop'.",
+        )

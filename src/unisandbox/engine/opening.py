@@ -24,7 +24,7 @@ from unisandbox.engine.registry import Backend, Registry
 from unisandbox.engine.state import StateDirectory, check_directory, path_of, unusable
 from unisandbox.host.cgroups import Cgroups, service
 from unisandbox.host.cgroups.hierarchy import SLICE
-from unisandbox.host.keeper import Keeper, KeeperVersionError, KeeperWaitsError
+from unisandbox.host.keeper import Keeper, KeeperElsewhereError, KeeperVersionError, KeeperWaitsError
 from unisandbox.host.keeper.protocol import SOCKET_NAME
 from unisandbox.host.keeper.records import Policy
 from unisandbox.host.services import Host
@@ -217,6 +217,7 @@ async def _living(directory: str) -> Keeper | None:
 
     Raises:
         KeeperVersionError: there is one that this version of the library cannot talk to.
+        KeeperElsewhereError: there is one in another pid namespace.
     """
     # There is none, or what is wrong with the directory is said by whoever prepares it.
     with contextlib.suppress(FailedPreconditionError, OSError, ValueError):
@@ -224,7 +225,7 @@ async def _living(directory: str) -> Keeper | None:
         check_directory(directory)
         try:
             return await Keeper.attach(directory)
-        except KeeperVersionError:
+        except (KeeperElsewhereError, KeeperVersionError):
             raise
         except UnavailableError:
             pass

@@ -129,14 +129,23 @@ class Programs:
                 if await self._main_runs(task):
                     await self._check_idle(task)
                 await self._drop_main(task)
-            await entry.held.launch()
-            try:
-                pid = await self._add(task, ContainerSpec(name=MAIN, process=process))
-            except BaseException:
-                entry.held.forget_launch()
-                raise
-            self.main_made = True
-            return pid
+            return await self._launch(task, process)
+
+    async def launch_first(self, task: TaskService, process: ProcessSpec) -> None:
+        """The same as a part of the sandbox's creation, by whoever has its turn: nobody else can have use of it yet."""
+        async with self.beginning():
+            await self._launch(task, process)
+
+    async def _launch(self, task: TaskService, process: ProcessSpec) -> int | None:
+        held = self._entry.held
+        await held.launch()
+        try:
+            pid = await self._add(task, ContainerSpec(name=MAIN, process=process))
+        except BaseException:
+            held.forget_launch()
+            raise
+        self.main_made = True
+        return pid
 
     async def _check_idle(self, task: TaskService) -> None:
         """Raises FailedPreconditionError: somebody has use of the main container, or may have at this moment.

@@ -49,6 +49,12 @@ class Record(NamedTuple):
     operation_id: str = ""
 
 
+def check_ref(ref: object) -> None:
+    """Raise InvalidArgumentError for what can be neither the name nor the id of a sandbox."""
+    if not isinstance(ref, str):
+        raise InvalidArgumentError(f"a sandbox is named by its id or name, got {ref!r}", hint="Give its id.")
+
+
 def boot_id() -> str:
     """The id of this boot of the kernel. Source: random(4), /proc/sys/kernel/random/boot_id."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

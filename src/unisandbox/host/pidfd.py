@@ -171,6 +171,22 @@ def host_pid(pidfd: int) -> int:
     raise OSError(errno.EINVAL, f"file descriptor {pidfd} is no pidfd")
 
 
+def shares_namespace(pid: int) -> bool:
+    """Whether this process is in our own pid namespace, not in one below it; True where it cannot be told.
+
+    Source: NSpid, proc_pid_status(5).
+    """
+
+    def depth(process: str) -> int:
+        with open(f"/proc/{process}/status", "rb") as file:
+            return next((len(line.split()) - 1 for line in file if line.startswith(b"NSpid:")), 1)
+
+    try:
+        return depth(str(pid)) == depth("self")
+    except OSError:  # it has ended, or /proc hides what others run
+        return True
+
+
 def zombie_status(pidfd: int) -> int | None:
     """The wait status of a process that has ended and was not reaped. None: it lives, or is gone.
 

@@ -15,7 +15,7 @@ import struct
 
 TYPE_CHECKING = False  # the real one costs a process that starts 3 ms and 700 kB
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from typing import Final
 
 CLONE_NEWNS: Final = 0x00020000
@@ -202,15 +202,22 @@ def personality(persona: int) -> None:
     _check(_libc.personality(ctypes.c_ulong(persona)), "personality")
 
 
+def _number(numbers: Mapping[str, int], name: str) -> ctypes.c_long:
+    number = numbers.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of {name} is not known for {os.uname().machine}")
+    return ctypes.c_long(number)
+
+
 def default_ioprio() -> None:
     """Let the calling thread's I/O priority follow its nice value; ioprio_set(2)."""
-    number = ctypes.c_long(_NR_IOPRIO_SET[os.uname().machine])
+    number = _number(_NR_IOPRIO_SET, "ioprio_set")
     _check(_syscall(number, ctypes.c_int(_IOPRIO_WHO_PROCESS), ctypes.c_int(0), ctypes.c_int(0)), "ioprio_set")
 
 
 def default_mempolicy() -> None:
     """Let the calling thread's memory come from where it runs; set_mempolicy(2), MPOL_DEFAULT."""
-    number = ctypes.c_long(_NR_SET_MEMPOLICY[os.uname().machine])
+    number = _number(_NR_SET_MEMPOLICY, "set_mempolicy")
     _check(_syscall(number, ctypes.c_int(0), None, ctypes.c_ulong(0)), "set_mempolicy")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple, Protocol
 
@@ -20,6 +21,9 @@ from unisandbox.oci.answers import read_log, why
 
 # A killed process may sit in the kernel; what waits behind us should not.
 _DEATH_SECONDS: Final = 5.0
+# How long a process may take until a stop is in force. One that waits for a disk (state D) may take longer.
+_STOP_SECONDS: Final = 0.1
+_STOP_POLL: Final = 0.0002
 # What a runtime needs to find its own helpers; nothing of the caller's environment (NOTIFY_SOCKET and LISTEN_FDS would
 # be obeyed, and a user's PATH must not choose programs).
 ENVIRONMENT: Final[Mapping[str, str]] = {
@@ -225,6 +229,7 @@ def kill_tree(pid: int, pidfd: int) -> None:
         pending = [pid]
         while pending:
             parent = pending.pop()
+            _await_stop(parent)
             for child in children(parent):
                 if child in found:
                     continue
@@ -244,6 +249,27 @@ def kill_tree(pid: int, pidfd: int) -> None:
     finally:
         for fd in opened:
             os.close(fd)
+
+
+def _await_stop(pid: int) -> None:
+    """Wait until the SIGSTOP that a process was sent is in force, which is not so when kill(2) returns; blocks.
+
+    Until then it may end a fork that it is in. Source: the states of proc_pid_stat(5).
+    """
+    deadline = time.monotonic() + _STOP_SECONDS
+    while not _is_stopped(pid) and time.monotonic() < deadline:
+        time.sleep(_STOP_POLL)
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether none of its threads runs, or it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
+                text = file.read()
+            if text[text.rindex(b")") + 2 :][:1] not in b"tTZX":
+                return False
+    return True
 
 
 def children(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import termios
 from contextlib import suppress
 from typing import Final
 
@@ -192,12 +193,17 @@ class TypingStream(SendStream):
     def _type_end(self) -> bool:
         """Whether it is typed; False when there is no room."""
         while not self._end_typed:
-            # Within a line the first one passes on what there is of it. Source: termios(3), VEOF.
-            within_line = self._within_line
+            # Within a line, where there are any, the first passes on what there is of it. Source: termios(3), VEOF.
+            within_line = self._within_line and self._has_lines()
             if not self._write_now(memoryview(_END_OF_INPUT)):
                 return False
             self._end_typed = not within_line
         return True
+
+    def _has_lines(self) -> bool:
+        """Whether who reads gets lines at this moment. Linux tells the slave's mode by the master, too."""
+        flags: int = termios.tcgetattr(self._sink.fileno())[3]
+        return bool(flags & termios.ICANON)
 
 
 class MissingReceiveStream(anyio.abc.ByteReceiveStream):

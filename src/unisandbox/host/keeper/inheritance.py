@@ -24,6 +24,9 @@ def reset_attributes() -> None:
     no CPU of these, a seccomp filter of the starting process (LockPersonality= of systemd).
     """
     changes: tuple[Callable[[], object], ...] = (
+        # First: under another one uname(2) may name another machine. Else addresses are not random in sandboxes of a
+        # host program that a debugger has started, say.
+        lambda: syscalls.personality(0),
         lambda: os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)),
         lambda: os.setpriority(os.PRIO_PROCESS, 0, 0),
         lambda: os.sched_setaffinity(0, range(os.cpu_count() or 1)),
@@ -31,8 +34,6 @@ def reset_attributes() -> None:
         syscalls.default_mempolicy,
         lambda: syscalls.prctl(syscalls.PR_SET_TIMERSLACK, _TIMER_SLACK),
         lambda: syscalls.prctl(syscalls.PR_SET_THP_DISABLE),
-        # Else addresses are not random in sandboxes of a host program that a debugger has started, say.
-        lambda: syscalls.personality(0),
     )
     for change in changes:
         with contextlib.suppress(OSError):

@@ -70,6 +70,10 @@ class KeeperVersionError(UnavailableError):
     """The keeper that runs was started by another version of this library, whose protocol it speaks."""
 
 
+class KeeperElsewhereError(UnavailableError):
+    """The keeper that runs is in another pid namespace, and takes no requests from ours."""
+
+
 class JobResult(NamedTuple):
     """What a job answered, and the numbers that its held fds have in the keeper, by held name."""
 

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import stat
+import struct
 import sys
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -24,7 +25,7 @@ from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import service
 from unisandbox.host.keeper import protocol
 from unisandbox.host.keeper.protocol import Message
-from unisandbox.host.keeper.records import KeeperWaitsError, Policy
+from unisandbox.host.keeper.records import KeeperElsewhereError, KeeperWaitsError, Policy
 from unisandbox.host.power import standing
 from unisandbox.host.subordinate import Rows
 
@@ -434,11 +435,21 @@ def is_answered(state_dir: int) -> bool:
         return True
 
 
+def _is_elsewhere(sock: socket.socket) -> bool:
+    """Whether who listens at the other end is in another pid namespace, above ours or below it.
+
+    Source: SO_PEERCRED, unix(7), as of listen(2); its pid is 0 where we have no number for it.
+    """
+    pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid == 0 or not pidfds.shares_namespace(pid)
+
+
 async def connect(state_dir: int, path: str) -> socket.socket:
     """Connect to the keeper of a state directory; waits a while when many others do so at this moment.
 
     Raises:
         UnavailableError: none listens there.
+        KeeperElsewhereError: it is in another pid namespace.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     deadline = anyio.current_time() + _CONNECT_WAIT
@@ -466,6 +477,13 @@ async def connect(state_dir: int, path: str) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+    # It would close the connection without a word, as it does to programs of its sandboxes.
+    if _is_elsewhere(sock):
+        sock.close()
+        raise KeeperElsewhereError(
+            f"the keeper of {path} runs in another pid namespace, and takes no requests from this one",
+            hint="Use the directory there, or share that pid namespace (docker run --pid=host, hostPID: true).",
+        )
     return sock
 
 

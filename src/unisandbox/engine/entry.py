@@ -432,8 +432,7 @@ class Entry:
     async def _remove_now(self) -> None:
         if not self.removed:
             # Who finds it cut asks whether we are still there.
-            client = self._core.host.keeper.hello.client
-            self.record = self.record._replace(owner=this_process(), client=client)
+            self.record = self.record._replace(owner=this_process(), client=self._core.host.keeper.hello.client)
             self.operations.note_created(self.record)
             self._note("removing")
             await self._free()

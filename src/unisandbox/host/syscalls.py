@@ -133,13 +133,21 @@ def _check(result: int, what: str, path: str | bytes | None = None) -> int:
     raise OSError(number, message, path) if path is not None else OSError(number, message)
 
 
+def _number(numbers: Mapping[str, int], name: str) -> ctypes.c_long:
+    """That of a system call on this machine, which libc has no function for."""
+    number = numbers.get(os.uname().machine)
+    if number is None:
+        raise OSError(errno.ENOSYS, f"the number of {name} is not known for {os.uname().machine}")
+    return ctypes.c_long(number)
+
+
 def session_keyring() -> int:
     """The number of this process's session keyring.
 
     Raises:
         OSError: ENOKEY: it has none. EPERM, ENOSYS: it may have nothing to do with keyrings.
     """
-    number = ctypes.c_long(_NR_KEYCTL[os.uname().machine])
+    number = _number(_NR_KEYCTL, "keyctl")
     return _check(_syscall(number, ctypes.c_int(_KEYCTL_GET_KEYRING_ID), ctypes.c_int(-3), ctypes.c_int(0)), "keyctl")
 
 
@@ -175,8 +183,8 @@ def umount(target: str, flags: int = 0) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     """pivot_root(2)."""
-    number = _NR_PIVOT_ROOT[os.uname().machine]
-    _check(_syscall(ctypes.c_long(number), os.fsencode(new_root), os.fsencode(put_old)), f"pivot_root {new_root}")
+    number = _number(_NR_PIVOT_ROOT, "pivot_root")
+    _check(_syscall(number, os.fsencode(new_root), os.fsencode(put_old)), f"pivot_root {new_root}")
 
 
 def sethostname(name: str) -> None:
@@ -200,13 +208,6 @@ def prctl(option: int, arg2: int = 0, arg3: int = 0, arg4: int = 0, arg5: int = 
 def personality(persona: int) -> None:
     """personality(2) of the calling thread."""
     _check(_libc.personality(ctypes.c_ulong(persona)), "personality")
-
-
-def _number(numbers: Mapping[str, int], name: str) -> ctypes.c_long:
-    number = numbers.get(os.uname().machine)
-    if number is None:
-        raise OSError(errno.ENOSYS, f"the number of {name} is not known for {os.uname().machine}")
-    return ctypes.c_long(number)
 
 
 def default_ioprio() -> None:
@@ -243,7 +244,7 @@ def restore_filesystem_ids(uid: int, gid: int) -> None:
 
 def set_thread_groups(groups: Sequence[int]) -> None:
     """Set them, of this thread alone: libc's setgroups() is for all threads of the process (nptl(7))."""
-    number = ctypes.c_long(_NR_SETGROUPS[os.uname().machine])
+    number = _number(_NR_SETGROUPS, "setgroups")
     _check(_syscall(number, ctypes.c_size_t(len(groups)), (ctypes.c_uint32 * len(groups))(*groups)), "setgroups")
 
 
@@ -470,7 +471,7 @@ def bpf(command: int, attr: bytes) -> int:
     """bpf(2) with the raw `union bpf_attr`; pointers in it must stay alive during the call."""
     buffer = ctypes.create_string_buffer(attr, len(attr))
     return _check(
-        _syscall(ctypes.c_long(_NR_BPF[os.uname().machine]), ctypes.c_int(command), buffer, ctypes.c_uint(len(attr))),
+        _syscall(_number(_NR_BPF, "bpf"), ctypes.c_int(command), buffer, ctypes.c_uint(len(attr))),
         f"bpf({command})",
     )
 

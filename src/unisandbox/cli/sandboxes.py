@@ -22,6 +22,7 @@ from unisandbox.api import (
     SandboxStatus,
 )
 from unisandbox.sandbox import Container, Engine, Sandbox
+from unisandbox.sandbox.launching import create_launched
 from unisandbox.sandbox.sandbox import SandboxOptions
 
 PROGRAM_LABEL: Final = "unisandbox.program"
@@ -159,7 +160,7 @@ async def launch(engine: Engine, options: SandboxOptions, program: Program) -> S
     """Create a sandbox and start a program in it that nobody has to wait for; on any failure nothing is left."""
     labelled: SandboxOptions = {**options, "labels": {PROGRAM_LABEL: program.as_label()}}
     try:
-        return await engine.create_running(program.as_spec(), **labelled)
+        return await create_launched(engine, labelled, program.as_spec())
     except AlreadyExistsError as error:
         raise AlreadyExistsError(
             error.message, hint=f"Take another --name, or: unisandbox rm -f {options.get('name')}"

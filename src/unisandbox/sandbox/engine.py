@@ -17,7 +17,6 @@ from unisandbox.api import (
     InvalidArgumentError,
     NotFoundError,
     Probe,
-    ProcessSpec,
     RecoveryReport,
     SandboxStatus,
     check_name,
@@ -131,14 +130,6 @@ class Engine:
             return Sandbox(await self._core.create(spec, operation_id=operation))
 
         return Opening("Engine.create()", open)
-
-    async def create_running(self, program: ProcessSpec, **options: Unpack[SandboxOptions]) -> Sandbox:
-        """Create a sandbox and launch a program in it, as one step: who is killed in the middle leaves neither.
-
-        Nobody sees it as ready before the program has begun. What a killed process leaves is freed as a creation that
-        was cut. For the command line.
-        """
-        return Sandbox(await self._core.create(make_spec(**options), program=program))
 
     async def get(self, ref: str) -> Sandbox:
         """The sandbox with that id or name.

@@ -217,6 +217,14 @@ async def test_tail_of_the_logs_and_what_follows(tmp_path: Path) -> None:
         await sandbox.remove()
 
 
+async def test_a_reader_with_a_number_that_was_never_given_here_is_told_of_a_gap(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL):
+        events = engine.events(after=1_000_000)
+        with anyio.fail_after(10):
+            gap, first = await anext(events), await anext(events)
+        assert (gap.kind, gap.seq, first.kind, first.seq) == ("gap", 0, "sandbox.created", 1)
+
+
 async def test_output_that_is_not_kept_is_not_found(tmp_path: Path) -> None:
     async with Engine.open(tmp_path / "state", policy="keep") as engine:
         sandbox = await engine.create(resources=SMALL)

@@ -48,6 +48,13 @@ async def test_a_reader_waits_for_the_next_event_and_no_longer(tmp_path: Path) -
         assert [page.events for page in pages] == [[(1, {"type": "x"})]] * 3
 
 
+async def test_who_asks_for_what_follows_a_number_that_was_never_given_waits_for_nothing(tmp_path: Path) -> None:
+    async with keeper_at(tmp_path) as keeper:
+        await publish(keeper, {}, {})
+        with anyio.fail_after(DEADLINE):
+            assert await keeper.events.after(3, wait=10 * DEADLINE) == EventPage([], 1, 2)
+
+
 def _notice(name: str, key: str, *, counter: str = "", packets: Sequence[str] = (), late: bool = False) -> EndNotice:
     said = [EndEvent({"n": "always"}, key)]
     if packets:

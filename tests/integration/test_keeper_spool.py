@@ -62,7 +62,9 @@ async def reclaimed(keeper: Keeper, name: str, size: int) -> Reclaimed:
     with anyio.fail_after(DEADLINE):
         while (await keeper.spools.ring_read(name, size - 1, limit=1, wait=DEADLINE)).next < size:
             pass
-    return await keeper.spools.reclaim(name)
+    got = await keeper.spools.reclaim(name)
+    keeper.spools.taken(name, got)
+    return got
 
 
 async def test_several_fds_are_held_at_once_and_replace_what_was_there(tmp_path: Path) -> None:
@@ -137,7 +139,7 @@ async def test_a_spool_goes_on_at_the_end_of_each_of_its_clients(tmp_path: Path)
         assert (first.data, first.lost, first.eof) == (b"", 0, False)
         assert os.read(first.fd, 100) == b"by the client"
         os.close(first.fd)
-        for _ in range(3):
+        for number in range(3):
             one.abandon()
             assert await _drains(keeper, "out")
             os.write(writing, b"0123456789abcdef")
@@ -147,15 +149,17 @@ async def test_a_spool_goes_on_at_the_end_of_each_of_its_clients(tmp_path: Path)
             one = await Keeper.attach(f"{tmp_path}/state")
             with anyio.fail_after(DEADLINE):
                 got = await one.spools.reclaim("out")
-            assert (got.data, got.lost) == (b"6789abcdef", 6)
+            assert (got.data, got.lost) == (b"6789abcdef", 6 * (number + 1))
             os.close(got.fd)
-            await one.held()  # it has heard that we have it
-            one.abandon()
-            assert await _drains(keeper, "out")
-            one = await Keeper.attach(f"{tmp_path}/state")
-            again = await one.spools.reclaim("out")
-            assert (again.data, again.lost) == (b"", 0)
-            os.close(again.fd)
+            for left in (4, 0):
+                one.spools.taken("out", got, left)
+                await one.held()  # it has heard what we have
+                one.abandon()
+                assert await _drains(keeper, "out")
+                one = await Keeper.attach(f"{tmp_path}/state")
+                again = await one.spools.reclaim("out")
+                assert (again.data, again.lost) == (b"cdef"[:left], 6 * (number + 1))
+                os.close(again.fd)
         one.abandon()
         assert await _drains(keeper, "out")
         os.write(writing, b"end")
@@ -163,8 +167,9 @@ async def test_a_spool_goes_on_at_the_end_of_each_of_its_clients(tmp_path: Path)
         while not (await keeper.spools.ring_read("out", 1 << 40, wait=0.01)).eof:
             pass
         end = await keeper.spools.reclaim("out")
-        assert (end.fd, end.data, end.lost, end.eof) == (-1, b"end", 0, True)
-        assert await keeper.spools.reclaim("out") == Reclaimed(-1, b"", 0, True)
+        assert (end.fd, end.data, end.lost, end.eof) == (-1, b"end", 18, True)
+        keeper.spools.taken("out", end)
+        assert await keeper.spools.reclaim("out") == end._replace(data=b"")
         await keeper.drop(["out"])
         with pytest.raises(FileNotFoundError):
             await keeper.spools.reclaim("out")

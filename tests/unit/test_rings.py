@@ -46,6 +46,24 @@ def test_over_the_bound_the_largest_ring_drops_its_oldest(memory: Memory, fill: 
     assert memory.used == 1000
 
 
+def test_only_what_nobody_has_taken_is_lost_and_that_for_good(memory: Memory, fill: Fill) -> None:
+    ring = fill(b"o" * 100 + b"x" * 800)
+    assert (ring.lost, ring.offer()) == (100, b"x" * 800)
+    assert ring.lost == 100  # offered is not taken: whoever had it may be gone
+    ring.give(400)
+    assert (ring.lost, ring.offer()) == (100, b"x" * 500)
+    memory.limit = 100
+    memory.trim()
+    assert (ring.lost, ring.size) == (500, 100)
+    ring.give(700)  # by him to whom it was offered before it was dropped
+    assert (ring.lost, ring.first) == (200, 800)
+    ring.give(900)
+    assert (ring.lost, ring.size, memory.used) == (100, 0, 0)
+    for wrong in (0, 900, 901):
+        ring.give(wrong)
+        assert (ring.lost, ring.first, ring.end) == (100, 900, 900)
+
+
 def test_what_was_given_away_or_removed_makes_room(memory: Memory, fill: Fill) -> None:
     first, second = fill(b"1" * 700), fill(b"2" * 300)
     first.give(500)

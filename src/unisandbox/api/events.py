@@ -36,7 +36,8 @@ class Event:
     Attributes:
         seq: 1, 2, 3 ... within one engine; never reused, so a reader can resume after it.
         at: seconds since the epoch.
-        kind: what happened; "gap" says that a slow reader lost the events before `seq`.
+        kind: what happened; "gap" says that a slow reader lost the events before `seq`, or that it has asked for what
+            follows a number that was never given here, and gets the oldest there is.
         sandbox_id: the sandbox; empty for a gap.
         container_id: the container, or empty.
         exec_id: the exec'd process, or empty.

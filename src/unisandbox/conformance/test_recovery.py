@@ -190,6 +190,39 @@ async def test_what_runs_is_adopted_and_goes_on(
 
 
 @survives
+@pytest.mark.parametrize("end", ["close", "kill"])
+async def test_output_that_an_adopter_has_not_read_is_there_for_the_next_one(
+    hosts: Hosts, state: Path, programs: Programs, end: str
+) -> None:
+    """Whether it has only looked, or has read a part; after the last part comes what is written then."""
+    argv = programs.asks(7, before="before", after="after", patient=True)
+    hosts.leave(state, f"""await (await create(name="w")).exec({argv}, stdin="pipe")""")
+    for read in (0, 2, 3):
+        body = f"""
+            [process] = await (await engine.get("w")).processes()
+            heard = b""
+            while len(heard) < {read}:
+                heard += await process.stdout.receive({read} - len(heard))
+            tell(heard=heard.decode(), lost=process.lost)
+            """
+        if end == "kill":
+            [words], _ = hosts.leave(state, body)
+            assert words == {"heard": {0: "", 2: "be", 3: "for"}[read], "lost": 0}
+            continue
+        async with Engine.open(state, policy="keep") as engine:
+            [process] = await (await engine.get("w")).processes()
+            heard = b""
+            while len(heard) < read:
+                heard += await process.stdout.receive(read - len(heard))
+            assert (heard, process.lost) == ({0: b"", 2: b"be", 3: b"for"}[read], 0)
+    async with Engine.open(state) as engine:
+        [process] = await (await engine.get("w")).processes()
+        await process.stdin.send(b"word\n")
+        output, exit = await whole(process)
+        assert (output, exit.code, process.lost) == (b"e\nafter word\n", 7, 0)
+
+
+@survives
 @pytest.mark.needs("tty")
 async def test_a_terminal_is_adopted(hosts: Hosts, state: Path) -> None:
     hosts.leave(

@@ -226,7 +226,8 @@ class SharedEventLog:
                 if self._rest is None and not self._closed:
                     raise
                 continue  # closed meanwhile, maybe without an event loop
-            if page.first > after + 1 and page.last > after:
+            # Behind `last`: the number of another directory, or of one whose numbers were lost.
+            if (page.first > after + 1 and page.last > after) or page.last < after:
                 return Event(seq=page.first - 1, at=time.time(), kind="gap")
             if page.events:
                 for number, event in page.events:

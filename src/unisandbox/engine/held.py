@@ -1,7 +1,7 @@
 """The processes of one sandbox as the keeper holds them: what was asked for, and our ends of their streams.
 
 While the process that started one lives it reads the streams itself, and the keeper only holds copies. When it is gone
-the keeper keeps the last of what is written, until another process takes the streams over.
+the keeper keeps the last of what is written, until another process has read it that has taken the streams over.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import anyio
 
 from unisandbox.api.plain import plain, process_spec_of
 from unisandbox.api.spec import ProcessSpec
+from unisandbox.host.keeper.records import Reclaimed
 from unisandbox.host.services import Host
 
 StreamName = Literal["stdin", "stdout", "stderr", "terminal"]
@@ -176,9 +177,11 @@ class HeldProcesses:
         connected = await self._host.keeper.clients()
         return [process for process in held if process.client not in connected]
 
-    async def take_over(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]] | None:
-        """Take the streams of an orphan: for each our end (-1: it has ended), what was kept, how many bytes were lost
-        before that, and whether nothing comes after it. None: another one was quicker."""
+    async def take_over(self, process: HeldProcess) -> dict[StreamName, Reclaimed] | None:
+        """Take the streams of an orphan. None: another one was quicker.
+
+        What was kept stays with the keeper, too, until it is `taken`: whoever takes over from us gets the rest.
+        """
         keeper, lock = self._host.keeper, f"{self._prefix}take"
         await keeper.locks.lock(lock)
         try:
@@ -192,16 +195,19 @@ class HeldProcesses:
         finally:
             keeper.locks.unlock(lock)
 
-    async def _take_streams(self, process: HeldProcess) -> dict[StreamName, tuple[int, bytes, int, bool]]:
+    def taken(self, exec_id: str, stream: StreamName, got: Reclaimed, left: int) -> None:
+        """The caller has all but the last `left` bytes of what was kept of this stream."""
+        self._host.keeper.spools.taken(self._stream(exec_id, stream), got, left)
+
+    async def _take_streams(self, process: HeldProcess) -> dict[StreamName, Reclaimed]:
         keeper = self._host.keeper
         names = await keeper.held(f"{self._prefix}io/{process.exec_id}/")
-        taken: dict[StreamName, tuple[int, bytes, int, bool]] = {}
+        taken: dict[StreamName, Reclaimed] = {}
         streams: tuple[StreamName, ...] = ("stdin", "stdout", "stderr", "terminal")
         for stream in streams:
             name = self._stream(process.exec_id, stream)
             if name in names:
-                got = await keeper.spools.reclaim(name)
-                taken[stream] = (got.fd, got.data, got.lost, got.eof)
+                taken[stream] = await keeper.spools.reclaim(name)
         return taken
 
 

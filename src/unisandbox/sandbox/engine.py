@@ -178,7 +178,8 @@ class Engine:
         """What happens, from the event after number `after` on, until the engine closes.
 
         The last 4096 are kept: a reader that is slower gets a "gap" event and goes on with the oldest there is. On a
-        state directory the numbers go on after a restart, and events of all processes that use it are in it.
+        state directory the numbers go on after a restart, and events of all processes that use it are in it; with a
+        number that was never given there (the directory was made anew), too, a reader gets a "gap" event.
 
         Raises:
             InvalidArgumentError: there can be no such number.

@@ -8,6 +8,7 @@ import os
 import select
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType, TracebackType
 from typing import Final, Literal, Self
 
@@ -38,6 +39,7 @@ from unisandbox.engine.operations import digest_of, in_progress_error
 from unisandbox.sandbox.pipes import Pipes, ended_pipe
 from unisandbox.sandbox.starting import CLEANING_SECONDS, start
 from unisandbox.sandbox.streams import (
+    Kept,
     MissingReceiveStream,
     MissingSendStream,
     ReceiveStream,
@@ -45,7 +47,7 @@ from unisandbox.sandbox.streams import (
     TypingStream,
 )
 
-NOTHING_KEPT: Final[Mapping[StreamName, bytes]] = MappingProxyType({})
+NOTHING_KEPT: Final[Mapping[StreamName, Kept]] = MappingProxyType({})
 # The handles that this process has given out, so that one process is not read by two.
 _handles: Final[weakref.WeakKeyDictionary[OpenStreams, weakref.WeakValueDictionary[str, Process]]] = (
     weakref.WeakKeyDictionary()
@@ -97,7 +99,8 @@ class Process:
     Attributes:
         id: unique in its sandbox.
         argv: what was run.
-        lost: bytes of its output that were dropped while nobody read it; those that were kept come first.
+        lost: bytes of its output that were dropped while nobody read it, since it was started; those that were kept
+            come first, and go to whoever takes over next as far as nobody has received them.
         stdin: what it reads; with a terminal, what is typed. Closing that types the end of the input, which ends what
             reads lines; in raw mode it is the key Ctrl-D.
         stdout: what it writes; with a terminal, all of it.
@@ -113,7 +116,7 @@ class Process:
         pipes: Pipes,
         *,
         operation_id: str = "",
-        kept: Mapping[StreamName, bytes] = NOTHING_KEPT,
+        kept: Mapping[StreamName, Kept] = NOTHING_KEPT,
         lost: int = 0,
         end: _End | None = None,
     ) -> None:
@@ -132,14 +135,14 @@ class Process:
         self._pipes = pipes
         if pipes.terminal is not None:
             self.stdin = TypingStream(pipes.terminal)
-            self.stdout = ReceiveStream(pipes.terminal, kept.get("terminal", b""), reopens=True)
+            self.stdout = ReceiveStream(pipes.terminal, kept.get("terminal"), reopens=True)
             self.stderr = MissingReceiveStream("a process with a terminal has no stderr of its own; read stdout")
         else:
             self.stdin = SendStream(pipes.stdin) if pipes.stdin else MissingSendStream("stdin of the process is null")
             missing = MissingReceiveStream
             out, err = pipes.stdout, pipes.stderr
-            self.stdout = ReceiveStream(out, kept.get("stdout", b"")) if out else missing("stdout is null")
-            self.stderr = ReceiveStream(err, kept.get("stderr", b"")) if err else missing("stderr is null")
+            self.stdout = ReceiveStream(out, kept.get("stdout")) if out else missing("stdout is null")
+            self.stderr = ReceiveStream(err, kept.get("stderr")) if err else missing("stderr is null")
         if self._end.exit is None:
             entry.streams.add(exec_id, self, pipes.ends().values())
         _handles.setdefault(entry.streams, weakref.WeakValueDictionary())[exec_id] = self
@@ -241,7 +244,7 @@ class Process:
         pipes = Pipes()
         pipes.tell(lambda stream: entry.held.drop_stream(held.exec_id, stream))
         for stream, got in taken.items():
-            pipes.own(stream, got[0] if got[0] >= 0 else ended_pipe())
+            pipes.own(stream, got.fd if got.fd >= 0 else ended_pipe())
         return cls(
             entry,
             held.exec_id,
@@ -249,15 +252,18 @@ class Process:
             0 if state.state == "stopped" else state.pid,
             pipes,
             operation_id=held.operation_id,
-            kept={stream: got[1] for stream, got in taken.items()},
-            lost=sum(got[2] for got in taken.values()),
+            kept={
+                stream: Kept(got.data, partial(entry.held.taken, held.exec_id, stream, got))
+                for stream, got in taken.items()
+            },
+            lost=sum(got.lost for got in taken.values()),
         )
 
     def _under(self, entry: Entry) -> Process:
         """This process as one of `entry`; of a former generation's handle only `wait` is of use then."""
         if self._entry.record.generation >= entry.record.generation:
             return self
-        kept: dict[StreamName, bytes] = {}
+        kept: dict[StreamName, Kept] = {}
         if isinstance(self.stdout, ReceiveStream):
             kept["stdout" if self._pipes.terminal is None else "terminal"] = self.stdout.kept
         if isinstance(self.stderr, ReceiveStream):

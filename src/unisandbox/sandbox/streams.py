@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -35,14 +36,38 @@ def bytes_of(data: object, what: str) -> memoryview:
     return view if view.format == "B" and view.c_contiguous and view.ndim == 1 else memoryview(view.tobytes())
 
 
+class Kept:
+    """What somebody else has read of a stream before us.
+
+    Args:
+        data: these bytes.
+        taken: hears how many of them are left, whenever some are taken.
+    """
+
+    def __init__(self, data: bytes = b"", taken: Callable[[int], None] = lambda left: None) -> None:
+        self._left = memoryview(data)
+        self._taken = taken
+
+    def take(self, limit: int) -> bytes:
+        """The next ones; b"" when none is left."""
+        taken, self._left = self._left[:limit], self._left[limit:]
+        if not taken:
+            return b""
+        self._taken(len(self._left))
+        data = bytes(taken)
+        if not self._left:
+            self._left = memoryview(b"")  # an empty piece would keep the memory of all
+        return data
+
+
 class ReceiveStream(anyio.abc.ByteReceiveStream):
     """What a process writes. Unread, it blocks that process and nothing else.
 
     Attributes:
-        kept: what was read before from it, and comes first.
+        kept: what comes first.
     """
 
-    def __init__(self, source: End, kept: bytes = b"", *, reopens: bool = False) -> None:
+    def __init__(self, source: End, kept: Kept | None = None, *, reopens: bool = False) -> None:
         """See the class.
 
         Args:
@@ -51,7 +76,7 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
             reopens: more may come after its end, as when a slave of a terminal is opened again.
         """
         self._source = source
-        self.kept: bytes = kept
+        self.kept: Kept = kept or Kept()
         self._reopens = reopens
 
     async def receive(self, max_bytes: int = 65536) -> bytes:
@@ -76,8 +101,7 @@ class ReceiveStream(anyio.abc.ByteReceiveStream):
         """What is there now; b"" at the end, None when nothing is there yet."""
         if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes <= 0:
             raise InvalidArgumentError(f"max_bytes must be > 0, got {max_bytes!r}")
-        if self.kept and not self._source.closed:
-            kept, self.kept = self.kept[:max_bytes], self.kept[max_bytes:]
+        if not self._source.closed and (kept := self.kept.take(max_bytes)):
             return kept
         data = self._source.read(min(max_bytes, _MOST_AT_ONCE))
         if data == b"" and not self._reopens:

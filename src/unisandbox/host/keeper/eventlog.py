@@ -55,7 +55,8 @@ class KeeperEvents:
         """Events after number `seq`; if there are none yet, wait for one up to `wait` seconds.
 
         The last 4096 are kept. Numbers rise by one, and are never given again, also not by a later keeper of the same
-        state directory: after a keeper was killed they go on behind a gap.
+        state directory: after a keeper was killed they go on behind a gap. For a number that was never given there
+        (`last` is below it) nobody waits.
 
         Args:
             seq: 0 for all that are there.

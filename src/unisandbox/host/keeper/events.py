@@ -1,8 +1,9 @@
 """The keeper's log of events: bounded, and numbered in a way that outlives it. Standard library only.
 
 What an event is only its publisher and its readers know. A number is never given twice in one state directory, however
-the keepers of it end: a keeper reserves a block of numbers in a file before it gives the first of them, and the next
-one begins behind the block. One that ends in order writes the last number that it has given.
+the keepers of it end, or the machine fails: a keeper reserves a block of numbers in a file, and waits for the disk,
+before it gives the first of them, and the next one begins behind the block. One that ends in order writes the last
+number that it has given.
 """
 
 from __future__ import annotations
@@ -99,13 +100,16 @@ class Events:
             self._end_wait(waiter)
 
     def events_after(self, packet: Packet, reply: Reply) -> None:
-        """A page of the log; if there is nothing yet, wait up to `wait` seconds."""
+        """A page of the log; if there is nothing yet, wait up to `wait` seconds.
+
+        Who has a number that was never given here learns so at once.
+        """
         message = packet.message
         waiter = _Waiter(
             reply, protocol.integer(message, "after", 0, 1 << 62), protocol.integer(message, "limit", 1, 1 << 31)
         )
         wait = protocol.seconds(message, "wait", _WAIT_LIMIT, 0.0)
-        if waiter.after < self._last or wait == 0:
+        if waiter.after != self._last or wait == 0:
             self._answer(waiter)
             return
         waiter.timer = self._loop.later(wait, lambda: self._end_wait(waiter))
@@ -127,7 +131,7 @@ class Events:
             if self._last == 0:
                 os.unlink(self._name, dir_fd=self._dirfd)
             else:
-                self._write(self._last)
+                self._write(self._last, durable=False)  # if the disk never gets it, the block stays reserved
         except FileNotFoundError:
             pass  # a guard has removed the state directory
         except OSError as error:
@@ -169,7 +173,7 @@ class Events:
 
     def _reserve(self) -> None:
         end = self._last + BLOCK
-        self._write(end)
+        self._write(end, durable=True)
         self._reserved = end
 
     def _former(self) -> int:
@@ -188,7 +192,7 @@ class Events:
         note(f"{self._name} is damaged: numbers of events go on behind a gap")
         return int(time.time() * 1e6)
 
-    def _write(self, number: int) -> None:
+    def _write(self, number: int, *, durable: bool) -> None:
         line = _line(number)
         reached("before numbers.write", self._name)
         temporary = self._name + ".new"
@@ -200,11 +204,15 @@ class Events:
             try:
                 if os.write(fd, line) != len(line):
                     raise OSError(errno.ENOSPC, f"no space to write {temporary}")
+                if durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             reached("before numbers.rename", self._name)
             os.rename(temporary, self._name, src_dir_fd=self._dirfd, dst_dir_fd=self._dirfd)
             reached("after numbers.rename", self._name)
+            if durable:
+                os.fsync(self._dirfd)
         except OSError as error:
             if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
                 raise
@@ -217,6 +225,8 @@ class Events:
                 raise error from None
             try:
                 os.pwrite(fd, line, 0)
+                if durable:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
 

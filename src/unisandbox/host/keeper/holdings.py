@@ -69,7 +69,7 @@ class _Holding:
         self.limit = 0
         #: Whose end begins the draining.
         self.client: Client | None = None
-        #: What was drained, also what a client has reclaimed and not yet confirmed.
+        #: What was drained, also what a client has reclaimed and nobody has taken from it yet.
         self.ring: rings.Ring | None = None
         self.draining = False
         self.readers: list[_Reader] = []
@@ -210,7 +210,7 @@ class Holdings:
         reply(names.page(packet.message, "held", {name: held.fd for name, held in self._held.items()}))
 
     def reclaim(self, packet: Packet, reply: Reply) -> None:
-        """Stop draining; give out a copy and what was drained. Kept until `reclaimed`: an answer may be lost."""
+        """Stop draining; give out a copy and what was drained. Kept until `reclaimed`: a client may be lost."""
         name = protocol.text(packet.message, "name")
         held = self._held.get(name)
         if held is None:
@@ -219,7 +219,7 @@ class Holdings:
         end, lost, eof, data = 0, 0, False, b""
         if ring is not None:
             end, lost, eof = ring.end, ring.lost, ring.eof
-            data = ring.read(ring.first, ring.size)[1]
+            data = ring.offer()
         message: Message = {"has_fd": held.fd >= 0, "spool": held.serial, "end": end, "lost": lost, "eof": eof}
         fds = [os.dup(held.fd)] if held.fd >= 0 else []
         try:
@@ -235,7 +235,7 @@ class Holdings:
         reply(message, fds)
 
     def reclaimed(self, packet: Packet, reply: Reply) -> None:
-        """What was given out by `reclaim` up to here has arrived."""
+        """What was given out by `reclaim` is in other hands up to here."""
         held = self._held.get(protocol.text(packet.message, "name"))
         serial = protocol.integer(packet.message, "spool", 0, 1 << 62)
         end = protocol.integer(packet.message, "end", 0, 1 << 62)

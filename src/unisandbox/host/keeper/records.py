@@ -110,14 +110,16 @@ class Reclaimed(NamedTuple):
     """An fd that was taken back from the keeper's spool; see `Spools.reclaim`.
 
     `fd` is a copy for the caller, who closes it; -1 when it had met its end and the keeper has closed it. `data` is
-    what was kept since it was last reclaimed, `lost` how many bytes before `data` were dropped because they were over
-    the limit, `eof` whether nothing will ever come after `data`.
+    what was kept and nobody has taken, `lost` how many bytes were ever dropped because they were over the limit, `eof`
+    whether nothing will ever come after `data`. `serial` and `end` are for `Spools.taken`.
     """
 
     fd: int
     data: bytes
     lost: int
     eof: bool
+    serial: int = 0
+    end: int = 0
 
 
 class EventPage(NamedTuple):

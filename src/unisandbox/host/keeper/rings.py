@@ -41,7 +41,7 @@ class Memory:
 class Ring:
     """The last `limit` bytes that came from `fd`. Offsets count all bytes since the ring began."""
 
-    __slots__ = ("_bytes", "_given", "_memory", "end", "eof", "fd", "limit")
+    __slots__ = ("_bytes", "_given", "_lost", "_memory", "_offered", "end", "eof", "fd", "limit")
 
     def __init__(self, fd: int, limit: int, memory: Memory) -> None:
         self.fd: int = fd
@@ -50,7 +50,11 @@ class Ring:
         self.end: int = 0
         self.eof: bool = False
         self._bytes = bytearray()
+        #: Everything before it is in other hands, or lost for good: that is how many bytes.
         self._given = 0
+        self._lost = 0
+        #: Where what was last offered begins.
+        self._offered = 0
         os.set_blocking(fd, False)
         memory.add(self)
 
@@ -66,15 +70,20 @@ class Ring:
 
     @property
     def lost(self) -> int:
-        """How many bytes were dropped, because they were over a limit, since the last that were given away."""
-        return self.first - self._given
+        """How many bytes were dropped, because they were over a limit, and never given away."""
+        return self._lost + self.first - self._given
+
+    def offer(self) -> bytes:
+        """All that is there, for somebody who will say by `give` how much of it he has taken."""
+        self._offered = self.first
+        return bytes(self._bytes)
 
     def give(self, offset: int) -> None:
-        """Everything before `offset` is in other hands: it need not be kept, and is not lost."""
-        count = offset - self.first
-        if 0 <= count <= self.size:
-            self.drop(count)
+        """What was offered is in other hands up to `offset`: it need not be kept, and is not lost if it was dropped."""
+        if self._given < offset <= self.end:
+            self._lost += max(0, min(self._offered, offset) - self._given)
             self._given = offset
+            self.drop(max(0, offset - self.first))
 
     def drain(self) -> bool:
         """Take one read's worth; False when there was nothing."""

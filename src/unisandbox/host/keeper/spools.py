@@ -53,9 +53,9 @@ class Spools:
         """Take an fd back from its spool (or ring), with what was kept meanwhile.
 
         The keeper stops draining it, gives us a copy, and will drain it again, with the same limit, when this
-        connection has ended. An fd that was not drained has no `data`. What comes back is not kept any more; if the
-        answer is lost (we die, or are cancelled) it is kept for whoever asks next. An fd that was drained is
-        non-blocking from then on.
+        connection has ended. An fd that was not drained has no `data`. What comes back is kept for whoever asks next,
+        before what comes then, until we say by `taken` that it was taken. An fd that was drained is non-blocking from
+        then on.
 
         Raises:
             FileNotFoundError: nothing is held under this name.
@@ -68,11 +68,19 @@ class Spools:
         has_fd = cast("bool", message["has_fd"])
         try:
             data = _data_of(message, packet, int(has_fd))
-            self._link.say({"op": "reclaimed", "name": name, "spool": message["spool"], "end": message["end"]})
             fd = packet.claim() if has_fd else -1
         finally:
             packet.close()
-        return Reclaimed(fd, data, cast("int", message["lost"]), cast("bool", message["eof"]))
+        lost, serial, end = (cast("int", message[part]) for part in ("lost", "spool", "end"))
+        return Reclaimed(fd, data, lost, cast("bool", message["eof"]), serial, end)
+
+    def taken(self, name: str, got: Reclaimed, left: int = 0) -> None:
+        """All but the last `left` bytes of what was reclaimed under this name need not be kept any more.
+
+        Without an await and without an answer; nothing happens once something else is held there, or the keeper has
+        ended. Nothing may be read from the fd before all was taken: the order would be lost with us.
+        """
+        self._link.say({"op": "reclaimed", "name": name, "spool": got.serial, "end": got.end - left})
 
     async def ring(self, name: str, fd: int, *, limit: int = 1 << 20) -> None:
         """Let the keeper read from a copy of `fd` (pipe, terminal, socket) and keep the last `limit` bytes.

@@ -65,6 +65,7 @@ class PlainUser:
         gid: the id of his group.
         subordinate: the first user id that is subordinate to him; -1 where none is.
         groups: those that he has beside his own.
+        loop: on which his programs run: "asyncio", or "trio".
     """
 
     def __init__(self, home: Path, files: Path | None, python: str, *, single: bool = False) -> None:
@@ -73,6 +74,7 @@ class PlainUser:
         self.uid, self.gid = (_UID, _UID) if files else (os.geteuid(), os.getegid())
         self.subordinate = -1 if single else _FIRST_SUBORDINATE if files else maps()[0][1][1]
         self.groups = sorted({*os.getgroups()} - {self.gid}) if files is None else [_FURTHER] * single
+        self.loop = "asyncio"
         self._files = files
         self._python = python
 
@@ -110,7 +112,7 @@ class PlainUser:
         """Start a program whose main function has this body; see `run`."""
         body = "".join(f"    {line}\n" for line in work.strip("\n").splitlines())
         program = self.home / f"program-{os.urandom(4).hex()}.py"
-        program.write_text(f"{_PRELUDE}async def main():\n{body}\nanyio.run(main)\n")
+        program.write_text(f"{_PRELUDE}async def main():\n{body}\nanyio.run(main, backend={self.loop!r})\n")
         os.chown(program, self.uid, self.gid)
         return subprocess.Popen(
             self.command([self._python, "-W", "error", str(program)], setup=setup, more=more),

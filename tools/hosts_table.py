@@ -42,7 +42,7 @@ WHY: Final = {
     "cgroup_parent": "a cgroup elsewhere is not his to write",
     "large_disks": "a disk image needs a loop device, and the host's root to mount it; a layer in memory is limited",
     "writable_dirs": "before Linux 6.6 a tmpfs holds no extended attributes of users, and an overlay needs them to hide"
-    " what is removed below",
+    " what is removed below; and fuse-overlayfs is not installed, or /dev/fuse may not be opened",
     "limits:memory": "no cgroup is his to write: cgroup v1, or v2 where no subtree was delegated",
     "limits:pids": "as limits:memory",
     "limits:cpu": "as limits:memory",

@@ -54,6 +54,7 @@ HOST = (
     ("iproute2", "dev", "ip"),
     ("procps", "dev", "ps"),
     ("passt", "dev", "pasta"),
+    ("fuse-overlayfs", "dev", "fuse-overlayfs"),
     ("uidmap", "dev", "newuidmap"),
 )
 

@@ -23,6 +23,7 @@ ROOMS: Final = (
         "host/cgroups",
         "host/init",
         "host/keeper",
+        "host/helper.py",
         "host/removal.py",
         "host/jobs.py",
     ),

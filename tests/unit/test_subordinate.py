@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from unisandbox.api import Rootfs, UnsupportedError
-from unisandbox.backends.runc import users
+from unisandbox.backends.runc import overlays, users
 from unisandbox.host import subordinate
 from unisandbox.host.power import ids, standing
 
@@ -52,11 +54,24 @@ def test_root_has_the_ids_that_are_his_already_row_by_row(
 
 
 @pytest.mark.parametrize("release", ["6.1.0-57-cloud-amd64", "5.15.0"])
-def test_a_directory_to_be_written_is_refused_where_its_directories_could_not_be_removed(release: str) -> None:
-    with pytest.raises(UnsupportedError, match="readonly=True"):
+@pytest.mark.parametrize("installed", [(), ("fuse-overlayfs",), ("fuse-overlayfs", "unshare", "setpriv")])
+def test_a_directory_to_be_written_is_refused_where_nothing_can_lay_a_layer_over_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, installed: tuple[str, ...]
+) -> None:
+    for name in installed:
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setattr(overlays, "PATH", str(tmp_path))
+    monkeypatch.setattr(overlays, "DEVICE", str(tmp_path / "fuse"))
+    missing = {0: "fuse-overlayfs is not installed", 1: "unshare is not installed", 3: "fuse cannot be opened"}
+    with pytest.raises(UnsupportedError, match="readonly=True") as caught:
         users.check_rootfs(Rootfs.dir("/srv"), release)
+    assert missing[len(installed)] in str(caught.value)
+    assert "As root: modprobe fuse" in str(caught.value) or "apt install" in str(caught.value)
     users.check_rootfs(Rootfs.dir("/srv", readonly=True), release)
     users.check_rootfs(Rootfs.dir("/srv"), "6.6.0")
+    if len(installed) == 3:
+        (tmp_path / "fuse").touch()
+        users.check_rootfs(Rootfs.dir("/srv"), release)
 
 
 def test_the_range_that_is_proposed_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:

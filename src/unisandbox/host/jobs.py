@@ -26,6 +26,9 @@ Steps are `{"do": NAME, ...}`; fields without "=" are required.
 - `cable`: `fd` (the n-th of the request: a network namespace), `peer` (what a former step has named: another one),
   `name`, `peer_name`, `mtu`, `address`, `peer_address` (both IPv4), `prefix`. Makes two interfaces that are one cable
   between them, with these addresses, both up; in the first one the peer is the default gateway.
+- `read`: `fd` (the n-th of the request: a root directory), `path`, `most`. Result `{"base64": s}`: the first bytes of a
+  regular file below it, null where there is none.
+- `no_attributes`: `path` (a source: see `job`). Makes sure that extended attributes cannot be had there.
 - `dirfd`: `path` (a source: see `job`), `name`. Names an O_PATH fd of a directory.
 """
 
@@ -277,6 +280,41 @@ def _give(job: Job, fields: Fields) -> dict[str, object]:
     return {}
 
 
+def _read(job: Job, fields: Fields) -> dict[str, object]:
+    root, path, most = job.given(fields.number("fd")), fields.text("path"), fields.number("most")
+    try:
+        probe = mounts.open_below(root, path, os.O_PATH, follow=True)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EACCES}:
+            raise
+        return {"base64": None}
+    try:
+        # What is opened is what was looked at: no device, and no FIFO, whose writer would see it.
+        if not stat.S_ISREG(os.fstat(probe).st_mode):
+            return {"base64": None}
+        with open(f"/proc/self/fd/{probe}", "rb", buffering=0) as file:
+            content = file.read(most)
+    finally:
+        os.close(probe)
+    import binascii
+
+    return {"base64": binascii.b2a_base64(content, newline=False).decode()}
+
+
+def _no_attributes(job: Job, fields: Fields) -> dict[str, object]:
+    source, owned = job.source(fields.any("path"))
+    try:
+        os.listxattr(f"/proc/self/fd/{source}")
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return {}
+    finally:
+        if owned:
+            os.close(source)
+    raise OSError(errno.EPERM, "extended attributes are served, although they were to be left out")
+
+
 STEPS: dict[str, Callable[[Job, Fields], dict[str, object]]] = {
     "namespaces": _namespaces,
     "detached": _detached,
@@ -288,5 +326,7 @@ STEPS: dict[str, Callable[[Job, Fields], dict[str, object]]] = {
     "given": _given,
     "give": _give,
     "cable": _cable,
+    "read": _read,
+    "no_attributes": _no_attributes,
     "dirfd": _dirfd,
 }

@@ -16,6 +16,7 @@ are followed, inside `root`. `attributes=[]`: of readonly, nosuid, nodev, noexec
   `propagation="private"` (or "slave", "shared": see `Tree.bind`).
 - `overlay`: `lower` (sources, the uppermost first), `front=[]` (lower ones above these whose ids are never mapped),
   `upper=null`, `work=null` (sources), `idmap=false`, `volatile=false`, `attributes`.
+- `fuse`: `name`, `attributes`. Names an fd: that of the program which serves what is mounted. Others wait for it.
 - `restrict`: `attributes` (what the mount at `path` has besides stays), `recursive=true`.
 """
 
@@ -156,6 +157,12 @@ def _op_overlay(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
     return mapped or userns_fd is None
 
 
+def _op_fuse(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
+    name = fields.text("name")
+    job.name(name, tree.fuse(path, attributes=_attributes(fields), follow=fields.flag("follow", False)))
+    return True
+
+
 def _op_restrict(job: Job, tree: Tree, path: str, fields: Fields) -> bool:
     attributes, recursive = _attributes(fields), fields.flag("recursive", True)
     tree.restrict(path, attributes, recursive=recursive, follow=fields.flag("follow", False))
@@ -170,5 +177,6 @@ OPERATIONS: dict[str, Callable[[Job, Tree, str, Fields], bool]] = {
     "image": _op_image,
     "bind": _op_bind,
     "overlay": _op_overlay,
+    "fuse": _op_fuse,
     "restrict": _op_restrict,
 }

@@ -344,6 +344,24 @@ class Tree:
         self._attach(mount_fd, path, follow)
         return mapped
 
+    def fuse(self, path: str, *, attributes: int = 0, follow: bool = False) -> int:
+        """Mount a file system at `path` that a program serves, which gets the descriptor that this returns.
+
+        Everybody in this user namespace and those below may use it, as far as modes and owners let him; nobody outside.
+        Until a program serves it, whoever looks at it waits; with the last copy of the descriptor it is dead
+        (ENOTCONN).
+        Source: fuse(4); fuse_allow_current_process, fs/fuse/dir.c.
+        """
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            options: list[tuple[str, str | None]] = [("source", "fuse"), ("fd", str(device)), ("rootmode", "40000")]
+            options += [("user_id", "0"), ("group_id", "0"), ("default_permissions", None), ("allow_other", None)]
+            self._attach(mounts.new_mount("fuse", options, attributes), path, follow)
+        except BaseException:
+            os.close(device)
+            raise
+        return device
+
     def _overlay_old(self, layers: _Layers, attributes: int, path: str, target: int, follow: bool) -> int:
         """Mount by mount(2) on top of what is staged, and take a detached copy in its place."""
         _overlay_mount_old(layers, attributes, target)

@@ -24,7 +24,8 @@ from unisandbox.api import BackendError, InvalidArgumentError, UnavailableError
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.boundary import reached
 from unisandbox.host.cgroups import Cgroup, patience
-from unisandbox.host.keeper import Guard, JobFailed, Keeper, SpawnFailed
+from unisandbox.host.helper import END_SECONDS, Helper
+from unisandbox.host.keeper import JobFailed, Keeper, Spawned, SpawnFailed
 from unisandbox.host.services import Host
 from unisandbox.host.subordinate import Rows
 from unisandbox.network import pasta
@@ -42,7 +43,6 @@ _GATE_SYSCTLS: Final = {
     "net.ipv4.conf.default.route_localnet": "0",
 }
 _START_SECONDS: Final = 15.0
-_END_SECONDS: Final = 5.0
 _LONGEST_SAID: Final = 16384
 # The names, below the sandbox's prefix, of what the keeper holds and knows.
 _HELD_GATE: Final = "gate"
@@ -72,20 +72,11 @@ class Ends(NamedTuple):
     asks_helper: bool
 
 
-@attrs.define(eq=False, repr=False)
+@attrs.frozen(eq=False, repr=False)
 class UserNetwork:
-    """The helper of one sandbox: a child of the keeper in a cgroup below the sandbox's.
+    """The network of one sandbox, with its helper."""
 
-    It ends with the keeper: the launcher has asked the kernel for that (PR_SET_PDEATHSIG), and pasta changes its
-    privileges in no way that would undo it; see commit_creds() in kernel/cred.c.
-    """
-
-    _keeper: Keeper
-    _prefix: str
-    _cgroup: Cgroup
-    pid: int
-    start_time: int
-    _pidfd: int
+    _helper: Helper
 
     @classmethod
     async def connect(cls, host: Host, ends: Ends) -> UserNetwork:
@@ -110,7 +101,7 @@ class UserNetwork:
                 is_short = isinstance(error, BackendError) and _was_killed_for_memory(cgroup)
                 cgroup.kill()
                 with anyio.CancelScope(shield=True):
-                    await patience.remove(cgroup.dirs, _END_SECONDS)
+                    await patience.remove(cgroup.dirs, END_SECONDS)
                 if is_short:
                     raise InvalidArgumentError(
                         f"the memory limit of sandbox {ends.label!r} is too small for network 'user': its helper was"
@@ -118,48 +109,28 @@ class UserNetwork:
                         hint="The helper takes some 25 MB of it: give resources.memory that much more.",
                     ) from error
                 raise
-        helper = cls(keeper, prefix, cgroup, *started)
-        try:
-            if not cgroup.holds_processes:
-                process = f"/{helper.pid}/{helper.start_time}"
-                await keeper.guard([Guard(f"{prefix}{_HELD_HELPER}", "kill_process", (process,))])
-            if host.shared:
-                name = f"{prefix}{_HELD_HELPER}"
-                await keeper.notes.write_process(name, helper.pid, helper.start_time, helper._pidfd)
-        except BaseException:
-            helper._kill()
-            helper.close()
-            raise
-        return helper
+        return cls(await Helper.settle(host, f"{prefix}{_HELD_HELPER}", cgroup, started))
 
     @classmethod
     async def restore(cls, host: Host, prefix: str, cgroup: Cgroup) -> UserNetwork | None:
-        """Take over one that another process has started; None when there is none."""
-        name = f"{prefix}{_HELD_HELPER}"
-        noted = await host.keeper.notes.find_process(name)
-        if noted is None:
-            return None
-        try:
-            own = cgroup.find(_CGROUP)
-            return cls(host.keeper, prefix, own, *noted, await host.keeper.take(name))
-        except FileNotFoundError:
-            return None
+        """Take over one that another process has made; None when there is none."""
+        helper = await Helper.restore(host, f"{prefix}{_HELD_HELPER}", cgroup, _CGROUP)
+        return None if helper is None else cls(helper)
 
     @staticmethod
     async def clear(keeper: Keeper, prefix: str) -> None:
         """End one of which only the names are known, where no cgroup does."""
-        name = f"{prefix}{_HELD_HELPER}"
-        with contextlib.suppress(FileNotFoundError):
-            fd = await keeper.take(name)
-            try:
-                pidfds.send_signal(fd, signal.SIGKILL)
-            finally:
-                os.close(fd)
+        await Helper.clear(keeper, f"{prefix}{_HELD_HELPER}")
+
+    @property
+    def pid(self) -> int:
+        """Of its helper."""
+        return self._helper.pid
 
     @property
     def warning(self) -> str:
         """What its users have to know; empty while it runs."""
-        if self._pidfd < 0 or not pidfds.has_ended(self._pidfd):
+        if not self._helper.has_ended:
             return ""
         return (
             f"nothing outside can be reached any more: its network helper, pasta (process {self.pid}), has ended;"
@@ -167,27 +138,12 @@ class UserNetwork:
         )
 
     async def end(self) -> None:
-        """End it, with all connections. May be repeated until it has returned.
-
-        Raises:
-            UnavailableError: the keeper has ended, and it with that.
-        """
-        self._kill()
-        with contextlib.suppress(ProcessLookupError):  # so long ago that nobody knows of it
-            await self._keeper.wait_exit(self.pid, self.start_time)
-        await patience.remove(self._cgroup.dirs, _END_SECONDS)
-        self.close()
+        """End it, with all connections; see `Helper.end`."""
+        await self._helper.end()
 
     def close(self) -> None:
         """Close what this process holds of it; ends nothing. Repeating is harmless."""
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-    def _kill(self) -> None:
-        self._cgroup.kill()
-        if self._pidfd >= 0:
-            pidfds.send_signal(self._pidfd, signal.SIGKILL)
+        self._helper.close()
 
 
 def _was_killed_for_memory(cgroup: Cgroup) -> bool:
@@ -250,8 +206,8 @@ def _argv(path: str, *, asks_helper: bool) -> Sequence[str]:
     )
 
 
-async def _start(keeper: Keeper, ends: Ends, cgroup: Cgroup, spaces: tuple[int, int]) -> tuple[int, int, int]:
-    """Its pid, start time and pidfd, once it is ready."""
+async def _start(keeper: Keeper, ends: Ends, cgroup: Cgroup, spaces: tuple[int, int]) -> Spawned:
+    """The helper, once it is ready."""
     path = pasta.program()
     if path is None:
         raise UnavailableError("pasta is not installed any more", hint=pasta.INSTALL)
@@ -278,7 +234,7 @@ async def _start(keeper: Keeper, ends: Ends, cgroup: Cgroup, spaces: tuple[int, 
             pidfds.send_signal(spawned.pidfd, signal.SIGKILL)
             os.close(spawned.pidfd)
             raise
-        return spawned.pid, spawned.start_time, spawned.pidfd
+        return spawned
     finally:
         os.close(reader)
 

@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     oci_id: str
     bundle: str
     cgroup: Cgroup
-    request: Callable[[ProcessSpec], SpawnRequest]
+    request: Callable[[ProcessSpec], Awaitable[SpawnRequest]]
     admitted: int | None
     entered: Mapping[str, str]
     mounts: str

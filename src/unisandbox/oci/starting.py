@@ -112,7 +112,7 @@ class Starter:
         assert process.spec is not None  # noqa: S101 (a container of the SDK)
         if container.control is None:
             raise self._being_removed(container)
-        request = container.plan.request(process.spec)
+        request = await container.plan.request(process.spec)
         if process.exec_id == "":
             request = attrs.evolve(request, main=True)
         process.cgroup = await self._cgroup(container, process.exec_id or "main")

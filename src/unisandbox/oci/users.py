@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from unisandbox.api import InvalidArgumentError
 from unisandbox.host import walking
 from unisandbox.host.identity import Identity
 
+FILE_OF_USERS: Final = "/etc/passwd"
+FILE_OF_GROUPS: Final = "/etc/group"
 # A root file system may be hostile: its files are read only so far.
 _LARGEST_FILE: Final = 1 << 20
 _LARGEST_ID: Final = 0xFFFF_FFFE
@@ -41,7 +44,13 @@ class Inside(NamedTuple):
     identity: Identity
 
 
-def resolve_user(root: Inside, user: str, *, largest_id: int) -> Credentials:
+class Copied(NamedTuple):
+    """What was read of a container's files by somebody else, where this process may not look at them."""
+
+    files: Mapping[str, bytes | None]
+
+
+def resolve_user(root: Inside | Copied, user: str, *, largest_id: int) -> Credentials:
     """Turn "name", "uid", "name:group" into numbers. Source: OCI image-spec config.md, `User`.
 
     Args:
@@ -73,8 +82,8 @@ def resolve_user(root: Inside, user: str, *, largest_id: int) -> Credentials:
     return Credentials(uid, gid, groups, home)
 
 
-def _passwd_entry(root: Inside, name: str) -> tuple[int, int, str, str] | None:
-    for line in _lines(root, "/etc/passwd"):
+def _passwd_entry(root: Inside | Copied, name: str) -> tuple[int, int, str, str] | None:
+    for line in _lines(root, FILE_OF_USERS):
         fields = line.split(":")
         if len(fields) < 6 or not (_is_id(fields[2]) and _is_id(fields[3])):
             continue
@@ -83,7 +92,7 @@ def _passwd_entry(root: Inside, name: str) -> tuple[int, int, str, str] | None:
     return None
 
 
-def _group_id(root: Inside, group: str) -> int:
+def _group_id(root: Inside | Copied, group: str) -> int:
     known = _groups(root)
     if group in known:
         return known[group][0]
@@ -94,9 +103,9 @@ def _group_id(root: Inside, group: str) -> int:
     )
 
 
-def _groups(root: Inside) -> dict[str, tuple[int, list[str]]]:
+def _groups(root: Inside | Copied) -> dict[str, tuple[int, list[str]]]:
     groups: dict[str, tuple[int, list[str]]] = {}
-    for line in _lines(root, "/etc/group"):
+    for line in _lines(root, FILE_OF_GROUPS):
         fields = line.split(":")
         if len(fields) >= 4 and _is_id(fields[2]):
             groups[fields[0]] = (int(fields[2]), fields[3].split(","))
@@ -107,9 +116,10 @@ def _is_id(text: str) -> bool:
     return text.isdecimal() and int(text) <= _LARGEST_ID
 
 
-def _lines(root: Inside, path: str) -> list[str]:
+def _lines(root: Inside | Copied, path: str) -> list[str]:
     """The lines of a small regular file below a root; none where there is no such file."""
-    return (beginning(root, path, _LARGEST_FILE) or b"").decode("utf-8", "replace").splitlines()
+    content = root.files.get(path) if isinstance(root, Copied) else beginning(root, path, _LARGEST_FILE)
+    return (content or b"").decode("utf-8", "replace").splitlines()
 
 
 def beginning(root: Inside, path: str, most: int) -> bytes | None:

@@ -17,7 +17,8 @@ import anyio
 from unisandbox.api import BackendError, InvalidArgumentError, Mount, Rootfs, UnavailableError
 from unisandbox.backends.runc.pidns import EMPTY_ROOT
 from unisandbox.backends.runc.pod import DEVICES, HELD, IDS, LEASED_IDS, TUN, Pod, ids_of, translate_job
-from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, host_tree, mount_ops, root_ops
+from unisandbox.backends.runc.rootfs import SAFE_READONLY, Op, host_tree, mount_ops, root_ops, until_served
+from unisandbox.backends.runc.serving import device_of, served
 from unisandbox.backends.runc.sysctls import checked_sysctls
 from unisandbox.host import namespaces
 from unisandbox.host.keeper import JobFailed, Keeper
@@ -147,18 +148,25 @@ class Maker:
             },
         ]
         shared = await self.host_tree(spec.rootfs) if spec.rootfs.kind == "host" else ""
-        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared)
+        is_served = pod.is_served(spec.rootfs)
+        ops += root_ops(place, spec.rootfs, pod.identity, spec.mounts, shared, served=is_served)
         ops += mount_ops(place, spec.mounts, first_fd=int(spec.rootfs.kind == "dir"))
         if spec.share_pid:
             ops.append({"op": "mkdir", "path": EMPTY_ROOT})
             source = f"{pod.work}{EMPTY_ROOT}"
             ops.append({"op": "bind", "source": source, "path": EMPTY_ROOT, "attributes": SAFE_READONLY})
+        ops, later = until_served(ops)
         steps += [
             {"do": "mounts", "root": self._host.work_dir, "ops": [{"op": "mkdir", "path": f"/{pod.short}"}]},
             {"do": "mounts", "root": pod.work, "ops": ops},
-            {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"},
             {"do": "dirfd", "path": f"{pod.work}/rw", "name": "rw"},
         ]
+        rooted: Mapping[str, object] = {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"}
+        if is_served:
+            hold["fuse"] = pod.held(device_of(""))
+            del hold["root"]
+        else:
+            steps.append(rooted)
         if "net" in given:
             steps.append({"do": "given", "fd": len(fds), "name": "net"})
         hold |= {kind: f"{pod.short}/{kind}" for kind in given}
@@ -166,6 +174,10 @@ class Maker:
         result = await self._job(
             steps, hold=hold, fds=fds, label=spec.name or "new", mounts=spec.mounts, rootfs=spec.rootfs
         )
+        if is_served:
+            del result[hold["fuse"]]
+            later_steps = [{"do": "mounts", "root": pod.work, "ops": later}, rooted]
+            result |= await self._make_served(pod, later_steps, result[pod.held("mnt")])
         pod.fds = {what: result.pop(pod.held(what)) for what in HELD}
         pod.pins = {name.rpartition("/")[2]: number for name, number in result.items()}
         for kind, number in pod.pins.items():
@@ -177,6 +189,17 @@ class Maker:
         for kind, inode in pod.inodes.items():
             if inode == namespaces.namespace_inode(f"/proc/self/ns/{kind}"):
                 raise BackendError(f"sandbox {pod.label!r}: the pinned {kind} namespace is the host's own")
+
+    async def _make_served(self, pod: Pod, steps: Sequence[Mapping[str, object]], mnt: int) -> Mapping[str, int]:
+        """Let a helper serve the root file system, and do what has waited for it."""
+        fds = [*pod.sources, self._host.keeper.open_held(mnt, os.O_RDONLY)]
+        try:
+            steps = [{"do": "enter", "fd": len(fds) - 1}, *steps]
+            return await served(self._host, pod, "", steps, {"root": pod.held("root")}, fds)
+        except JobFailed as error:
+            raise translate_job(error, pod.spec.name or "new", pod.spec.mounts, pod.spec.rootfs) from error
+        finally:
+            os.close(fds[-1])
 
     async def _lease(self, pod: Pod) -> int:
         """A range of user ids that no other engine of this host has."""

@@ -24,12 +24,12 @@ from unisandbox.api import (
     UnsupportedError,
 )
 from unisandbox.api.filesystem import parents_first
-from unisandbox.backends.runc import users
+from unisandbox.backends.runc import serving, users
 from unisandbox.backends.runc.adapting import Adapted, bind_op, root_op
 from unisandbox.backends.runc.checks import check_container
 from unisandbox.backends.runc.pod import Pod, open_sources, translate_job
 from unisandbox.backends.runc.rlimits import Rlimits, most_files_in, process_limits
-from unisandbox.backends.runc.rootfs import Op, mount_ops, not_shown, root_attributes, root_ops
+from unisandbox.backends.runc.rootfs import Op, mount_ops, not_shown, root_attributes, root_ops, until_served
 from unisandbox.backends.runc.verifying import Verifier
 from unisandbox.host import seccomp
 from unisandbox.host.boundary import reached
@@ -46,7 +46,7 @@ from unisandbox.oci.calls import NOWHERE
 from unisandbox.oci.interpreters import interpreter_of
 from unisandbox.oci.plan import Plan, limits_of
 from unisandbox.oci.runtime import Runtime
-from unisandbox.oci.users import ROOT, Credentials, Inside, resolve_user
+from unisandbox.oci.users import ROOT, Copied, Credentials, Inside, resolve_user
 
 _UNLIMITED: Final = Resources.unlimited()
 _PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -206,6 +206,7 @@ class PodPlanner:
             return self._foreign_plan(container_id, bundle, cgroup)
         if container.rootfs is not None:
             self._own_roots.add(container_id)
+            await serving.restore(self._host, pod, container_id)
         return self._plan(container, cgroup)
 
     async def free(self, container_id: str) -> None:
@@ -224,7 +225,9 @@ class PodPlanner:
             paths = (f"{work}/c/{container_id}", f"{work}/rw/c/{container_id}")
             steps: list[Mapping[str, object]] = [{"do": "enter", "fd": 0}, {"do": "unmount", "path": paths[0]}]
             steps += [{"do": "remove_tree", "path": path} for path in paths]
-            await self._host.keeper.drop([self._pod.held(f"root-{container_id}")])
+            await serving.end(self._pod, container_id)
+            names = [self._pod.held(f"root-{container_id}"), *serving.held_names(self._pod, container_id)]
+            await self._host.keeper.drop(names, guards=True)
             # Asked for by name: when its ttl is over its mounts have ended with their namespace, and the number may be
             # another's.
             with contextlib.suppress(FileNotFoundError):
@@ -260,7 +263,8 @@ class PodPlanner:
             # that are made of it.
             seen = pod.spec.rootfs.kind == "host" and pod.spec.rootfs.local == rootfs.local
             shared = await self._host_tree(rootfs) if rootfs.kind == "host" and seen else ""
-            ops += root_ops(place, rootfs, pod.identity, mounts, shared)
+            is_served = pod.is_served(rootfs)
+            ops += root_ops(place, rootfs, pod.identity, mounts, shared, served=is_served)
             later: list[Op] = []
             if request.rootfs:
                 first, later = self._engine_root(request, f"{place.root}{request.rootfs_at}", sources)
@@ -276,11 +280,18 @@ class PodPlanner:
             if pod.mapped:
                 steps.append({"do": "given", "fd": len(sources), "name": "user"})
                 sources.append(self._host.keeper.open_held(pod.pins["user"], os.O_RDONLY))
+            entering, held = steps.copy(), pod.held(f"root-{container.name}")
+            ops, later = until_served(ops)
             steps.append({"do": "mounts", "root": pod.work, "ops": ops})
-            steps.append({"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"})
-            held = pod.held(f"root-{container.name}")
-            result = await self._host.keeper.job(steps, hold={"root": held}, fds=sources)
-            pod.fds[f"root-{container.name}"] = result.held[held]
+            rooted: Mapping[str, object] = {"do": "dirfd", "path": f"{pod.work}{place.root}", "name": "root"}
+            if is_served:
+                device = pod.held(serving.device_of(container.name))
+                await self._host.keeper.job(steps, hold={"fuse": device}, fds=sources)
+                steps = [*entering, {"do": "mounts", "root": pod.work, "ops": later}, rooted]
+                numbers = await serving.served(self._host, pod, container.name, steps, {"root": held}, sources)
+            else:
+                numbers = (await self._host.keeper.job([*steps, rooted], hold={"root": held}, fds=sources)).held
+            pod.fds[f"root-{container.name}"] = numbers[held]
         except JobFailed as error:
             said = [Mount.bind(mount.source, request.rootfs_at + mount.target) for mount in request.rootfs[1:]]
             raise translate_job(error, f"{pod.label}/{container.name}", (*mounts, *said), rootfs) from error
@@ -417,10 +428,10 @@ class PodPlanner:
             mounts.append(OciMount("/sys", "sysfs", "sysfs", ("nosuid", "noexec", "nodev", "ro")))
         return mounts
 
-    def _request(self, container: ContainerSpec, process: ProcessSpec, root: str) -> SpawnRequest:
+    async def _request(self, container: ContainerSpec, process: ProcessSpec, root: str) -> SpawnRequest:
         spec = self._pod.spec
         user = process.user or container.user or spec.user
-        who = self._credentials(user, root)
+        who = await self._credentials(user, root)
         cwd = process.cwd or container.cwd or spec.cwd
         return SpawnRequest(
             argv=process.argv,
@@ -438,13 +449,19 @@ class PodPlanner:
             oom_score_adj=_PROCESS_OOM_SCORE,
         )
 
-    def _credentials(self, user: str | None, root: str) -> Credentials:
+    async def _credentials(self, user: str | None, root: str) -> Credentials:
         if user is None:
             return ROOT
+        served = root.removeprefix("root").removeprefix("-")
         with self._inside(root) as inside:
-            if self._pod.is_single:
-                return users.root_as(inside, user)
-            return resolve_user(inside, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
+            if served in self._pod.layers:
+                return self._known(await serving.users_of(self._host, self._pod, served, inside.fd), user)
+            return self._known(inside, user)
+
+    def _known(self, inside: Inside | Copied, user: str) -> Credentials:
+        if self._pod.is_single:
+            return users.root_as(inside, user)
+        return resolve_user(inside, user, largest_id=self._pod.ids - 1 if self._pod.mapped else 2**32 - 2)
 
     def _explain(self, container: ContainerSpec, process: ProcessSpec, rootfs: Rootfs, root: str) -> str:
         """Why a program could not be found."""
@@ -463,7 +480,7 @@ class PodPlanner:
         return env | {**self._pod.spec.env, **container.env, **process.env}
 
 
-def _no_request(_: ProcessSpec) -> SpawnRequest:
+async def _no_request(_: ProcessSpec) -> SpawnRequest:
     raise AlreadyExistsError("a bundle's processes are started by the runtime")
 
 

@@ -22,9 +22,11 @@ from unisandbox.api import (
     UnavailableError,
     UnsupportedError,
 )
+from unisandbox.backends.runc import overlays
 from unisandbox.backends.runc.rootfs import Identity, Layer, Place
 from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroup, DeviceRule
+from unisandbox.host.helper import Helper
 from unisandbox.host.keeper import JobFailed, Keeper
 from unisandbox.host.subordinate import Rows
 
@@ -107,6 +109,8 @@ class Pod:
             writable layer, "mnt", the mount namespace in which all its mounts are, "root-NAME" of a container's own.
         sources: descriptors of the sources of `spec.mounts`, opened once; of the root directory first, for kind "dir".
         network: the helper of a network of kind "user", from the start on.
+        layers: the helpers that serve the writable layers, by the name of the container whose root file system it is;
+            "" for the sandbox's own. See `serving`.
     """
 
     sandbox_id: str
@@ -124,12 +128,30 @@ class Pod:
     fds: dict[str, int] = attrs.field(factory=dict)
     sources: list[int] = attrs.field(factory=list)
     network: UserNetwork | None = None
+    layers: dict[str, Helper] = attrs.field(factory=dict)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         """See `SandboxStatus.warnings`."""
-        said = "" if self.network is None else self.network.warning
-        return (said,) if said else ()
+        said = [] if self.network is None else [self.network.warning]
+        for container, helper in self.layers.items():
+            if helper.has_ended:
+                whose = f"the files of container {container!r}" if container else "its files"
+                said.append(
+                    f"{whose} cannot be reached any more: the program that serves them, {overlays.PROGRAM} (process"
+                    f" {helper.pid}), has ended; remedy: create it anew"
+                )
+        return tuple(words for words in said if words)
+
+    def is_served(self, rootfs: Rootfs) -> bool:
+        """Whether a program has to lay the writable layer over this root file system."""
+        is_written = rootfs.kind == "dir" and not rootfs.readonly
+        return is_written and self.keeper_ids is not None and not overlays.by_kernel()
+
+    def wake(self) -> None:
+        """Let the helpers of its layers go on, if somebody has stopped them: everybody would wait for them."""
+        for helper in self.layers.values():
+            helper.wake()
 
     @property
     def label(self) -> str:
@@ -246,6 +268,8 @@ class Pod:
         """Close what is open here for it."""
         if self.network is not None:
             self.network.close()
+        for helper in self.layers.values():
+            helper.close()
         for fd in self.sources:
             os.close(fd)
         self.sources.clear()

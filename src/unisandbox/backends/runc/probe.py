@@ -20,7 +20,7 @@ import anyio
 import anyio.lowlevel
 
 from unisandbox.api import Probe, SandboxError
-from unisandbox.backends.runc import users
+from unisandbox.backends.runc import overlays, users
 from unisandbox.host import subordinate
 from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.pidfd import has_ended
@@ -108,6 +108,7 @@ async def _obstacles(facts: dict[str, str], warnings: list[str], runtime: str | 
             yield obstacle._replace(reason=f"as {_who()}: {obstacle.reason}")
         else:
             facts["without root"] = "; ".join(users.capabilities().notes)
+            facts["directories that are written"] = overlays.fact()
             if scarcity := ids.scarcity():
                 facts["user ids"] = "1: this user's own"
                 warnings.append(

@@ -282,7 +282,21 @@ class Place(NamedTuple):
     others: bool = True
 
 
-def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[Mount], shared_host: str) -> list[Op]:
+def until_served(ops: list[Op]) -> tuple[list[Op], list[Op]]:
+    """What can be done before a program serves what one of these mounts, and what waits for it; see `root_ops`."""
+    after = next((number for number, op in enumerate(ops, 1) if op["op"] == "fuse"), len(ops))
+    return ops[:after], ops[after:]
+
+
+def root_ops(
+    place: Place,
+    rootfs: Rootfs,
+    identity: Identity,
+    mounts: Sequence[Mount],
+    shared_host: str,
+    *,
+    served: bool = False,
+) -> list[Op]:
     """Build a root file system.
 
     Args:
@@ -291,6 +305,7 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
         identity: what its /etc says.
         mounts: what is mounted into it; looked at only to make mount points.
         shared_host: path of the engine's skeleton of kind "host"; "" makes one of its own.
+        served: a program lays the writable layer over the directory, which is to be found at `place.base`.
     """
     owner = {"uid": place.first_id, "gid": place.first_id}
     ops: list[Op] = [{"op": "mkdir", "path": place.root}]
@@ -342,17 +357,25 @@ def root_ops(place: Place, rootfs: Rootfs, identity: Identity, mounts: Sequence[
         {"op": "file", "path": f"{upper}/etc/{name}", "content": text, **owner}
         for name, text in identity.files().items()
     ]
-    ops.append(
-        {
-            "op": "overlay",
-            "path": place.root,
-            "lower": [{"fd": 0}],
-            "upper": f"{place.work}{upper}",
-            "work": f"{place.work}{place.layer}/work",
-            "idmap": place.mapped,
-            "attributes": _SAFE,
-        }
-    )
+    if served:
+        ops += [
+            {"op": "mkdir", "path": place.base},
+            # As an overlay sees it: without what is mounted in it.
+            {**_bind("", place.base), "source": {"fd": 0}, "recursive": False},
+            {"op": "fuse", "path": place.root, "name": "fuse", "attributes": _SAFE},
+        ]
+    else:
+        ops.append(
+            {
+                "op": "overlay",
+                "path": place.root,
+                "lower": [{"fd": 0}],
+                "upper": f"{place.work}{upper}",
+                "work": f"{place.work}{place.layer}/work",
+                "idmap": place.mapped,
+                "attributes": _SAFE,
+            }
+        )
     modes = {"tmp": 0o1777}
     return ops + [
         {"op": "mkdir", "path": f"{place.root}/{name}", "mode": modes.get(name, 0o755), "follow": False, **owner}

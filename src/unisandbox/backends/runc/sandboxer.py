@@ -31,7 +31,7 @@ from unisandbox.api import (
     UnsupportedError,
     short_name,
 )
-from unisandbox.backends.runc import users
+from unisandbox.backends.runc import serving, users
 from unisandbox.backends.runc.asking import ask_to_end
 from unisandbox.backends.runc.checks import check_resources, check_sandbox
 from unisandbox.backends.runc.making import Maker, clear_network, restore_network
@@ -236,6 +236,7 @@ class RuncSandboxer:
         if sandbox.task is None:
             sandbox.task = self._task_of(pod, sandbox.planner)
         await restore_network(pod, self._host)
+        await serving.restore(self._host, pod)
         if pod.spec.share_pid:
             found = await SharedPids.restore(self._host, pod)
             # Not before: others look at it meanwhile.
@@ -260,6 +261,7 @@ class RuncSandboxer:
         """See `Sandboxer.stop`."""
         sandbox = self._get(sandbox_id)
         task = sandbox.task
+        sandbox.pod.wake()  # what waits for its files could not be killed
         if task is not None:
             if grace > 0:
                 await ask_to_end(task, grace)
@@ -395,6 +397,9 @@ class RuncSandboxer:
             await self._remove_remains(pod)
             self._sandboxes.pop(sandbox_id, None)
             return
+        self.kill_now(sandbox_id)
+        for helper in pod.layers.values():
+            helper.kill()  # what waits for its files could not be killed
         await self.stop(sandbox_id, grace=0)
         if not keeper.alive:
             await self._end_without_keeper(sandbox)
@@ -402,6 +407,8 @@ class RuncSandboxer:
             return
         if pod.network is not None:
             await pod.network.end()
+        for container in list(pod.layers):
+            await serving.end(pod, container)
         if not pod.cgroup.remove():  # somebody is in there, or about to be gone
             pod.cgroup.kill()
             if not await patience.remove(pod.cgroup.dirs, _END_SECONDS):
@@ -424,6 +431,7 @@ class RuncSandboxer:
         await patience.kill(dirs, 1.0)
         if keeper.alive:
             await clear_network(pod, keeper)
+            await serving.clear(self._host, pod)
             await keeper.drop(prefix=f"{pod.short}/")
             remove_tree(self._host.keeper.outside(pod.work))
         if not await patience.remove(dirs, _END_SECONDS):
@@ -466,11 +474,18 @@ class RuncSandboxer:
 
     def root_fd(self, sandbox_id: str) -> int:
         """See `Sandboxer.root_fd`."""
+        self._wake()
         return self._get(sandbox_id).pod.root_fd(self._host.keeper)
 
     def container_root_fd(self, sandbox_id: str, container_id: str) -> int:
         """See `SupportsContainerRoots.container_root_fd`."""
+        self._wake()
         return self._get(sandbox_id).pod.root_fd(self._host.keeper, container_id)
+
+    def _wake(self) -> None:
+        """Let every helper go on: who works with the files of one sandbox may wait for another one's (the clerk)."""
+        for sandbox in self._sandboxes.values():
+            sandbox.pod.wake()
 
     def host_ids(self, sandbox_id: str) -> tuple[int, int]:
         """See `Sandboxer.host_ids`."""

@@ -14,6 +14,7 @@ from typing import Final
 import attrs
 
 from unisandbox.api import Capabilities, Resources, Rootfs, SandboxSpec, UnavailableError, UnsupportedError
+from unisandbox.backends.runc import overlays
 from unisandbox.backends.runc.capabilities import CAPABILITIES, user_network
 from unisandbox.backends.runc.rootfs import Layer
 from unisandbox.host import subordinate
@@ -21,10 +22,8 @@ from unisandbox.host.cgroups import Cgroups
 from unisandbox.host.power import ids, standing
 from unisandbox.host.power.remedies import as_root, who
 from unisandbox.host.subordinate import Rows
-from unisandbox.oci.users import Credentials, Inside, resolve_user
+from unisandbox.oci.users import Copied, Credentials, Inside, resolve_user
 
-# Extended attributes of users in a tmpfs.
-_TMPFS_ATTRIBUTES: Final = (6, 6)
 _REMEDY: Final = (
     "Use resources=Resources.unlimited() (on the command line --unlimited), start under"
     " `systemd-run --user --scope -p Delegate=yes` (cgroup v2), or run as root."
@@ -33,8 +32,16 @@ _UNLIMITED: Final = "Use resources=Resources.unlimited() (on the command line --
 _NOTES: Final = (
     "not as root: root inside is this user outside, and all his sandboxes have the same ids below",
     "not as root: a bind mount shows files of this user as root's, and files of others as nobody's",
-    "not as root: before Linux 6.6 a directory can be the root file system only with readonly=True",
     "not as root: what sandboxes write is in memory, at most 1 GiB where it is limited",
+)
+_READONLY_DIRS: Final = (
+    "not as root: before Linux 6.6 and without fuse-overlayfs a directory can be the root file system only with"
+    " readonly=True"
+)
+_SERVED_DIRS: Final = (
+    "not as root: before Linux 6.6 what is written to a directory that is the root file system goes through"
+    " fuse-overlayfs, one process more for each; names there have at most 251 bytes and do not begin with '.wh.',"
+    " paths have fewer than 4,096 bytes, and files no extended attributes"
 )
 _SINGLE: Final = (
     "without subordinate ids: all that is inside belongs to root, and is this user's outside; to run as another user or"
@@ -63,14 +70,20 @@ def capabilities() -> Capabilities:
         cgroup_parent=False,
         limits=CAPABILITIES.limits & tree.controllers,
         process_trees=bool(tree.places),
-        writable_dirs=_dirs_may_be_written(os.uname().release),
+        writable_dirs=overlays.by_kernel() or not overlays.obstacle()[0],
         large_disks=False,
         own_ids=False,
         users=not single,
         pause="freezer" in tree.controllers,
         exact_exits="memory" in tree.controllers,
-        notes=(*_NOTES, *_SINGLE * single, *_NO_CGROUPS * (not tree.places)),
+        notes=(*_NOTES, *_dirs_notes(), *_SINGLE * single, *_NO_CGROUPS * (not tree.places)),
     )
+
+
+def _dirs_notes() -> tuple[str, ...]:
+    if overlays.by_kernel():
+        return ()
+    return (_READONLY_DIRS if overlays.obstacle()[0] else _SERVED_DIRS,)
 
 
 def check_sandbox(spec: SandboxSpec, cgroups: Cgroups, ids: tuple[Rows, Rows]) -> None:
@@ -137,7 +150,7 @@ def check_user(user: str | None) -> None:
         raise no_other(user)
 
 
-def root_as(inside: Inside, user: str) -> Credentials:
+def root_as(inside: Inside | Copied, user: str) -> Credentials:
     """Root by whichever name the container's files give him.
 
     Raises:
@@ -167,26 +180,23 @@ def _scarcity() -> tuple[str, str]:
 
 
 def check_rootfs(rootfs: Rootfs, release: str = "") -> None:
-    """Refuse a directory that is to be written, where the layer above it cannot hold what hides its directories.
-
-    Source: fs/overlayfs/super.c, "userxattr" without extended attributes in the upper file system; a tmpfs has those of
-    users since Linux 6.6.
+    """Refuse a directory that is to be written, where nothing can lay a layer over it; see `overlays`.
 
     Raises:
         UnsupportedError: says what to do.
     """
-    release = release or os.uname().release
-    if rootfs.kind == "dir" and not rootfs.readonly and not _dirs_may_be_written(release):
+    if rootfs.kind != "dir" or rootfs.readonly or overlays.by_kernel(release):
+        return
+    why, remedy = overlays.obstacle()
+    if why:
         raise UnsupportedError(
             "a directory as a root file system that can be written",
             "runc",
-            reason=f"{who()}, and below Linux 6.6 (this is {release}) its directories could not be removed inside",
-            hint=f"Use Rootfs.dir(path, readonly=True): /tmp, /run and /home can be written; or {as_root()}.",
+            reason=f"{who()}; below Linux 6.6 (this is {release or os.uname().release}) it takes fuse-overlayfs for"
+            f" that, and {why}",
+            hint=f"{remedy} Or use Rootfs.dir(path, readonly=True): /tmp, /run and /home can be written; or"
+            f" {as_root()}.",
         )
-
-
-def _dirs_may_be_written(release: str) -> bool:
-    return standing.kernel(release) >= _TMPFS_ATTRIBUTES
 
 
 def check_resources(resources: Resources, missing: Mapping[str, str]) -> None:

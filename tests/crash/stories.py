@@ -180,7 +180,7 @@ async def recovered(stage: Stage) -> None:
     with making(stage, "b"):
         b = await engine.create(name="b", resources=SMALL)
     with executing(stage, "a", "stays") as told:
-        told.append(await a.exec(["cat"], stdin="pipe"))
+        told.append(await a.exec(["sh", "-c", "echo kept; exec cat"], stdin="pipe"))
     await a.files.write(FILE, CONTENT)
     stage.say(sandbox="a", file=True)
     with adding(stage, "a", "box"):
@@ -196,6 +196,7 @@ async def recovered(stage: Stage) -> None:
         judged(engine, done.exit, right=done.stdout == CONTENT)
     with stage.at("take over"):
         [process] = await a.processes()
+        await process.stdout.receive()
         stage.say(sandbox="a", processes="ended")
         await process.aclose()
     await engine.close()

@@ -17,6 +17,7 @@ from tests.programs import program
 from unisandbox import Engine, FailedPreconditionError, NotFoundError, Process, Resources, Sandbox
 from unisandbox.api import ProcessSpec
 from unisandbox.api.plain import plain
+from unisandbox.conformance.waiting import until
 from unisandbox.engine.operations import digest_of
 from unisandbox.host.init import has_told
 from unisandbox.host.pidfd import has_ended
@@ -335,3 +336,36 @@ async def test_what_a_former_version_has_noted_is_done_once(tmp_path: Path) -> N
                 assert (await engine.create(name="w", resources=SMALL, operation_id="make")).id == sandbox.id
                 assert (await (await sandbox.exec(COUNTED, operation_id="job")).wait()).code == 7
         assert await starts(sandbox) == 1
+
+
+@pytest.mark.parametrize("ttl", [None, 1])
+async def test_a_sandbox_whose_operation_id_was_used_again_goes_and_leaves_the_later_one_alone(
+    ttl: float | None, tmp_path: Path
+) -> None:
+    async with Engine.open(tmp_path) as engine:
+        first = await engine.create(operation_id="make", ttl=ttl, resources=SMALL)
+        engine._core.operations.forget("make")  # as after many others
+        second = await engine.create(operation_id="make", resources=SMALL)
+        if ttl is None:
+            await first.remove()
+
+        async def alone() -> bool:
+            return [status.id for status in await engine.list()] == [second.id]
+
+        await until(alone, "the first has gone")
+        await engine.create(name="third", resources=SMALL)
+        assert (await engine.create(operation_id="make", resources=SMALL)).id == second.id
+
+
+async def test_an_init_that_does_not_answer_holds_up_no_removal_of_what_was_started_under_an_operation_id(
+    tmp_path: Path,
+) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(name="w", resources=SMALL)
+        await sandbox.exec(["sleep", "1000"], operation_id="job")
+        main = await sandbox.containers.get("main")
+        os.kill(sandbox._entry.task._containers["main"].created.pid, signal.SIGSTOP)  # type: ignore[attr-defined]
+        with anyio.fail_after(9):  # a removal that is cut short takes ten
+            await main.remove()
+        assert (await (await sandbox.exec(["sleep", "1000"], operation_id="job")).wait()).signal == signal.SIGKILL
+        assert (await sandbox.run(["echo", "hi"])).text == "hi\n"

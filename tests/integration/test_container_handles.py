@@ -13,8 +13,11 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from unisandbox import Container, Engine, NotFoundError, Resources, Sandbox
+from unisandbox import Container, DeadlineExceededError, Engine, NotFoundError, Resources, Sandbox
+from unisandbox.api import Exit, TaskService
 from unisandbox.conformance.waiting import until
+from unisandbox.engine import sharing
+from unisandbox.engine.programs import Programs
 from unisandbox.host.pidfd import Identity, identity, lives
 
 pytestmark = [pytest.mark.anyio, pytest.mark.root]
@@ -180,3 +183,73 @@ async def test_a_container_is_removed_while_its_sandbox_waits_for_others_to_end(
                 await container.remove()
                 assert [status.name for status in await sandbox.containers.list()] == [stubborn.name]
                 await sandbox.kill()
+
+
+async def test_a_removal_says_that_somebody_else_has_the_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharing, "_REMOVE_LOCK_SECONDS", 0.3)
+    async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
+        sandbox = await engine.create(name="w", resources=SMALL)
+        container = await sandbox.containers.add(argv=["sleep", "1000"])
+        async with (await other.get("w"))._entry.sharing.changing():
+            with pytest.raises(DeadlineExceededError, match="has been in use"):
+                await container.remove()
+        await container.remove()
+        assert await sandbox.containers.list() == []
+
+
+async def test_who_follows_a_container_comes_to_an_end_with_its_sandbox_s_time(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine:
+        sandbox = await engine.create(ttl=1, resources=SMALL)
+        container = await sandbox.containers.add(argv=["sh", "-c", "while echo .; do :; done"])
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(follow, container)
+
+
+async def follow(container: Container) -> None:
+    async for _ in container.follow():
+        pass
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_what_is_run_while_another_program_is_launched_is_run_beside_it(tmp_path: Path, shared: bool) -> None:
+    said: list[str] = []
+    drop = Programs._drop_main
+
+    async def run(sandbox: Sandbox, turns: int) -> None:
+        for _ in range(turns):
+            await anyio.lowlevel.checkpoint()
+        said.append((await sandbox.run(["echo", "hi"])).text)
+
+    async with Engine.open(tmp_path if shared else None) as engine, engine.create(resources=SMALL) as sandbox:
+        for number in range(4):
+            await sandbox.stop(grace=0)
+            await sandbox.start()
+            await sandbox.run(["true"])
+            dropping = anyio.Event()
+
+            async def dropped(self: Programs, task: TaskService, dropping: anyio.Event = dropping) -> Exit | None:
+                dropping.set()
+                return await drop(self, task)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Programs, "_drop_main", dropped)
+                async with anyio.create_task_group() as group:
+                    group.start_soon(sandbox.launch, ["sleep", "1000"])
+                    await dropping.wait()
+                    for turns in range(4):
+                        group.start_soon(run, sandbox, 16 * number + 4 * turns)
+    assert said == ["hi\n"] * 16
+
+
+async def test_a_kill_of_one_that_has_ended_ends_what_it_had_left_before_it_returns(tmp_path: Path) -> None:
+    async with Engine.open(tmp_path) as engine, engine.create(resources=SMALL) as sandbox:
+        for _ in range(5):
+            process = await sandbox.exec(["sh", "-c", "sleep 1000 & sleep 1000 & exit 3"])
+
+            async def ended(pid: int = process.pid) -> bool:
+                return pid not in sandbox._entry.task._containers["main"].plan.cgroup.pids()  # type: ignore[attr-defined]
+
+            await until(ended, "it has ended")
+            assert (await process.kill()).code == 3
+            assert sandbox._entry.task._containers["main"].lingering == {}  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from tests.keepers import wait_ended
 from tests.programs import program
 
 from unisandbox import Engine, Event, Exit, Resources, SandboxError
+from unisandbox.api import ProcessSpec
 from unisandbox.engine.entry import Entry
 
 pytestmark = [pytest.mark.root, pytest.mark.anyio]
@@ -301,8 +302,8 @@ async def test_a_sandbox_is_not_told_as_started_after_the_end_of_its_ttl(
     begin = Entry.begin
     async with Engine.open(tmp_path) as engine, Engine.attach(tmp_path) as other:
 
-        async def overtaken(entry: Entry) -> None:
-            await begin(entry)
+        async def overtaken(entry: Entry, program: ProcessSpec | None) -> None:
+            await begin(entry, program)
             async for event in other.events():
                 if event.kind == "sandbox.removed":
                     break

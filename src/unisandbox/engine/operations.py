@@ -204,8 +204,11 @@ class OperationLog:
         A disk that does not take it keeps nothing alive.
         """
         if record.operation_id and record.phase in {"ready", "stopped"}:
-            with contextlib.suppress(NotFoundError, BackendError):
-                self.finish(record.operation_id, record.sandbox_id)
+            with contextlib.suppress(NotFoundError, BackendError, FailedPreconditionError):
+                known = self.find(record.operation_id)
+                # Forgotten meanwhile, its id may be that of a later one.
+                if known is not None and known.kind == "create" and known.begun_at <= record.created_at:
+                    self.finish(record.operation_id, record.sandbox_id)
 
     def forget(self, operation_id: str) -> None:
         """Make as if it had never been begun: it failed, and may be tried again. Repeating is harmless.

@@ -39,6 +39,8 @@ MAIN: Final = "main"
 # Of one sandbox. Processes inside can keep any number of them open (SCM_RIGHTS), and the keeper's descriptors are for
 # all sandboxes. Two for each of the processes that a sandbox may have unless it is said.
 _MOST_DRAINED: Final = 512
+# How long the init of a container that is about to be deleted may take to tell how its processes ended.
+_TOLD_SECONDS: Final = 1.0
 
 
 class Programs:
@@ -61,6 +63,8 @@ class Programs:
         self._containers = 0
         # One at a time counts the pipes that are drained, and adds its own.
         self._draining = anyio.Lock()
+        # The main container is about to be gone: what begins now waits for the turn.
+        self._main_goes = False
 
     @contextlib.asynccontextmanager
     async def beginning(self, exec_id: str = "") -> AsyncIterator[None]:
@@ -181,7 +185,7 @@ class Programs:
         # On an engine of this process alone a stop with a grace period has the turn all that time, and no other process
         # can take the name of one that was added.
         needs_turn = self._host.shared or container_id == MAIN
-        async with entry.sharing.changing() if needs_turn else contextlib.nullcontext():
+        async with entry.sharing.changing(in_cleaning=True) if needs_turn else contextlib.nullcontext():
             if not self._is(container_id, identity):
                 return None
             if container_id == MAIN:
@@ -203,7 +207,7 @@ class Programs:
 
     async def _main_runs(self, task: TaskService) -> bool:
         # Another process may have ended it, and a look has just found that.
-        if not self.main_made or MAIN not in task.container_ids:
+        if not self.main_made or self._main_goes or MAIN not in task.container_ids:
             return False
         state = (await task.state(MAIN)).state
         if state == "paused":
@@ -222,10 +226,16 @@ class Programs:
     async def _drop_main(self, task: TaskService) -> Exit | None:
         telling = self._entry.telling
         identity = telling.identity_of(MAIN)
-        task.kill_now(MAIN)
+        self._main_goes = True
+        try:
+            task.kill_now(MAIN)
+            with anyio.move_on_after(_TOLD_SECONDS):  # one that does not answer is ended by the deletion
+                await self.finish_operations()
+            exit = await task.delete(MAIN)
+            self.main_made = False
+        finally:
+            self._main_goes = False
         await self.finish_operations()
-        exit = await task.delete(MAIN)
-        self.main_made = False
         telling.container_exited(MAIN, identity, exit)
         await self.forget_main()
         return exit
@@ -382,7 +392,7 @@ class Programs:
         whose = f"container {container_id!r} of sandbox {self._entry.label!r}"
 
         async def is_replaced() -> bool:
-            await self._entry.sharing.look()
+            await self._entry.sharing.try_to_look()
             return not self._is(container_id, identity)
 
         return LogReader(

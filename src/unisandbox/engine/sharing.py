@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # How long the keeper may take to end what has expired.
 _EXPIRY_SECONDS: Final = 2.0
 _EXPIRY_POLL: Final = 0.01
+# How long a look at what other processes have done may hold up what can do without.
+_LOOK_SECONDS: Final = 2.0
 # The time of its end is noted that much later at most than the keeper has heard of it.
 _NOTE_SECONDS: Final = 0.25
 # Seconds. Who removes says in time who is in his way.
@@ -63,11 +65,12 @@ class Sharing:
     # --- turns ---
 
     @contextlib.asynccontextmanager
-    async def changing(self, *, to_free: bool = False) -> AsyncIterator[None]:
+    async def changing(self, *, to_free: bool = False, in_cleaning: bool = False) -> AsyncIterator[None]:
         """Nobody else changes the sandbox meanwhile, in this process or another one; what others have done is known.
 
         Args:
             to_free: it is only to be freed: what a creation or removal has left that was cut will do.
+            in_cleaning: whoever asks has less time, see `CLEANING_SECONDS`; as with `to_free`.
 
         Raises:
             NotFoundError: another process has removed it.
@@ -91,7 +94,7 @@ class Sharing:
                             await self._recover_dead()
                         yield
                 return
-            async with self._locked(to_free=to_free) as turn:
+            async with self._locked(_REMOVE_LOCK_SECONDS if to_free or in_cleaning else LOCK_SECONDS) as turn:
                 with self._turn_taken(), entry.in_our_words():
                     async with self._catching_up:
                         pass  # a look that has begun compares what it has read with what we are about to change
@@ -113,9 +116,8 @@ class Sharing:
         async with self.changing():
             self._entry.check_alive()
 
-    def _locked(self, *, to_free: bool = False) -> contextlib.AbstractAsyncContextManager[int]:
+    def _locked(self, timeout: float = LOCK_SECONDS) -> contextlib.AbstractAsyncContextManager[int]:
         """The lock of whoever changes it."""
-        timeout = _REMOVE_LOCK_SECONDS if to_free else LOCK_SECONDS
         return locked(self._host.keeper, f"{self._prefix}change", f"sandbox {self._entry.label!r}", timeout=timeout)
 
     # --- what others have done ---
@@ -128,6 +130,12 @@ class Sharing:
         if self._host.shared and self._entry.state != "new" and not self._has_turn:
             async with self._catching_up:
                 await self._catch_up(exclusive=False)
+
+    async def try_to_look(self, *, shield: bool = False) -> None:
+        """The same; a look that fails, or takes too long, is none."""
+        if not self._entry.removed:
+            with anyio.move_on_after(_LOOK_SECONDS, shield=shield), contextlib.suppress(SandboxError):
+                await self.look()
 
     async def learn(self) -> None:
         """The same for whoever uses it: one that is being made or removed is waited for."""

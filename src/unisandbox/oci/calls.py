@@ -263,8 +263,11 @@ def _await_stop(pid: int) -> None:
 
 def _is_stopped(pid: int) -> bool:
     """Whether none of its threads runs, or it has ended."""
+    threads: list[str] = []
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        threads = os.listdir(f"/proc/{pid}/task")
+    for thread in threads:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # this one has ended
             with open(f"/proc/{pid}/task/{thread}/stat", "rb") as file:
                 text = file.read()
             if text[text.rindex(b")") + 2 :][:1] not in b"tTZX":

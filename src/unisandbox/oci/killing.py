@@ -38,6 +38,7 @@ def end(container: Container, processes: Iterable[Process], ledger: Ledger) -> N
         if process.cgroup is not None and process.exit is None:
             if process.pidfd < 0 or not has_ended(process.pidfd):
                 _note(container, process, ledger)
+            process.swept = True
             end_tree(process.cgroup, process.pid or 0, process.pidfd)
 
 

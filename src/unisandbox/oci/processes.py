@@ -42,6 +42,8 @@ class Process:
     life: socket.socket | None = None
     master: int = -1
     killed_by_us: bool = False
+    # All that is in its cgroup was killed by us, whether it had ended or not.
+    swept: bool = False
     # Set when a start that is under way is over.
     starting: anyio.Event | None = None
     deleted: bool = False
@@ -78,8 +80,9 @@ class Container:
     started: bool = False
     verified: bool = False
     deleting: bool = False
-    # One at a time deletes it; by its name, which is free when that is done.
-    deletion: anyio.Lock = attrs.field(factory=anyio.Lock)
+    # One at a time deletes it, by its name, which is free when that is done. The first one does not wait: nothing may
+    # come between a cancellation and the kill.
+    deletion: anyio.Lock = attrs.field(factory=lambda: anyio.Lock(fast_acquire=True))
     processes: dict[str, Process] = attrs.field(factory=dict)
     # Cgroups of ended processes that still hold something (background work, a zombie), with their kills for memory.
     lingering: dict[Cgroup, int] = attrs.field(factory=dict)

@@ -116,6 +116,8 @@ class Starter:
         if process.exec_id == "":
             request = attrs.evolve(request, main=True)
         process.cgroup = await self._cgroup(container, process.exec_id or "main")
+        if container.control is None:  # meanwhile
+            raise self._being_removed(container)
 
         async def hold(life: int, pid: int, pidfd: int) -> None:
             facts = self._ledger.facts(container, process, pid, started=False)

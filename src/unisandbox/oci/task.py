@@ -344,7 +344,7 @@ class OciTaskService:
         # Once begun it is done, with or without the rest.
         lingering.free(container, process, self._ledger)
         lingering.sweep(container, self._ledger)
-        if process.killed_by_us or process.pid is None:
+        if process.swept or process.killed_by_us or process.pid is None:
             # Everything in it was killed, and is about to be gone; background work is not waited for.
             await lingering.wait_swept(container, process, self._ledger)
         return process.exit

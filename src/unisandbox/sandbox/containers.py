@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
-from typing import Final, Literal, Self
+from typing import Literal, Self
 
 import anyio
 import anyio.lowlevel
@@ -22,7 +22,6 @@ from unisandbox.api import (
     ProcessSpec,
     Resources,
     Rootfs,
-    SandboxError,
     TaskService,
 )
 from unisandbox.api.checks import check_signal
@@ -30,9 +29,6 @@ from unisandbox.engine.cleaning import CLEANING_SECONDS
 from unisandbox.engine.entry import Entry
 from unisandbox.sandbox.opening import Opening
 from unisandbox.sandbox.process import pid_of
-
-# How long a look at what other processes have done may hold up the end of a container.
-_LOOK_SECONDS: Final = 2.0
 
 
 class Container:
@@ -116,9 +112,7 @@ class Container:
     async def _look(self) -> None:
         """Before it is used by its name: another process may have removed it, and given that to another one."""
         if self._entry.engine_open:
-            # A look that fails, or takes too long, keeps nothing alive, and nor does a cancellation.
-            with anyio.move_on_after(_LOOK_SECONDS, shield=True), contextlib.suppress(SandboxError):
-                await self._entry.sharing.look()
+            await self._entry.sharing.try_to_look(shield=True)
 
     async def _end(self, task: TaskService) -> None:
         """End everything in it, at once: whatever cuts this after its first step has not kept it alive."""
@@ -141,7 +135,6 @@ class Container:
         Raises:
             NotFoundError: nothing is kept of this container.
         """
-        await self._look()
         return await self._entry.programs.logs(self.name, self._identity, stream, tail=tail).kept()
 
     def follow(

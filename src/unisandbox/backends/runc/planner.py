@@ -206,7 +206,8 @@ class PodPlanner:
             return self._foreign_plan(container_id, bundle, cgroup)
         if container.rootfs is not None:
             self._own_roots.add(container_id)
-            await serving.restore(self._host, pod, container_id)
+            if pod.is_served(container.rootfs):
+                await serving.restore(self._host, pod, container_id)
         return self._plan(container, cgroup)
 
     async def free(self, container_id: str) -> None:

@@ -236,7 +236,8 @@ class RuncSandboxer:
         if sandbox.task is None:
             sandbox.task = self._task_of(pod, sandbox.planner)
         await restore_network(pod, self._host)
-        await serving.restore(self._host, pod)
+        if pod.is_served(pod.spec.rootfs):
+            await serving.restore(self._host, pod)
         if pod.spec.share_pid:
             found = await SharedPids.restore(self._host, pod)
             # Not before: others look at it meanwhile.

@@ -309,7 +309,8 @@ class Cgroup:
 
     def kill(self) -> None:
         """SIGKILL for every process in and below, at once; does not wait for their ends. None there is fine."""
-        ending.kill([directory for directory, inode in self._inodes.items() if inode in {0, _inode(directory)}], 0)
+        same = (directory for directory, inode in self._inodes.items() if inode and inode == _inode(directory))
+        ending.kill(tuple(same), 0)
 
     def let_die(self, pid: int) -> None:
         """Let a member that has got a SIGKILL end although the cgroup is stopped; the others stay so."""

@@ -11,8 +11,6 @@ import os
 import signal
 from typing import Final
 
-import attrs
-
 from unisandbox.host import pidfd as pidfds
 from unisandbox.host.cgroups import Cgroup, patience
 from unisandbox.host.keeper import Guard, Keeper, Spawned
@@ -22,15 +20,16 @@ END_SECONDS: Final = 5.0
 """How long the end of a killed one may take: it may sit in the kernel."""
 
 
-@attrs.define(eq=False, repr=False)
 class Helper:
     """One that runs, or has ended by itself."""
 
-    _keeper: Keeper
-    _cgroup: Cgroup
-    pid: int
-    start_time: int
-    _pidfd: int
+    def __init__(self, keeper: Keeper, cgroup: Cgroup, pid: int, start_time: int, pidfd: int) -> None:
+        """Use `settle` or `restore`; the pidfd is this object's from now on."""
+        self._keeper = keeper
+        self._cgroup = cgroup
+        self.pid: int = pid
+        self.start_time: int = start_time
+        self._pidfd = pidfd
 
     @classmethod
     async def settle(cls, host: Host, name: str, cgroup: Cgroup, spawned: Spawned) -> Helper:
